@@ -1,0 +1,28 @@
+# make setup   install into .venv (nothing is done when nothing changed)
+# make test    every test, on the CPU
+# make lint    ruff, mypy
+# make demo    pretrain a small Llama with four activations on text that needs no download
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup test lint demo
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "megatron_xielu needs Python 3.12 or newer; this is %s (set PYTHON=…)" % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: setup
+	$(BIN)/python examples/demo/run.py

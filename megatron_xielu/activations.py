@@ -1,0 +1,217 @@
+"""XIELU and XIPReLU as modules: fp32 trainable alphas whose gradients are whole on every rank.
+
+The formulas are in `megatron_xielu.functional`. This file owns what a module adds to them:
+
+* **Parameters.** ``alpha_p`` and ``alpha_n`` are raw (before softplus) and have shape ``(1,)``:
+  Megatron leaves 1-D parameters out of weight decay, a 0-d one it would decay.
+* **Precision.** They stay fp32 when the model is cast to bf16 or fp16. A trained alpha reaches 166,
+  where neighbouring bf16 numbers are 1.0 apart and no optimizer step would ever change it.
+* **Tensor parallelism.** A rank computes the activation of its own slice of the ffn columns, so its
+  alpha gradient is a partial sum. `_SumGradientOverGroup` adds the partial sums of the group in
+  backward, before anything else sees the gradient. Why there and not in Megatron's gradient
+  finalization: see ``docs/tensor-parallelism.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_xielu import functional
+
+DEFAULT_ALPHA_INIT = 0.8
+DEFAULT_BETA = 0.5
+
+
+class _SumGradientOverGroup(torch.autograd.Function):
+    """Identity on the stacked alpha pair whose gradient is summed over a process group."""
+
+    @staticmethod
+    def forward(ctx: Any, alphas: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return alphas.view_as(alphas)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()  # autograd may share this buffer
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class TrainableActivation(MegatronModule):
+    """What `XIELU` and `XIPReLU` share: two raw alphas in fp32, complete gradients, a fixed β.
+
+    Args:
+        config: Megatron's ``TransformerConfig`` (what the MLP's activation slot passes), or None.
+        alpha_p_init: effective (after softplus) initial alpha of the positive side, above 0.
+        alpha_n_init: effective initial alpha of the negative side, above `alpha_n_floor`.
+        beta: slope at 0, a constant above 0.
+        tp_group: the ranks that hold the other slices of the ffn columns. Default: Megatron's
+            tensor-parallel group if Megatron is initialised, else none.
+
+    Raises:
+        ValueError: an initial value or beta is out of range.
+    """
+
+    alpha_p: torch.nn.Parameter
+    alpha_n: torch.nn.Parameter
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        alpha_p_init: float = DEFAULT_ALPHA_INIT,
+        alpha_n_init: float = DEFAULT_ALPHA_INIT,
+        beta: float = DEFAULT_BETA,
+        tp_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.check_settings(alpha_p_init=alpha_p_init, alpha_n_init=alpha_n_init, beta=beta)
+        self.alpha_p_init, self.alpha_n_init, self.beta = alpha_p_init, alpha_n_init, beta
+        self.tp_group = (
+            tp_group
+            if tp_group is not None
+            else parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        )
+        self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.reset_parameters()
+
+    @classmethod
+    def alpha_n_floor(cls, beta: float) -> float:
+        """The value that the effective alpha_n always stays above."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_settings(cls, *, alpha_p_init: float, alpha_n_init: float, beta: float) -> None:
+        """Raise ValueError unless the settings give an activation with finite raw alphas."""
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f"beta must be a finite number above 0, got {beta}")
+        if not (math.isfinite(alpha_p_init) and alpha_p_init > 0):
+            raise ValueError(f"alpha_p_init must be a finite number above 0, got {alpha_p_init}")
+        floor = cls.alpha_n_floor(beta)
+        if not (math.isfinite(alpha_n_init) and alpha_n_init > floor):
+            raise ValueError(
+                f"alpha_n_init of {cls.__name__} must be a finite number above {floor}, "
+                f"got {alpha_n_init}"
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set both raw alphas to their initial values."""
+        self.alpha_p.fill_(_inverse_softplus(self.alpha_p_init))
+        self.alpha_n.fill_(_inverse_softplus(self.alpha_n_init - self.alpha_n_floor(self.beta)))
+
+    def effective_alphas(self) -> tuple[Tensor, Tensor]:
+        """``(αp, αn)`` as they stand in the formula: detached, float64, shape (1,)."""
+        alpha_p, alpha_n = (a.detach().double() for a in (self.alpha_p, self.alpha_n))
+        zero = torch.zeros_like(alpha_p)
+        return (
+            torch.logaddexp(alpha_p, zero),
+            torch.logaddexp(alpha_n, zero) + self.alpha_n_floor(self.beta),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableActivation:
+        """Apply casts and moves, but keep alphas out of 16 bits (see the top of this file)."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            narrowed = torch.finfo(result.dtype).bits < torch.finfo(tensor.dtype).bits
+            return tensor.to(result.device) if narrowed else result
+
+        return super()._apply(keep_precision, recurse)
+
+    def _complete_alphas(self) -> tuple[Tensor, Tensor]:
+        """The raw alphas, wired so that their gradients are summed over the TP group."""
+        if self.tp_group is None or self.tp_group.size() == 1:
+            return self.alpha_p, self.alpha_n
+        pair = torch.cat((self.alpha_p, self.alpha_n))  # [2]: one collective for both
+        alpha_p, alpha_n = _SumGradientOverGroup.apply(pair, self.tp_group).split(1)
+        return alpha_p, alpha_n
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return (
+            f"alpha_p_init={self.alpha_p_init}, alpha_n_init={self.alpha_n_init}, beta={self.beta}"
+        )
+
+
+class XIELU(TrainableActivation):
+    """``αp·x² + β·x`` for x > 0, ``αn·(expm1(x) − x) + β·x`` else; αn = β + softplus(alpha_n).
+
+    Source: "Deriving Activation Functions Using Integration", arXiv 2411.13010.
+    See `TrainableActivation` for the arguments.
+    """
+
+    @classmethod
+    def alpha_n_floor(cls, beta: float) -> float:
+        """β: the slope tends to β − αn for x → −∞, and must stay negative there."""
+        return beta
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
+        alpha_p, alpha_n = self._complete_alphas()
+        return functional.xielu(input_, alpha_p, alpha_n, beta=self.beta)
+
+
+class XIPReLU(TrainableActivation):
+    """``αp·x² + β·x`` for x > 0, ``αn·x² + β·x`` else; both alphas are softplus of their raw ones.
+
+    Source: "Deriving Activation Functions Using Integration", arXiv 2411.13010.
+    See `TrainableActivation` for the arguments.
+    """
+
+    @classmethod
+    def alpha_n_floor(cls, beta: float) -> float:
+        """0: any positive αn is allowed."""
+        return 0.0
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
+        alpha_p, alpha_n = self._complete_alphas()
+        return functional.xiprelu(input_, alpha_p, alpha_n, beta=self.beta)
+
+
+def _inverse_softplus(value: float) -> float:
+    """``z`` with softplus(z) = value, without overflow for a large value."""
+    return value + math.log(-math.expm1(-value))
+
+
+# What a flag, a checkpoint argument or a configuration calls an activation.
+ACTIVATIONS: dict[str, type[TrainableActivation]] = {"xielu": XIELU, "xiprelu": XIPReLU}
+
+
+@dataclass(frozen=True)
+class ActivationBuilder:
+    """An activation with its settings, in the form that Megatron's activation slot calls.
+
+    Raises:
+        ValueError: the settings are out of range (see `TrainableActivation`).
+    """
+
+    activation: type[TrainableActivation]
+    alpha_p_init: float = DEFAULT_ALPHA_INIT
+    alpha_n_init: float = DEFAULT_ALPHA_INIT
+    beta: float = DEFAULT_BETA
+
+    def __post_init__(self) -> None:
+        self.activation.check_settings(**self._settings())
+
+    def __call__(self, *, config: Any) -> TrainableActivation:
+        """Build the module for one MLP."""
+        return self.activation(config=config, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "alpha_p_init": self.alpha_p_init,
+            "alpha_n_init": self.alpha_n_init,
+            "beta": self.beta,
+        }

@@ -1,0 +1,265 @@
+"""The command-line flags: what they are, what they exclude, and what a checkpoint says about them.
+
+Every check here runs before Megatron allocates anything and names the flag to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from megatron_xielu.activations import (
+    ACTIVATIONS,
+    DEFAULT_ALPHA_INIT,
+    DEFAULT_BETA,
+    ActivationBuilder,
+)
+
+_SPEC_MODULE = "megatron_xielu.layer_specs"
+
+# Megatron options that change or replace the MLP, by argument: flag. None works with ours yet.
+_EXCLUDED = {
+    "swiglu": "--swiglu",
+    "squared_relu": "--squared-relu",
+    "quick_geglu": "--quick-geglu",
+    "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
+    "num_experts": "--num-experts",
+    "mtp_num_layers": "--mtp-num-layers",
+    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
+    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
+    "experimental_attention_variant": "--experimental-attention-variant",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern",
+    "use_kitchen": "--use-kitchen",
+    "use_grouped_gemm_for_dense_mlp": "--use-grouped-gemm-for-dense-mlp",
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "yaml_cfg": "--yaml-cfg",
+}
+
+# Saved with a checkpoint and restored by --use-checkpoint-args.
+_CHECKPOINT_ARGUMENTS = (
+    "xielu",
+    "xiprelu",
+    "xielu_alpha_p_init",
+    "xielu_alpha_n_init",
+    "xielu_beta",
+)
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add this package's flags to Megatron's parser (an ``extra_args_provider``)."""
+    group = parser.add_argument_group(title="trainable activations (megatron_xielu)")
+    group.add_argument("--xielu", action="store_true", help="Use the xIELU activation in the MLP.")
+    group.add_argument(
+        "--xiprelu", action="store_true", help="Use the xIPReLU activation in the MLP."
+    )
+    group.add_argument(
+        "--xielu-alpha-p-init",
+        type=float,
+        default=DEFAULT_ALPHA_INIT,
+        help="Initial effective (after softplus) alpha for positive inputs.",
+    )
+    group.add_argument(
+        "--xielu-alpha-n-init",
+        type=float,
+        default=DEFAULT_ALPHA_INIT,
+        help="Initial effective alpha for negative inputs; above beta for xIELU.",
+    )
+    group.add_argument(
+        "--xielu-beta", type=float, default=DEFAULT_BETA, help="Slope at 0, a constant."
+    )
+    group.add_argument(
+        "--xielu-check-tp-sync",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Every N iterations, stop unless all tensor-parallel ranks hold bitwise equal alphas "
+        "(0: never). Costs one small all-gather.",
+    )
+    group.add_argument(
+        "--cpu",
+        action="store_true",
+        help="Run on the CPU over gloo, for tests and debugging (default where there is no GPU).",
+    )
+    return parser
+
+
+def activation_name(args: Namespace) -> str | None:
+    """The activation that arguments ask for, by flag or by ``--spec``; None for one of Megatron's.
+
+    Raises:
+        ValueError: more than one is asked for.
+    """
+    asked = [name for name in ACTIVATIONS if getattr(args, name, False)]
+    spec = getattr(args, "spec", None)
+    if spec and spec[0] == _SPEC_MODULE:
+        asked += [name for name in ACTIVATIONS if spec[1] == f"{name}_layer_spec"]
+    if len(set(asked)) > 1:
+        raise ValueError(f"give one activation, not {' and '.join(f'--{name}' for name in asked)}")
+    return asked[0] if asked else None
+
+
+def activation_builder(args: Namespace) -> ActivationBuilder | None:
+    """What goes into Megatron's activation slot; None if the arguments ask for none of ours.
+
+    Raises:
+        ValueError: more than one activation, or a setting out of range; names the flag.
+    """
+    name = activation_name(args)
+    if name is None:
+        return None
+    settings = {
+        setting: getattr(args, f"xielu_{setting}")
+        for setting in ("alpha_p_init", "alpha_n_init", "beta")
+        if hasattr(args, f"xielu_{setting}")  # absent when an unmodified script parsed the flags
+    }
+    try:
+        return ActivationBuilder(ACTIVATIONS[name], **settings)
+    except ValueError as error:
+        message = re.sub(
+            r"^\w+", lambda setting: f"--xielu-{setting[0].replace('_', '-')}", str(error)
+        )
+        raise ValueError(message) from None
+
+
+def validate(args: Namespace) -> None:
+    """Check parsed arguments, and set those that our activations imply.
+
+    Sets ``use_te_activation_func``: with it Megatron's MLP builds a module in its activation slot.
+
+    Raises:
+        ValueError: naming the flag to change.
+    """
+    if args.xielu_check_tp_sync < 0:
+        raise ValueError("--xielu-check-tp-sync must be 0 or more")
+    if activation_builder(args) is None:
+        return
+    flag = f"--{activation_name(args)}"
+    for argument, excluded in _EXCLUDED.items():
+        if getattr(args, argument, None):
+            raise ValueError(f"{flag} does not work with {excluded}; drop one of them")
+    if args.spec and args.spec[0] != _SPEC_MODULE:
+        raise ValueError(
+            f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "
+            "spec with megatron_xielu.layer_specs.with_activation"
+        )
+    if args.bias_gelu_fusion and args.add_bias_linear:
+        raise ValueError(
+            f"{flag} has no fused bias; add --no-bias-gelu-fusion (or --disable-bias-linear)"
+        )
+    check_optimizer(args)
+    args.use_te_activation_func = True
+
+
+def check_optimizer(args: Namespace) -> None:
+    """Refuse the one Megatron optimizer that writes wrong checkpoints with fp32 alphas.
+
+    Up to 0.19, the non-distributed 16-bit optimizer numbers only its 16-bit parameters when it
+    writes a checkpoint, so that a native fp32 parameter shifts the state of all that follow.
+
+    Raises:
+        ValueError: naming the flag to add.
+    """
+    half = args.bf16 or args.fp16
+    if half and not args.use_distributed_optimizer and (args.save or args.load):
+        raise ValueError(
+            "alphas are fp32 parameters, and Megatron's non-distributed optimizer mixes up its "
+            "checkpointed state when a bf16 or fp16 model has any; add --use-distributed-optimizer "
+            "(it also works with one data-parallel rank)"
+        )
+
+
+def saved_arguments(args: Namespace) -> Namespace | None:
+    """The arguments saved in the checkpoint that ``args`` would load; None if there is none."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    load_arg = "load" if getattr(args, "load", None) else "pretrained_checkpoint"
+    if not getattr(args, load_arg, None):
+        return None
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports each argument that it would set
+        result: Any = load_args_from_checkpoint(copy.copy(args), load_arg=load_arg)
+    return result[1] if isinstance(result, tuple) else None
+
+
+def check_checkpoint(args: Namespace) -> None:
+    """Refuse a checkpoint that was trained with another activation, or another β.
+
+    Megatron would not: it ignores what a checkpoint has and the model lacks.
+
+    Raises:
+        ValueError: naming both activations.
+    """
+    saved = saved_arguments(args)
+    if saved is None:
+        return
+    asked, found = activation_name(args), activation_name(saved)
+    path = args.load or args.pretrained_checkpoint
+    if asked != found:
+        raise ValueError(
+            f"the checkpoint in {path} was trained with {_describe(saved)}, but this run asks for "
+            f"{_describe(args)}; "
+            + (f"add --{found}" if found else f"drop --{asked}")
+            + " or add --use-checkpoint-args"
+        )
+    beta, saved_beta = (getattr(a, "xielu_beta", DEFAULT_BETA) for a in (args, saved))
+    if asked and beta != saved_beta:
+        raise ValueError(
+            f"the checkpoint in {path} was trained with --xielu-beta {saved_beta}, not {beta}"
+        )
+
+
+def _describe(args: Namespace) -> str:
+    name = activation_name(args)
+    if name:
+        return f"--{name}"
+    for flag in ("swiglu", "squared_relu", "quick_geglu"):
+        if getattr(args, flag, False):
+            return f"--{flag.replace('_', '-')}"
+    return "GELU"
+
+
+def restore_from_checkpoint(args: Namespace) -> None:
+    """Take the activation and its settings from the checkpoint (part of --use-checkpoint-args)."""
+    saved = saved_arguments(args)
+    if saved is None:
+        return
+    found = activation_name(saved)
+    if activation_name(args) is not None:
+        check_checkpoint(args)  # a flag that contradicts the checkpoint is an error, not a choice
+    for name in _CHECKPOINT_ARGUMENTS:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    if found:
+        args.spec = None  # one way to say it: the flag
+        setattr(args, found, True)
+
+
+def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
+    """Megatron's function of this name, with our flags added, checked and restored.
+
+    Raises:
+        ValueError: naming the flag to change.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    args = parse_args(extra_args_provider=add_arguments)
+    if args.use_checkpoint_args:
+        if not (args.load or args.pretrained_checkpoint):
+            raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
+        if args.non_persistent_ckpt_type == "local":
+            raise ValueError("--use-checkpoint-args needs a global checkpoint, not a local one")
+        restore_from_checkpoint(args)
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+    # Megatron names an activation of its own by a flag, and --spec by a module: check both first.
+    validate(args)
+    check_checkpoint(args)
+    validate_args(args, args_defaults)
+    set_global_variables(args)
+    return args

@@ -1,0 +1,50 @@
+"""A cheap check that tensor-parallel ranks hold the same alphas (``--xielu-check-tp-sync N``).
+
+An alpha is replicated on every tensor-parallel rank. If its copies ever differ, each rank computes
+another function, and a checkpoint keeps only one of them: training goes on and is wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_xielu.activations import TrainableActivation
+
+
+def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
+    """Stop unless all tensor-parallel ranks hold bitwise equal alphas in ``model``.
+
+    One all-gather of 8 bytes per layer and one host synchronisation. Call it on all ranks.
+
+    Args:
+        model: a model chunk of this rank.
+        iteration: for the error message.
+
+    Raises:
+        RuntimeError: naming the parameters that differ and their values by rank.
+    """
+    activations = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TrainableActivation)
+    }
+    groups = {module.tp_group for module in activations.values() if module.tp_group is not None}
+    for group in groups:
+        if group.size() == 1:
+            continue
+        members = {name: m for name, m in activations.items() if m.tp_group is group}
+        names = [f"{name}.{a}" for name in members for a in ("alpha_p", "alpha_n")]
+        mine = torch.cat([a.detach() for m in members.values() for a in (m.alpha_p, m.alpha_n)])
+        gathered = [torch.empty_like(mine) for _ in range(group.size())]
+        torch.distributed.all_gather(gathered, mine, group=group)
+        values = torch.stack(gathered)  # [ranks, 2·layers]
+        bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
+        differs = (bits != bits[0]).any(dim=0).tolist()
+        if any(differs):
+            shown = "; ".join(
+                f"{name}: {values[:, i].tolist()}" for i, name in enumerate(names) if differs[i]
+            )
+            raise RuntimeError(
+                f"--xielu-check-tp-sync: at iteration {iteration} alphas differ between "
+                f"tensor-parallel ranks (values by rank): {shown}"
+            )
