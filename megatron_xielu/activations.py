@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_xielu import functional
+from megatron_xielu import functional, reference
 
 DEFAULT_ALPHA_INIT = 0.8
 DEFAULT_BETA = 0.5
@@ -107,16 +107,17 @@ class TrainableActivation(MegatronModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set both raw alphas to their initial values."""
-        self.alpha_p.fill_(_inverse_softplus(self.alpha_p_init))
-        self.alpha_n.fill_(_inverse_softplus(self.alpha_n_init - self.alpha_n_floor(self.beta)))
+        effective = (self.alpha_p_init, self.alpha_n_init - self.alpha_n_floor(self.beta))
+        for alpha, value in zip((self.alpha_p, self.alpha_n), effective, strict=True):
+            alpha.copy_(
+                reference.inverse_softplus(torch.full_like(alpha, value, dtype=torch.double))
+            )
 
     def effective_alphas(self) -> tuple[Tensor, Tensor]:
         """``(αp, αn)`` as they stand in the formula: detached, float64, shape (1,)."""
-        alpha_p, alpha_n = (a.detach().double() for a in (self.alpha_p, self.alpha_n))
-        zero = torch.zeros_like(alpha_p)
         return (
-            torch.logaddexp(alpha_p, zero),
-            torch.logaddexp(alpha_n, zero) + self.alpha_n_floor(self.beta),
+            reference.softplus(self.alpha_p),
+            reference.softplus(self.alpha_n) + self.alpha_n_floor(self.beta),
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableActivation:
@@ -178,11 +179,6 @@ class XIPReLU(TrainableActivation):
         """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
         alpha_p, alpha_n = self._complete_alphas()
         return functional.xiprelu(input_, alpha_p, alpha_n, beta=self.beta)
-
-
-def _inverse_softplus(value: float) -> float:
-    """``z`` with softplus(z) = value, without overflow for a large value."""
-    return value + math.log(-math.expm1(-value))
 
 
 # What a flag, a checkpoint argument or a configuration calls an activation.
