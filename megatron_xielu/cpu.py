@@ -387,10 +387,10 @@ def _redirect_megatron(torch: Any) -> None:
     from megatron.core.models import backends
     from megatron.core.transformer import torch_norm
 
+    from megatron_xielu import pip_megatron
     from megatron_xielu.cpu_context_parallel import ContextParallelAttention
-    from megatron_xielu.dataset_helpers import skip_build_if_shipped
 
-    skip_build_if_shipped()
+    pip_megatron.prepare()
     backends.DotProductAttention = ContextParallelAttention
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallel(
         torch_norm.WrappedTorchNorm.__new__

@@ -47,9 +47,9 @@ def main() -> None:
         sys.argv[1:] = cpu.add_cpu_flags(sys.argv[1:])
         cpu.activate()
 
-    from megatron_xielu import arguments, dataset_helpers
+    from megatron_xielu import arguments, pip_megatron
 
-    dataset_helpers.skip_build_if_shipped()
+    pip_megatron.prepare()
     try:
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
         _check_supported(args)

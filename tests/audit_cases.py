@@ -1,0 +1,88 @@
+"""Builds real GPT models on one CPU rank and prints what `layer_specs.audit` says of each.
+
+Run by tests/test_layer_specs.py in a process of its own, since CPU mode changes torch for good.
+"""
+
+import json
+
+import torch
+
+from megatron_xielu import cpu
+
+
+def main() -> None:
+    """Build, audit, print one JSON object: case -> message, or the number of activations."""
+    cpu.activate()
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    forward = MLP.forward
+
+    from megatron_xielu.activations import XIELU, ActivationBuilder, XIPReLU
+    from megatron_xielu.layer_specs import audit, with_activation
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    xielu = ActivationBuilder(XIELU)
+
+    def build(spec, **options):
+        settings = {
+            "num_layers": 2,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "use_cpu_initialization": True,
+            "use_te_activation_func": True,
+            "add_bias_linear": False,
+            **options,
+        }
+        config = TransformerConfig(**settings)
+        spec = spec if isinstance(spec, ModuleSpec) else spec(config)
+        mtp = None
+        if config.mtp_num_layers:
+            mtp = get_gpt_mtp_block_spec(config, get_gpt_layer_local_spec(), False)
+        return GPTModel(config, spec, 32, 16, mtp_block_spec=mtp, position_embedding_type="rope")
+
+    def outcome(spec, activation=XIELU, **options):
+        try:
+            return len(audit([build(spec, **options)], activation))
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+
+    ours = with_activation(get_gpt_layer_local_spec(), xielu)
+    mixed = {"num_moe_experts": 2, "moe_layer_freq": [0, 1], "moe_ffn_hidden_size": 8}
+    shared = {**mixed, "moe_shared_expert_intermediate_size": 8}
+
+    def experts_keep_gelu(config):
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        block.layer_specs[0] = with_activation(block.layer_specs[0], xielu)
+        return block
+
+    def block_of_dense_layers(config):
+        return with_activation(get_gpt_decoder_block_spec(config, False), xielu)
+
+    cases = {
+        "ours": outcome(ours),
+        "block": outcome(block_of_dense_layers, moe_layer_freq=[0, 0]),
+        "other activation": outcome(ours, XIPReLU),
+        "untouched spec": outcome(get_gpt_layer_local_spec()),
+        "slot ignored": outcome(ours, use_te_activation_func=False),
+        "experts": outcome(experts_keep_gelu, **mixed),
+        "shared experts": outcome(experts_keep_gelu, **shared),
+        "mtp": outcome(ours, mtp_num_layers=1),
+        "MLP.forward is Megatron's": MLP.forward is forward,
+    }
+    print("CASES " + json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()

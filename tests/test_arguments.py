@@ -1,0 +1,150 @@
+"""The flags: every refused combination, before anything is allocated and naming the flag."""
+
+import subprocess
+import sys
+
+import pytest
+from launch import TINY_LLAMA, train
+from megatron.training.arguments import parse_args
+
+from megatron_xielu import arguments
+from megatron_xielu.activations import XIELU, XIPReLU
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse a command line (the tiny Llama's flags first) as the entry does."""
+
+    def parse(flags: str, model=TINY_LLAMA):
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *model, *flags.split()])
+        return parse_args(extra_args_provider=arguments.add_arguments)
+
+    return parse
+
+
+def test_flags_reach_the_module(parse):
+    args = parse(
+        "--xielu --xielu-alpha-p-init 0.3 --xielu-alpha-n-init 0.9 --xielu-beta 0.25 "
+        "--disable-bias-linear"
+    )
+    arguments.validate(args)
+    assert args.use_te_activation_func
+    module = arguments.activation_builder(args)(config=None)
+    assert type(module) is XIELU and module.beta == 0.25
+    alpha_p, alpha_n = module.effective_alphas()
+    assert alpha_p.item() == pytest.approx(0.3) and alpha_n.item() == pytest.approx(0.9)
+
+
+def test_defaults(parse):
+    builder = arguments.activation_builder(parse("--xiprelu"))
+    assert builder.activation is XIPReLU
+    assert (builder.alpha_p_init, builder.alpha_n_init, builder.beta) == (0.8, 0.8, 0.5)
+    assert arguments.activation_builder(parse("--squared-relu")) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--xielu --xiprelu", "give one activation, not --xielu and --xiprelu"),
+        (
+            "--xielu --spec megatron_xielu.layer_specs xiprelu_layer_spec",
+            "give one activation, not --xielu and --xiprelu",
+        ),
+        ("--xielu --swiglu", "--xielu does not work with --swiglu"),
+        ("--xiprelu --squared-relu", "--xiprelu does not work with --squared-relu"),
+        ("--xielu --quick-geglu", "--quick-geglu"),
+        ("--xielu --use-transformer-engine-op-fuser", "--use-transformer-engine-op-fuser"),
+        ("--xielu --num-experts 4", "--num-experts"),
+        ("--xielu --mtp-num-layers 1", "--mtp-num-layers"),
+        ("--xielu --use-megatron-fsdp", "--use-megatron-fsdp"),
+        ("--xielu --use-torch-fsdp2", "--use-torch-fsdp2"),
+        ("--xielu --spec other.module spec", "with_activation"),
+        ("--xielu --xielu-alpha-p-init 0", "--xielu-alpha-p-init must be a finite number above 0"),
+        ("--xielu --xielu-alpha-p-init nan", "--xielu-alpha-p-init must be"),
+        ("--xielu --xielu-alpha-n-init 0.5", "--xielu-alpha-n-init of XIELU must be .* above 0.5"),
+        ("--xiprelu --xielu-alpha-n-init -1", "--xielu-alpha-n-init of XIPReLU must be"),
+        ("--xielu --xielu-beta 0", "--xielu-beta must be a finite number above 0"),
+        ("--xielu --xielu-beta inf", "--xielu-beta must be"),
+        ("--xielu --xielu-check-tp-sync -1", "--xielu-check-tp-sync must be 0 or more"),
+        ("--xielu --bf16 --save x", "add --use-distributed-optimizer"),
+        ("--xiprelu --fp16 --load x", "add --use-distributed-optimizer"),
+    ],
+)
+def test_refused(parse, flags, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.validate(parse(flags))
+
+
+def test_bias_activation_fusion_is_refused(parse):
+    with_bias = [flag for flag in TINY_LLAMA if flag != "--disable-bias-linear"]
+    with pytest.raises(ValueError, match="add --no-bias-gelu-fusion"):
+        arguments.validate(parse("--xielu", with_bias))
+    arguments.validate(parse("--xielu --no-bias-gelu-fusion", with_bias))
+
+
+def test_activations_of_megatron_are_left_alone(parse):
+    args = parse("--swiglu --bf16 --save x")
+    arguments.validate(args)
+    assert not args.use_te_activation_func
+
+
+def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
+    """Megatron itself would load it and ignore the alphas."""
+    for flags, message in (
+        ("--xiprelu", r"was trained with --xielu, but this run asks for --xiprelu; add --xielu"),
+        ("", "was trained with --xielu, but this run asks for GELU"),
+        ("--squared-relu", "but this run asks for --squared-relu"),
+        ("--xielu --xielu-beta 0.4", r"trained with --xielu-beta 0\.5, not 0\.4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arguments.check_checkpoint(parse(f"{flags} --load {start_checkpoint}"))
+    arguments.check_checkpoint(parse(f"--xielu --load {start_checkpoint}"))
+    spec = "--spec megatron_xielu.layer_specs xielu_layer_spec"
+    arguments.check_checkpoint(parse(f"{spec} --load {start_checkpoint}"))
+
+
+def test_no_checkpoint_yet(parse, tmp_path):
+    arguments.check_checkpoint(parse(f"--xielu --load {tmp_path}"))
+    arguments.check_checkpoint(parse("--xielu"))
+
+
+def test_checkpoint_args_against_a_flag(parse, start_checkpoint):
+    args = parse(f"--load {start_checkpoint} --use-checkpoint-args")
+    arguments.restore_from_checkpoint(args)
+    assert args.xielu and args.xielu_beta == 0.5
+    with pytest.raises(ValueError, match="was trained with --xielu"):
+        arguments.restore_from_checkpoint(parse(f"--xiprelu --load {start_checkpoint}"))
+
+
+def test_the_entry_ends_with_one_line(tmp_path):
+    run = train(tmp_path, "--xielu --swiglu", succeeds=False)
+    assert run.output.rstrip().endswith(
+        "megatron_xielu: error: --xielu does not work with --swiglu; drop one of them"
+    )
+    assert "Traceback" not in run.output
+
+
+def test_cpu_mode_refuses_what_needs_a_gpu(tmp_path):
+    from megatron_xielu import cpu
+
+    for flags, message in (
+        (["--transformer-impl", "transformer_engine"], "--transformer-impl transformer_engine"),
+        (["--transformer-impl=transformer_engine"], "--transformer-impl transformer_engine"),
+        (["--fp8-format", "hybrid"], "--fp8-format needs a GPU"),
+        (["--distributed-backend", "nccl"], "--distributed-backend nccl needs a GPU"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            cpu.add_cpu_flags(flags)
+    assert cpu.add_cpu_flags(["--transformer-impl", "local"])[-2:] == [
+        "--transformer-impl",
+        "local",
+    ]
+
+
+def test_cpu_mode_wants_a_script():
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_xielu.cpu", "no_such_script.py"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "no such script: no_such_script.py" in done.stderr

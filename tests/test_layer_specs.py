@@ -1,0 +1,91 @@
+"""The spec walker on every form of spec, and the audit on really built models."""
+
+import json
+from functools import partial
+
+import pytest
+from launch import train
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_xielu.activations import XIELU, ActivationBuilder
+from megatron_xielu.layer_specs import with_activation
+
+BUILDER = ActivationBuilder(XIELU)
+
+
+def layer_with(mlp) -> ModuleSpec:
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(mlp=mlp))
+
+
+def test_partial_form():
+    """Megatron 0.18 and later."""
+    spec = get_gpt_layer_local_spec()
+    copied = with_activation(spec, BUILDER)
+    assert isinstance(copied.submodules.mlp, partial)
+    assert copied.submodules.mlp.keywords["submodules"].activation_func is BUILDER
+    assert copied.submodules.mlp.func == MLP.as_mlp_submodule
+    assert spec.submodules.mlp.keywords["submodules"].activation_func is None  # a copy, not a patch
+    assert copied.submodules.self_attention is spec.submodules.self_attention
+
+
+def test_module_spec_form():
+    """Megatron 0.17."""
+    submodules = MLPSubmodules(linear_fc1=object, linear_fc2=object)
+    spec = layer_with(ModuleSpec(module=MLP, submodules=submodules))
+    copied = with_activation(spec, BUILDER)
+    assert copied.submodules.mlp.submodules.activation_func is BUILDER
+    assert copied.submodules.mlp.module is MLP
+    assert submodules.activation_func is None
+
+
+def test_block_form_and_layers_without_an_mlp():
+    block = TransformerBlockSubmodules([get_gpt_layer_local_spec(), layer_with(IdentityOp)])
+    first, second = with_activation(block, BUILDER).layer_specs
+    assert first.submodules.mlp.keywords["submodules"].activation_func is BUILDER
+    assert second.submodules.mlp is IdentityOp
+
+
+class FusedMLP(MLP):
+    """Stands for Transformer Engine's fused MLP, which bakes the activation in."""
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        get_gpt_layer_local_spec(num_experts=2),
+        layer_with(
+            partial(
+                FusedMLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=object, linear_fc2=object),
+            )
+        ),
+    ],
+    ids=["experts", "op fuser"],
+)
+def test_refused(spec):
+    with pytest.raises(ValueError, match="--num-experts and --use-transformer-engine-op-fuser"):
+        with_activation(spec, BUILDER)
+
+
+def test_audit(tmp_path):
+    run = train(tmp_path, "", model=(), command=["-m", "audit_cases"])
+    cases = json.loads(run.output.split("CASES ", 1)[1].splitlines()[0])
+    assert cases.pop("MLP.forward is Megatron's")
+    assert cases.pop("ours") == 2
+    assert cases.pop("block") == 2
+    expected = {
+        "other activation": "not every MLP has XIPReLU: decoder.layers.0.mlp has XIELU",
+        "untouched spec": "not every MLP has XIELU: decoder.layers.0.mlp has gelu",
+        "slot ignored": "decoder.layers.1.mlp has gelu",
+        "experts": "decoder.layers.1.mlp.experts.local_experts.0 has gelu",
+        "shared experts": "decoder.layers.1.mlp.shared_experts has gelu",
+        "mtp": "mtp.layers.0",
+    }
+    assert cases.keys() == expected.keys()
+    for case, message in expected.items():
+        assert message in str(cases[case]), (case, cases[case])
