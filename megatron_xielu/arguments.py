@@ -12,6 +12,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from megatron_xielu import fp32_parameters
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
@@ -37,6 +38,9 @@ _EXCLUDED = {
     "use_grouped_gemm_for_dense_mlp": "--use-grouped-gemm-for-dense-mlp",
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
+    # Untested with fp32 parameters beside 16-bit ones.
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "yaml_cfg": "--yaml-cfg",
 }
 
@@ -151,26 +155,8 @@ def validate(args: Namespace) -> None:
         raise ValueError(
             f"{flag} has no fused bias; add --no-bias-gelu-fusion (or --disable-bias-linear)"
         )
-    check_optimizer(args)
+    fp32_parameters.check_optimizer(args)
     args.use_te_activation_func = True
-
-
-def check_optimizer(args: Namespace) -> None:
-    """Refuse the one Megatron optimizer that writes wrong checkpoints with fp32 alphas.
-
-    Up to 0.19, the non-distributed 16-bit optimizer numbers only its 16-bit parameters when it
-    writes a checkpoint, so that a native fp32 parameter shifts the state of all that follow.
-
-    Raises:
-        ValueError: naming the flag to add.
-    """
-    half = args.bf16 or args.fp16
-    if half and not args.use_distributed_optimizer and (args.save or args.load):
-        raise ValueError(
-            "alphas are fp32 parameters, and Megatron's non-distributed optimizer mixes up its "
-            "checkpointed state when a bf16 or fp16 model has any; add --use-distributed-optimizer "
-            "(it also works with one data-parallel rank)"
-        )
 
 
 def saved_arguments(args: Namespace) -> Namespace | None:

@@ -3,7 +3,7 @@
 Megatron's dense MLP has a slot for an activation module, ``MLPSubmodules.activation_func``, used
 when ``config.use_te_activation_func`` is set. `with_activation` copies a spec with that slot
 filled, whatever its backend (local, Transformer Engine) and form (``ModuleSpec``,
-``functools.partial``). No Megatron class is patched.
+``functools.partial``). No Megatron class is patched for it.
 
 Megatron builds some MLPs from specs of its own (routed and shared experts, MTP blocks) and would
 silently leave GELU there, so `audit` looks at the model that was really built.
@@ -25,7 +25,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_xielu import arguments
+from megatron_xielu import arguments, fp32_parameters
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
 
 # TransformerConfig fields that make Megatron build other MLPs than the dense one: flag.
@@ -148,6 +148,7 @@ def layer_spec(builder: ActivationBuilder, config: Any, vp_stage: int | None = N
     for field, flag in _UNSUPPORTED.items():
         if getattr(transformer, field, None):
             raise ValueError(f"{flag} is not supported with xIELU and xIPReLU yet")
+    fp32_parameters.mend_distributed_optimizer()
     # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
     hook = _AuditHook(builder.activation)
     if hook not in config.pre_wrap_hooks:
@@ -160,7 +161,7 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     from megatron.training import get_args
 
     args = get_args()
-    arguments.check_optimizer(args)
+    fp32_parameters.check_optimizer(args)
     arguments.check_checkpoint(args)
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
     return layer_spec(builder, config, vp_stage)

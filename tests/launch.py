@@ -46,7 +46,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Training loss of every iteration."""
+        """Training loss of every iteration; Megatron gives the second of a run as the mean of two."""
         return [
             float(x) for x in re.findall(r"iteration +\d+/.*?\| lm loss: (\S+) \|", self.output)
         ]

@@ -58,6 +58,8 @@ def test_defaults(parse):
         ("--xielu --mtp-num-layers 1", "--mtp-num-layers"),
         ("--xielu --use-megatron-fsdp", "--use-megatron-fsdp"),
         ("--xielu --use-torch-fsdp2", "--use-torch-fsdp2"),
+        ("--xielu --use-precision-aware-optimizer", "--use-precision-aware-optimizer"),
+        ("--xielu --optimizer-cpu-offload", "--optimizer-cpu-offload"),
         ("--xielu --spec other.module spec", "with_activation"),
         ("--xielu --xielu-alpha-p-init 0", "--xielu-alpha-p-init must be a finite number above 0"),
         ("--xielu --xielu-alpha-p-init nan", "--xielu-alpha-p-init must be"),
