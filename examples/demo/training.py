@@ -1,0 +1,197 @@
+"""Runs one Megatron training as a child process: its output to a log, its progress to the terminal.
+
+The child stops on SIGTERM with a checkpoint (``--exit-signal-handler``), so an interrupted training
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+_POLL_SECONDS = 0.2
+_PLAIN_REPORT_SECONDS = 15  # between lines where the output is no terminal
+_LOG_TAIL_LINES = 30
+_LAUNCHER_REPORT = "failed (exitcode:"  # begins torchrun's thirty lines about a failed rank
+
+# Megatron's line for an iteration. Results come from the event files; but those reach the disk
+# only every two minutes, too late for a progress line.
+_ITERATION = re.compile(
+    r"iteration +(?P<iteration>\d+)/ *(?P<of>\d+) \|.* per iteration \(ms\): (?P<ms>[\d.]+) \|"
+    r".* lm loss: (?P<loss>[\d.E+-]+) \|"
+)
+
+# What Megatron's defaults need of Transformer Engine and of NVIDIA Apex, switched off.
+_WITHOUT_TRANSFORMER_ENGINE = [
+    *("--transformer-impl", "local"),
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+]
+_WITHOUT_APEX = ["--no-gradient-accumulation-fusion"]
+
+
+class Stopped(BaseException):
+    """The user (or the system) asked to stop: SIGINT or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def raise_on_stop_signals() -> None:
+    """Turn SIGINT and SIGTERM into `Stopped`."""
+
+    def stop(signum: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):  # once is enough: the rest is a clean exit
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+def train(
+    label: str,
+    flags: Sequence[str],
+    *,
+    ranks: int,
+    on_gpu: bool,
+    tokens_per_iteration: int,
+    log: Path,
+    keep_open: int,
+) -> None:
+    """Run ``megatron_xielu.pretrain_gpt`` to its end and show how it proceeds.
+
+    Args:
+        label: what the progress line calls it.
+        flags: Megatron's command line.
+        ranks: processes to start.
+        on_gpu: whether they use GPUs.
+        tokens_per_iteration: to show the speed.
+        log: file that the output is appended to.
+        keep_open: a file descriptor for the child to hold for as long as it lives.
+
+    Raises:
+        Stopped: a stop signal came; the child has saved a checkpoint and ended.
+        SystemExit: the training failed; the message ends with the log's last lines.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)),
+        *("-m", "megatron_xielu.pretrain_gpt", *flags, *(_gpu_flags() if on_gpu else ())),
+    ]
+    progress = _Progress(label, tokens_per_iteration)
+    with log.open("ab") as output:
+        position = output.tell()
+        child = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, **_environment(ranks)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C reaches it once, from here
+            pass_fds=(keep_open,),
+        )
+    try:
+        with log.open(errors="replace") as lines:
+            lines.seek(position)
+            while child.poll() is None:
+                progress.read(lines.read())
+                time.sleep(_POLL_SECONDS)
+            progress.read(lines.read())
+    except BaseException:
+        progress.end("stopping (it may take half a minute)")
+        child.terminate()
+        raise
+    finally:
+        child.wait()
+    if child.returncode:
+        progress.end("failed")
+        with log.open(errors="replace") as lines:
+            lines.seek(position)
+            tail = last_words(lines.read())
+        raise SystemExit(f"{tail}\ndemo: the {label} training failed; its whole log: {log}")
+    progress.end("done")
+
+
+def last_words(log: str) -> str:
+    """The end of a failed training's log, without the launcher's report that follows it."""
+    own = log.splitlines()
+    for index, line in enumerate(own):
+        if _LAUNCHER_REPORT in line:
+            own = own[:index]
+            break
+    return "\n".join(own[-_LOG_TAIL_LINES:])
+
+
+def _gpu_flags() -> list[str]:
+    return [
+        *([] if find_spec("transformer_engine") else _WITHOUT_TRANSFORMER_ENGINE),
+        *([] if find_spec("apex") else _WITHOUT_APEX),
+    ]
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # More threads than cores make every matrix product wait for the slowest.
+    threads = max(1, (cores or 1) // ranks)
+    return {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+class _Progress:
+    """One line that is rewritten on a terminal, and now and then a new line elsewhere."""
+
+    def __init__(self, label: str, tokens_per_iteration: int) -> None:
+        self._label = label
+        self._tokens = tokens_per_iteration
+        self._recent: deque[float] = deque(maxlen=20)  # milliseconds per iteration
+        self._rest = ""
+        self._state = "starting"
+        self._live = sys.stdout.isatty()
+        self._begin = self._shown = time.monotonic()
+        self._show()
+
+    def read(self, text: str) -> None:
+        """Take what the log has gained."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if match := _ITERATION.search(line):
+                self._recent.append(float(match["ms"]))
+                self._describe(int(match["iteration"]), int(match["of"]), float(match["loss"]))
+        now = time.monotonic()
+        if self._live or now - self._shown >= _PLAIN_REPORT_SECONDS:
+            self._shown = now
+            self._show()
+
+    def _describe(self, iteration: int, of: int, loss: float) -> None:
+        seconds = sum(self._recent) / len(self._recent) / 1000
+        left = round((of - iteration) * seconds)
+        self._state = (
+            f"iteration {iteration:4}/{of}   loss {loss:.3f}   "
+            f"{self._tokens / seconds:7,.0f} tokens/s   {left // 60}:{left % 60:02} left"
+        )
+
+    def end(self, outcome: str) -> None:
+        """Leave the line, with how it ended."""
+        spent = round(time.monotonic() - self._begin)
+        self._state = f"{self._state.partition('   0:00 left')[0]}   {outcome}"
+        self._state += f" after {spent // 60}:{spent % 60:02}"
+        self._show()
+        if self._live:
+            print(flush=True)
+
+    def _show(self) -> None:
+        line = f"{self._label:8} {self._state}"
+        print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
