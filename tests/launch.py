@@ -46,7 +46,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Training loss of every iteration; Megatron gives the second of a run as the mean of two."""
+        """Training loss of every iteration; the second of a run is Megatron's mean of two."""
         return [
             float(x) for x in re.findall(r"iteration +\d+/.*?\| lm loss: (\S+) \|", self.output)
         ]
@@ -161,10 +161,3 @@ def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
-
-
-def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Two checkpoints hold the same tensors, bit for bit."""
-    assert one.keys() == other.keys()
-    different = [key for key in one if not torch.equal(one[key], other[key])]
-    assert not different, different

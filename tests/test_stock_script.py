@@ -41,7 +41,7 @@ def test_trains_as_our_entry_does(script, activation, tmp_path):
         ("", "add --use-te-activation-func"),
         ("--use-te-activation-func --mtp-num-layers 1", "--mtp-num-layers is not supported"),
         (
-            "--use-te-activation-func --num-experts 2 --moe-router-topk 1",
+            "--use-te-activation-func --num-experts 2 --moe-router-topk 2",
             "--num-experts is not supported",
         ),
         ("--use-te-activation-func --bf16 --save x", "add --use-distributed-optimizer"),
