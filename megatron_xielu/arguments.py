@@ -219,8 +219,7 @@ def restore_from_checkpoint(args: Namespace) -> None:
     for name in _CHECKPOINT_ARGUMENTS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
-    if found:
-        args.spec = None  # one way to say it: the flag
+    if found:  # also where it was trained with --spec
         setattr(args, found, True)
 
 

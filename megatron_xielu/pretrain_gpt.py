@@ -9,13 +9,17 @@ activation in its layer spec. Without ``--xielu`` or ``--xiprelu`` it trains Meg
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from megatron_xielu import pip_megatron
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -31,6 +35,8 @@ _OTHER_SCRIPTS = {
     "perform_rl_step": "--perform-rl-step",
 }
 
+_MEGATRON_HINT = "pip install 'megatron-core[training]>=0.19,<0.20'"
+
 # A loss this many times the largest seen so far is reported with --check-for-spiky-loss.
 _SPIKY_LOSS_FACTOR = 10
 
@@ -38,6 +44,25 @@ _SPIKY_LOSS_FACTOR = 10
 def main() -> None:
     """Parse the command line and train."""
     _rendezvous_with_itself()
+    try:
+        _prepare_megatron()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "megatron":
+            raise
+        raise SystemExit(f"megatron_xielu: error: {error}; {_MEGATRON_HINT}") from None
+
+    from megatron_xielu import arguments
+
+    try:
+        args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
+        _check_supported(args)
+    except ValueError as error:
+        raise SystemExit(f"megatron_xielu: error: {error}") from None
+    _train(args)
+
+
+def _prepare_megatron() -> None:
+    """Import Megatron, redirected to the CPU where that is asked for or all there is."""
     use_cpu = "--cpu" in sys.argv
     if use_cpu or not torch.cuda.is_available():
         from megatron_xielu import cpu
@@ -47,15 +72,15 @@ def main() -> None:
         sys.argv[1:] = cpu.add_cpu_flags(sys.argv[1:])
         cpu.activate()
 
-    from megatron_xielu import arguments, pip_megatron
+    import megatron.training
+    from megatron.core.package_info import MAJOR, MINOR
 
+    if (MAJOR, MINOR) != (0, 19):
+        raise SystemExit(
+            f"megatron_xielu: error: this entry is for megatron-core 0.19, and "
+            f"{Path(megatron.training.__file__).parents[1]} is {MAJOR}.{MINOR}; {_MEGATRON_HINT}"
+        )
     pip_megatron.prepare()
-    try:
-        args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
-        _check_supported(args)
-    except ValueError as error:
-        raise SystemExit(f"megatron_xielu: error: {error}") from None
-    _train(args)
 
 
 def _rendezvous_with_itself() -> None:
@@ -137,9 +162,6 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
 
 
 def _dataset_config(args: Namespace) -> Any:
-    import json
-    from pathlib import Path
-
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split

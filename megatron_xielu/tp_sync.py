@@ -28,9 +28,9 @@ def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
         for name, module in model.named_modules()
         if isinstance(module, TrainableActivation)
     }
-    groups = {module.tp_group for module in activations.values() if module.tp_group is not None}
-    for group in groups:
-        if group.size() == 1:
+    # In the order of the layers, which all ranks share, so that their collectives match.
+    for group in dict.fromkeys(module.tp_group for module in activations.values()):
+        if group is None or group.size() == 1:
             continue
         members = {name: m for name, m in activations.items() if m.tp_group is group}
         names = [f"{name}.{a}" for name in members for a in ("alpha_p", "alpha_n")]

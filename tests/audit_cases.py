@@ -3,6 +3,7 @@
 Run by tests/test_layer_specs.py in a process of its own, since CPU mode changes torch for good.
 """
 
+import contextlib
 import json
 
 import torch
@@ -12,11 +13,15 @@ from megatron_xielu import cpu
 
 def main() -> None:
     """Build, audit, print one JSON object: case -> message, or the number of activations."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import transformer_engine.pytorch  # noqa: F401  (before torch.cuda is redirected)
     cpu.activate()
     from megatron.core import parallel_state
+    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
         get_gpt_mtp_block_spec,
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -81,6 +86,16 @@ def main() -> None:
         "mtp": outcome(ours, mtp_num_layers=1),
         "MLP.forward is Megatron's": MLP.forward is forward,
     }
+    if HAVE_TE:
+        te = with_activation(get_gpt_layer_with_transformer_engine_spec(), xielu)
+        cases["transformer engine"] = outcome(te, normalization="RMSNorm")
+        cases["untouched transformer engine spec"] = outcome(
+            get_gpt_layer_with_transformer_engine_spec(use_te_activation_func=True)
+        )
+        try:
+            with_activation(get_gpt_layer_with_transformer_engine_spec(use_te_op_fuser=True), xielu)
+        except ValueError as error:
+            cases["op fuser"] = str(error)
     print("CASES " + json.dumps(cases))
 
 

@@ -126,6 +126,25 @@ def test_the_entry_ends_with_one_line(tmp_path):
     assert "Traceback" not in run.output
 
 
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("sys.modules['megatron'] = None", "pip install 'megatron-core[training]>=0.19,<0.20'"),
+        (
+            "from megatron_xielu import cpu; cpu.activate(); "
+            "import megatron.core.package_info as info; info.MINOR = 18",
+            "this entry is for megatron-core 0.19, and",
+        ),
+    ],
+    ids=["missing", "other version"],
+)
+def test_the_entry_says_which_megatron_it_needs(before, message):
+    code = f"import sys; {before}; from megatron_xielu import pretrain_gpt; pretrain_gpt.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("megatron_xielu: error")
+    assert message in done.stderr
+
+
 def test_cpu_mode_refuses_what_needs_a_gpu(tmp_path):
     from megatron_xielu import cpu
 
