@@ -159,16 +159,21 @@ def validate(args: Namespace) -> None:
     args.use_te_activation_func = True
 
 
-def saved_arguments(args: Namespace) -> Namespace | None:
-    """The arguments saved in the checkpoint that ``args`` would load; None if there is none."""
+def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
+    """The arguments saved in the checkpoint that ``args`` would load, and where; None if none."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    load_arg = "load" if getattr(args, "load", None) else "pretrained_checkpoint"
-    if not getattr(args, load_arg, None):
-        return None
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports each argument that it would set
-        result: Any = load_args_from_checkpoint(copy.copy(args), load_arg=load_arg)
-    return result[1] if isinstance(result, tuple) else None
+    ours = copy.copy(args)
+    ours.exit_on_missing_checkpoint = False  # Megatron's to do, and to say
+    for load_arg in ("load", "pretrained_checkpoint"):
+        folder = getattr(ours, load_arg, None)
+        if not folder:
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints each argument it would set
+            result: Any = load_args_from_checkpoint(ours, load_arg=load_arg)
+        if isinstance(result, tuple):
+            return result[1], folder
+    return None
 
 
 def check_checkpoint(args: Namespace) -> None:
@@ -179,22 +184,22 @@ def check_checkpoint(args: Namespace) -> None:
     Raises:
         ValueError: naming both activations.
     """
-    saved = saved_arguments(args)
-    if saved is None:
+    checkpoint = saved_arguments(args)
+    if checkpoint is None:
         return
+    saved, folder = checkpoint
     asked, found = activation_name(args), activation_name(saved)
-    path = args.load or args.pretrained_checkpoint
     if asked != found:
         raise ValueError(
-            f"the checkpoint in {path} was trained with {_describe(saved)}, but this run asks for "
-            f"{_describe(args)}; "
+            f"the checkpoint in {folder} was trained with {_describe(saved)}, but this run asks "
+            f"for {_describe(args)}; "
             + (f"add --{found}" if found else f"drop --{asked}")
             + " or add --use-checkpoint-args"
         )
     beta, saved_beta = (getattr(a, "xielu_beta", DEFAULT_BETA) for a in (args, saved))
     if asked and beta != saved_beta:
         raise ValueError(
-            f"the checkpoint in {path} was trained with --xielu-beta {saved_beta}, not {beta}"
+            f"the checkpoint in {folder} was trained with --xielu-beta {saved_beta}, not {beta}"
         )
 
 
@@ -210,9 +215,10 @@ def _describe(args: Namespace) -> str:
 
 def restore_from_checkpoint(args: Namespace) -> None:
     """Take the activation and its settings from the checkpoint (part of --use-checkpoint-args)."""
-    saved = saved_arguments(args)
-    if saved is None:
+    checkpoint = saved_arguments(args)
+    if checkpoint is None:
         return
+    saved, _ = checkpoint
     found = activation_name(saved)
     if activation_name(args) is not None:
         check_checkpoint(args)  # a flag that contradicts the checkpoint is an error, not a choice

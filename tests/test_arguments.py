@@ -93,7 +93,7 @@ def test_activations_of_megatron_are_left_alone(parse):
 def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
     """Megatron itself would load it and ignore the alphas."""
     for flags, message in (
-        ("--xiprelu", r"was trained with --xielu, but this run asks for --xiprelu; add --xielu"),
+        ("--xiprelu", "was trained with --xielu, but this run asks for --xiprelu; add --xielu"),
         ("", "was trained with --xielu, but this run asks for GELU"),
         ("--squared-relu", "but this run asks for --squared-relu"),
         ("--xielu --xielu-beta 0.4", r"trained with --xielu-beta 0\.5, not 0\.4"),
@@ -105,9 +105,14 @@ def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
     arguments.check_checkpoint(parse(f"{spec} --load {start_checkpoint}"))
 
 
-def test_no_checkpoint_yet(parse, tmp_path):
+def test_no_checkpoint_yet(parse, tmp_path, start_checkpoint):
     arguments.check_checkpoint(parse(f"--xielu --load {tmp_path}"))
+    arguments.check_checkpoint(parse(f"--xielu --load {tmp_path} --exit-on-missing-checkpoint"))
     arguments.check_checkpoint(parse("--xielu"))
+    first_run = f"--load {tmp_path} --pretrained-checkpoint {start_checkpoint}"
+    arguments.check_checkpoint(parse(f"--xielu {first_run}"))
+    with pytest.raises(ValueError, match="was trained with --xielu"):
+        arguments.check_checkpoint(parse(first_run))
 
 
 def test_checkpoint_args_against_a_flag(parse, start_checkpoint):

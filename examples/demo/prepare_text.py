@@ -118,7 +118,6 @@ def prepare(folder: Path, out: Path) -> TextManifest:
     if written.exists() and json.loads(written.read_text()) == manifest.to_json():
         return manifest
     written.unlink(missing_ok=True)
-    written.unlink(missing_ok=True)
     shutil.rmtree(out / "cache", ignore_errors=True)  # Megatron's indices into the old text
     out.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:

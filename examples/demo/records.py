@@ -146,6 +146,7 @@ def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
     import torch.distributed.checkpoint as dcp
 
     from megatron_xielu.activations import ACTIVATIONS, DEFAULT_ALPHA_INIT, DEFAULT_BETA
+    from megatron_xielu.reference import softplus
 
     floors = {"p": 0.0, "n": ACTIVATIONS[name].alpha_n_floor(DEFAULT_BETA)}
     history: dict[str, list[list[float]]] = {"p": [], "n": []}
@@ -156,9 +157,8 @@ def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
         }
         dcp.load(raw, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
         for side, floor in floors.items():
-            alpha = raw[_ALPHA_KEY.format(side=side)].flatten().double()  # [layers]
-            effective = torch.logaddexp(alpha, torch.zeros_like(alpha)) + floor
-            history[side].append(effective.tolist())
+            alpha = raw[_ALPHA_KEY.format(side=side)].flatten()  # [layers]
+            history[side].append((softplus(alpha) + floor).tolist())
     for values in history.values():
         values.insert(0, [DEFAULT_ALPHA_INIT] * len(values[0]))
     return Alphas([0, *checkpoints], history["p"], history["n"])
