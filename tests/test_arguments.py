@@ -167,6 +167,13 @@ def test_cpu_mode_refuses_what_needs_a_gpu(tmp_path):
     ]
 
 
+def test_cpu_mode_comes_before_megatron():
+    from megatron_xielu import cpu
+
+    with pytest.raises(RuntimeError, match=r"before importing megatron\.core|a GPU is visible"):
+        cpu.activate()
+
+
 def test_cpu_mode_wants_a_script():
     done = subprocess.run(
         [sys.executable, "-m", "megatron_xielu.cpu", "no_such_script.py"],

@@ -21,7 +21,7 @@ LAYOUTS = {
     "tp2-sp": (2, f"{TP2} {SP}"),
     "tp4": (4, TP4),
     "tp4-sp": (4, f"{TP4} {SP}"),
-    "dp2-overlap": (2, OVERLAP),
+    "dp2-overlap": (2, f"{OVERLAP} --ddp-average-in-collective"),
     "tp2-dp2-overlap": (4, f"{TP2} {SP} {OVERLAP}"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2-virtual": (
