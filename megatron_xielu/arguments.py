@@ -146,6 +146,8 @@ def validate(args: Namespace) -> None:
     for argument, excluded in _EXCLUDED.items():
         if getattr(args, argument, None):
             raise ValueError(f"{flag} does not work with {excluded}; drop one of them")
+    if args.transformer_impl == "inference_optimized":
+        raise ValueError(f"{flag} does not work with --transformer-impl inference_optimized")
     if args.spec and args.spec[0] != _SPEC_MODULE:
         raise ValueError(
             f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "

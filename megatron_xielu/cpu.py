@@ -12,7 +12,7 @@ What is redirected:
 ``Tensor/Module.cuda``, ``.to``  ``"cuda"`` means the CPU
 factories (``torch.zeros``, …)   ``device="cuda"`` means the CPU; nothing is pinned
 ``Tensor.type()``                says ``torch.cuda.…Tensor``, which Megatron's optimizers ask for
-``torch.distributed``            ``nccl`` becomes ``gloo``; ``ReduceOp.AVG`` is a SUM, divided
+``torch.distributed``            ``nccl`` becomes ``gloo``; ``ReduceOp.AVG`` divides, then sums
 ``jit_fuser`` and its warm-up    do nothing: compiling small fusions takes longer than a test
 ``WrappedTorchNorm``             accepts sequence parallelism and marks its weights for it
 ``DotProductAttention``          accepts context parallelism, by gathering keys and values
@@ -356,21 +356,19 @@ def _redirect_distributed(torch: Any) -> None:
 
     dist.barrier = barrier_without_device
 
-    def with_average(function: Callable[..., Any]) -> Callable[..., Any]:
+    def with_average(function: Callable[..., Any], source: int) -> Callable[..., Any]:
         @functools.wraps(function)
-        def wrapper(output: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("op") != dist.ReduceOp.AVG:
-                return function(output, *args, **kwargs)
-            work = function(output, *args, **{**kwargs, "op": dist.ReduceOp.SUM})
-            if work is not None:
-                work.wait()
-            output.div_(dist.get_world_size(kwargs.get("group")))
-            return work
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("op") == dist.ReduceOp.AVG:
+                # Before the call: inside a coalescing manager it only records the operation.
+                args[source].div_(dist.get_world_size(kwargs.get("group")))
+                kwargs["op"] = dist.ReduceOp.SUM
+            return function(*args, **kwargs)
 
         return wrapper
 
-    for name in ("all_reduce", "reduce_scatter_tensor", "_reduce_scatter_base"):
-        setattr(dist, name, with_average(getattr(dist, name)))
+    dist.all_reduce = with_average(dist.all_reduce, source=0)
+    dist.reduce_scatter_tensor = with_average(dist.reduce_scatter_tensor, source=1)
 
 
 # --- Megatron -----------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def test_defaults(parse):
         ("--xielu --use-torch-fsdp2", "--use-torch-fsdp2"),
         ("--xielu --use-precision-aware-optimizer", "--use-precision-aware-optimizer"),
         ("--xielu --optimizer-cpu-offload", "--optimizer-cpu-offload"),
+        ("--xielu --transformer-impl inference_optimized", "--transformer-impl"),
         ("--xielu --spec other.module spec", "with_activation"),
         ("--xielu --xielu-alpha-p-init 0", "--xielu-alpha-p-init must be a finite number above 0"),
         ("--xielu --xielu-alpha-p-init nan", "--xielu-alpha-p-init must be"),
