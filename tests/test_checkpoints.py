@@ -67,6 +67,15 @@ def test_resume_from_the_reshardable_format(uninterrupted, tmp_path):
     assert_same_model(tmp_path / "checkpoints", uninterrupted[1])
 
 
+def test_resume_in_fp16(tmp_path):
+    flags = BF16_TP2.replace("--bf16", "--fp16 --initial-loss-scale 1024")
+    whole = train(tmp_path / "whole", flags, ranks=2)
+    assert set(whole.dumps[0]["dtypes"].values()) == {"torch.float32"}
+    for more in ("--exit-interval 2", ""):
+        train(tmp_path / "parts", f"{flags} {more}", ranks=2)
+    assert_same_model(tmp_path / "parts" / "checkpoints", tmp_path / "whole" / "checkpoints")
+
+
 def test_killed_rank_then_resume(uninterrupted, tmp_path):
     log = tmp_path / "log.txt"
     processes = start([*TINY_LLAMA, *BF16_TP2.split()], ranks=2, log=log)
