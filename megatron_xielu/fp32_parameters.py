@@ -1,7 +1,7 @@
 """What Megatron's optimizers need before they can carry fp32 parameters in a 16-bit model.
 
-Alphas stay fp32 in a bf16 or fp16 model. Megatron 0.17 to 0.19 trains such a model correctly, and
-writes wrong checkpoints of it: one optimizer is mended here, the other refused.
+Alphas stay fp32 in a bf16 or fp16 model. Megatron 0.19 trains such a model correctly, and writes
+wrong checkpoints of it: one optimizer is mended here, the other refused.
 """
 
 from __future__ import annotations
