@@ -187,9 +187,11 @@ def check_checkpoint(args: Namespace) -> None:
         ValueError: naming both activations.
     """
     checkpoint = saved_arguments(args)
-    if checkpoint is None:
-        return
-    saved, folder = checkpoint
+    if checkpoint is not None:
+        _refuse_another_activation(args, *checkpoint)
+
+
+def _refuse_another_activation(args: Namespace, saved: Namespace, folder: str) -> None:
     asked, found = activation_name(args), activation_name(saved)
     if asked != found:
         raise ValueError(
@@ -220,10 +222,11 @@ def restore_from_checkpoint(args: Namespace) -> None:
     checkpoint = saved_arguments(args)
     if checkpoint is None:
         return
-    saved, _ = checkpoint
+    saved, folder = checkpoint
     found = activation_name(saved)
     if activation_name(args) is not None:
-        check_checkpoint(args)  # a flag that contradicts the checkpoint is an error, not a choice
+        # A flag that contradicts the checkpoint is an error, not a choice.
+        _refuse_another_activation(args, saved, folder)
     for name in _CHECKPOINT_ARGUMENTS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))

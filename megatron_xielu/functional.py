@@ -37,8 +37,8 @@ from megatron_xielu import reference
 __all__ = ["xielu", "xiprelu"]
 
 # q(z) = h(z) / z^2 on [-1/2, 0], constant term first. float32: the degree-4 polynomial of least
-# relative error (2.2e-8, under half a unit in the last place; Remez exchange). float64: the power
-# series, whose first term left out is below 2^-57 of q.
+# relative error (2.2e-8, under half a unit in the last place; Remez exchange). float64: the
+# oracle's power series.
 _Q_COEFFICIENTS = {
     torch.float32: (
         0.49999998910311569,
@@ -47,7 +47,7 @@ _Q_COEFFICIENTS = {
         0.0082372072667009479,
         0.0011632796622055937,
     ),
-    torch.float64: tuple(1.0 / math.factorial(k + 2) for k in range(14)),
+    torch.float64: reference.Q_TAYLOR,
 }
 _EXP_MINUS_HALF = math.exp(-0.5)
 

@@ -161,8 +161,9 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     from megatron.training import get_args
 
     args = get_args()
-    fp32_parameters.check_optimizer(args)
-    arguments.check_checkpoint(args)
+    if not vp_stage:  # Megatron asks once per virtual pipeline stage; the answer is the same
+        fp32_parameters.check_optimizer(args)
+        arguments.check_checkpoint(args)
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
     return layer_spec(builder, config, vp_stage)
 

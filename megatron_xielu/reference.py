@@ -44,7 +44,7 @@ __all__ = [
 
 # Coefficients of q(x) = h(x) / x^2 = sum of x^k / (k + 2)!. On [-1/2, 0] the first term left out
 # is 2^-14 / 16!, below 2^-57 of q: more terms would not change a float64 result.
-_Q_TAYLOR = tuple(1.0 / factorial(k + 2) for k in range(14))
+Q_TAYLOR = tuple(1.0 / factorial(k + 2) for k in range(14))
 
 
 def _float64(value: Tensor | float, device: torch.device | None = None) -> Tensor:
@@ -89,8 +89,8 @@ def expm1_minus_x(x: Tensor | float) -> Tensor:
     """
     x = _float64(x)
     near = torch.where(x >= -0.5, x, torch.zeros_like(x))
-    q = torch.full_like(near, _Q_TAYLOR[-1])
-    for coefficient in reversed(_Q_TAYLOR[:-1]):
+    q = torch.full_like(near, Q_TAYLOR[-1])
+    for coefficient in reversed(Q_TAYLOR[:-1]):
         q = q * near + coefficient
     return torch.where(x >= -0.5, near * near * q, torch.expm1(x) - x)
 

@@ -1,7 +1,7 @@
 """Trainings that several test files compare with: each runs once."""
 
 import pytest
-from launch import Run, train
+from launch import Run, load_checkpoint, train
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +27,6 @@ def start_checkpoint_distributed(tmp_path_factory):
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory, start_checkpoint) -> tuple[Run, dict]:
     """One rank, from iteration 1 to 6: the run, and its checkpoint at the end."""
-    from launch import load_checkpoint
-
     folder = tmp_path_factory.mktemp("one_rank")
     run = train(folder, f"--xielu --load {start_checkpoint} --save checkpoints")
     return run, load_checkpoint(folder / "checkpoints" / "iter_0000006")

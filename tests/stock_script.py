@@ -32,7 +32,10 @@ def datasets(num_samples, vp_stage=None):
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-    on_this_rank = partial(lambda: mpu.get_tensor_model_parallel_rank() == 0)
+
+    def on_this_rank():
+        return mpu.get_tensor_model_parallel_rank() == 0
+
     return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, on_this_rank, config).build()
 
 
