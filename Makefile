@@ -1,12 +1,14 @@
-# make setup   install into .venv (nothing is done when nothing changed)
-# make test    every test, on the CPU
-# make lint    ruff, mypy
-# make demo    pretrain a small Llama with four activations on text that needs no download
+# make setup      install into .venv (nothing is done when nothing changed)
+# make test       every test, on the CPU
+# make lint       ruff, mypy
+# make demo       pretrain a small Llama with four activations on text that needs no download
+# make bench      the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
+# make bench-gpu  the same on a GPU, at the sizes of real models: runs/bench/cuda.{txt,csv,png}
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint demo
+.PHONY: setup test lint demo bench bench-gpu
 
 setup: .venv/installed
 
@@ -26,3 +28,9 @@ lint: setup
 
 demo: setup
 	$(BIN)/python examples/demo/run.py
+
+bench: setup
+	$(BIN)/python tools/bench_activation.py --device cpu
+
+bench-gpu: setup
+	$(BIN)/python tools/bench_activation.py --device cuda

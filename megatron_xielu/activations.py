@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,6 +139,10 @@ class TrainableActivation(MegatronModule):
         alpha_p, alpha_n = _SumGradientOverGroup.apply(pair, self.tp_group).split(1)
         return alpha_p, alpha_n
 
+    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``function(*tensors)``; `megatron_xielu.recompute` puts its own in this one's place."""
+        return function(*tensors)
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return (
@@ -160,7 +165,7 @@ class XIELU(TrainableActivation):
     def forward(self, input_: Tensor) -> Tensor:
         """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
         alpha_p, alpha_n = self._complete_alphas()
-        return functional.xielu(input_, alpha_p, alpha_n, beta=self.beta)
+        return self.run(partial(functional.xielu, beta=self.beta), input_, alpha_p, alpha_n)
 
 
 class XIPReLU(TrainableActivation):
@@ -178,7 +183,7 @@ class XIPReLU(TrainableActivation):
     def forward(self, input_: Tensor) -> Tensor:
         """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
         alpha_p, alpha_n = self._complete_alphas()
-        return functional.xiprelu(input_, alpha_p, alpha_n, beta=self.beta)
+        return self.run(partial(functional.xiprelu, beta=self.beta), input_, alpha_p, alpha_n)
 
 
 # What a flag, a checkpoint argument or a configuration calls an activation.

@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu import fp32_parameters
+from megatron_xielu import fp32_parameters, recompute
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
@@ -85,6 +85,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "(0: never). Costs one small all-gather.",
     )
     group.add_argument(
+        recompute.FLAG,
+        action="store_true",
+        help="Free the activation's output after the forward pass of fc2 and compute it again in "
+        "the backward pass: almost half of the MLP's saved activations, the same numbers.",
+    )
+    group.add_argument(
         "--cpu",
         action="store_true",
         help="Run on the CPU over gloo, for tests and debugging (default where there is no GPU).",
@@ -141,6 +147,8 @@ def validate(args: Namespace) -> None:
     if args.xielu_check_tp_sync < 0:
         raise ValueError("--xielu-check-tp-sync must be 0 or more")
     if activation_builder(args) is None:
+        if args.xielu_recompute_output:
+            raise ValueError(f"{recompute.FLAG} needs --xielu or --xiprelu")
         return
     flag = f"--{activation_name(args)}"
     for argument, excluded in _EXCLUDED.items():
@@ -158,6 +166,9 @@ def validate(args: Namespace) -> None:
             f"{flag} has no fused bias; add --no-bias-gelu-fusion (or --disable-bias-linear)"
         )
     fp32_parameters.check_optimizer(args)
+    if args.xielu_recompute_output:
+        recompute.check(args)
+        recompute.build_extension()
     args.use_te_activation_func = True
 
 

@@ -12,13 +12,9 @@ With ``softplus(z) = log(1 + e^z)``, ``sigma`` its derivative and ``h(x) = expm1
 Source: Huang and Schlag, arXiv:2411.13010; the closed forms in float64 are in `reference`.
 
 Each activation is a pair of custom operators, ``megatron_xielu::<name>`` and
-``megatron_xielu::<name>_backward``: one node in a compiled graph, and x, a_p, a_n are all that is
-kept for the backward pass. The arithmetic is float32 (float64 for float64) whatever the storage
-dtype, rounded once at the end; the sums behind the alpha gradients are float64 in a fixed order.
-
-The operators run `_eager_forward` and `_eager_backward`, which work through the flat tensor in
-blocks that stay in cache, with in-place operations on buffers of one block. Beside the outputs
-nothing full-size is allocated, unless x or dy has a layout that cannot be viewed flat.
+``megatron_xielu::<name>_backward``: one node in a compiled graph, and x, a_p, a_n (and a bias, if
+one is fused) are all that is kept for the backward pass. The arithmetic is float32 (float64 for
+float64) whatever the storage dtype, rounded once at the end. `backends` chooses who computes it.
 
 Limits that follow from float32 arithmetic: a slope beyond its range is inf even if dy would
 bring dx back into range, an h(x) below its range is 0, and so is the softplus of a raw alpha below
@@ -26,292 +22,81 @@ about -100.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_xielu import reference
+from megatron_xielu import backends
 
 __all__ = ["xielu", "xiprelu"]
 
-# q(z) = h(z) / z^2 on [-1/2, 0], constant term first. float32: the degree-4 polynomial of least
-# relative error (2.2e-8, under half a unit in the last place; Remez exchange). float64: the
-# oracle's power series.
-_Q_COEFFICIENTS = {
-    torch.float32: (
-        0.49999998910311569,
-        0.16666559512096771,
-        0.041649610096679294,
-        0.0082372072667009479,
-        0.0011632796622055937,
-    ),
-    torch.float64: reference.Q_TAYLOR,
-}
-_EXP_MINUS_HALF = math.exp(-0.5)
 
-# PyTorch gives a CPU thread at least 2^15 elements. Twice that halves the cost of dispatch, and a
-# thread's share of a buffer (256 KiB in float32) still stays in cache from one operation to the
-# next; 2^15 measured slower, 2^17 no faster.
-_CPU_ELEMENTS_PER_THREAD = 2**16
-# Elsewhere a block only has to be long beside a kernel launch and small beside the tensors.
-_DEVICE_ELEMENTS = 2**24
-
-
-class _Formula(Protocol):
-    """The arithmetic of one activation on one block; all tensors 1-D in the compute dtype.
-
-    `buffers` are scratch blocks. An implementation holds the effective alphas and what follows
-    from them as 0-d tensors on x's device, so that nothing waits for a device to be read.
-    """
-
-    # The term of alpha_n is alpha_n * basis ** basis_power.
-    basis_power: int
-
-    def __init__(
-        self, alpha_p: Tensor, alpha_n: Tensor, beta: float, dtype: torch.dtype
-    ) -> None: ...
-
-    def value(self, x: Tensor, out: Tensor, *buffers: Tensor) -> None:
-        """out = f(x)."""
-
-    def slope(self, x: Tensor, out: Tensor, basis: Tensor, *buffers: Tensor) -> None:
-        """out = f'(x); basis = that of alpha_n at min(x, 0)."""
-
-
-class _XIELU:
-    """xIELU without branches: x is split, and each part vanishes outside its own interval.
-
-    With ``pos = max(x, 0)``, ``z = clamp(x, -1/2, 0)`` and ``r = min(x + 1/2, 0)``:
-
-        A        = z^2 q(z) + e^-1/2 expm1(r)
-        expm1(x) = A + z    and    h(x) = A - r                      for x <= 0
-        f(x)     = (alpha_p pos + beta) pos + beta z + alpha_n A - softplus(a_n) r
-
-    Exact at r = 0, free of cancellation near 0, and finite minus finite, or plus inf, at -inf:
-    beta x has been folded into the terms it would otherwise be subtracted from.
-    """
-
-    basis_power = 1
-
-    def __init__(self, alpha_p: Tensor, alpha_n: Tensor, beta: float, dtype: torch.dtype) -> None:
-        soft_p, soft_n = _softplus_0d(alpha_p), _softplus_0d(alpha_n)
-        full_n = soft_n + beta
-        self.beta = beta
-        self.alpha_p, self.alpha_n = soft_p.to(dtype), full_n.to(dtype)
-        self.twice_alpha_p = (2.0 * soft_p).to(dtype)
-        self.soft_n = soft_n.to(dtype)
-        self.scaled_exp = (full_n * _EXP_MINUS_HALF).to(dtype)
-        # Filled on the device rather than copied to it: a copy cannot be captured in a CUDA graph.
-        self.q = tuple(soft_n.new_full((), c, dtype=dtype) for c in _Q_COEFFICIENTS[dtype])
-        # beta + alpha_n z q(z), to be multiplied by z.
-        scaled_q = ((full_n * c).to(dtype) for c in _Q_COEFFICIENTS[dtype])
-        self.beta_and_scaled_q = (soft_n.new_full((), beta, dtype=dtype), *scaled_q)
-
-    def value(self, x: Tensor, out: Tensor, *buffers: Tensor) -> None:
-        part, scratch = buffers
-        torch.clamp(x, -0.5, 0.0, out=part)
-        _horner(part, self.beta_and_scaled_q, out).mul_(part)
-        torch.clamp_max(x, -0.5, out=part).add_(0.5)
-        out.addcmul_(part, self.soft_n, value=-1.0)
-        out.addcmul_(part.expm1_(), self.scaled_exp)
-        torch.clamp_min(x, 0.0, out=part)
-        torch.mul(part, self.alpha_p, out=scratch).add_(self.beta)
-        out.addcmul_(scratch, part)
-
-    def slope(self, x: Tensor, out: Tensor, basis: Tensor, *buffers: Tensor) -> None:
-        part, scratch = buffers
-        torch.clamp(x, -0.5, 0.0, out=part)
-        _horner(part, self.q, out).mul_(part).mul_(part)
-        torch.clamp_max(x, -0.5, out=basis).add_(0.5)
-        out.add_(torch.expm1(basis, out=scratch), alpha=_EXP_MINUS_HALF)
-        torch.sub(out, basis, out=basis)
-        out.add_(part).mul_(self.alpha_n).add_(self.beta)
-        torch.clamp_min(x, 0.0, out=part)
-        out.addcmul_(part, self.twice_alpha_p)
-
-
-class _XIPReLU:
-    """xIPReLU without branches: ``m = alpha_p max(x, 0) + alpha_n min(x, 0)`` has one term that
-    is 0; ``f(x) = (m + beta) x`` and ``f'(x) = 2 m + beta``."""
-
-    basis_power = 2
-
-    def __init__(self, alpha_p: Tensor, alpha_n: Tensor, beta: float, dtype: torch.dtype) -> None:
-        soft_p, soft_n = _softplus_0d(alpha_p), _softplus_0d(alpha_n)
-        self.beta = beta
-        self.alpha_p, self.alpha_n = soft_p.to(dtype), soft_n.to(dtype)
-        self.twice_alpha_p, self.twice_alpha_n = (2.0 * soft_p).to(dtype), (2.0 * soft_n).to(dtype)
-
-    def value(self, x: Tensor, out: Tensor, *buffers: Tensor) -> None:
-        part = buffers[0]
-        torch.clamp_min(x, 0.0, out=out).mul_(self.alpha_p)
-        out.addcmul_(torch.clamp_max(x, 0.0, out=part), self.alpha_n)
-        out.add_(self.beta).mul_(x)
-
-    def slope(self, x: Tensor, out: Tensor, basis: Tensor, *buffers: Tensor) -> None:
-        torch.clamp_min(x, 0.0, out=out).mul_(self.twice_alpha_p)
-        out.addcmul_(torch.clamp_max(x, 0.0, out=basis), self.twice_alpha_n)
-        out.add_(self.beta)
-
-
-def _softplus_0d(alpha: Tensor) -> Tensor:
-    return reference.softplus(alpha).reshape(())
-
-
-def _horner(x: Tensor, coefficients: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """out = the polynomial in x, constant term first; coefficients are 0-d tensors."""
-    torch.mul(x, coefficients[-1], out=out).add_(coefficients[-2])
-    for coefficient in reversed(coefficients[:-2]):
-        torch.addcmul(coefficient, out, x, out=out)
-    return out
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """Slices that cover a flat x; a function of its length, device and the thread count only."""
-    on_cpu = x.device.type == "cpu"
-    step = _CPU_ELEMENTS_PER_THREAD * torch.get_num_threads() if on_cpu else _DEVICE_ELEMENTS
-    for start in range(0, x.numel(), step):
-        yield slice(start, min(start + step, x.numel()))
-
-
-def _buffers(x: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
-    longest = next(_blocks(x), slice(0, 0)).stop
-    return [torch.empty(longest, dtype=dtype, device=x.device) for _ in range(count)]
-
-
-def _load(block: Tensor, buffer: Tensor) -> Tensor:
-    """The block itself where its dtype is the buffer's, else a converted copy in the buffer."""
-    return block if block.dtype == buffer.dtype else buffer.copy_(block)
-
-
-def _eager_forward(
-    formula_of: type[_Formula], x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float
-) -> Tensor:
-    """f(x), contiguous, in x's dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dtype = _compute_dtype(x)
-    formula = formula_of(alpha_p, alpha_n, beta, dtype)
-    # A layout that cannot be viewed flat (a transpose, say) is copied once, here, in row-major
-    # order: the blocks and the order of the sums then depend on the values of x alone.
-    flat_x, flat_y = x.reshape(-1), y.view(-1)
-    buffers = _buffers(flat_x, 4, dtype)
-    for block in _blocks(flat_x):
-        x_buffer, y_buffer, *scratch = (b[: block.stop - block.start] for b in buffers)
-        y_block = flat_y[block]
-        result = y_block if y.dtype == dtype else y_buffer
-        formula.value(_load(flat_x[block], x_buffer), result, *scratch)
-        if result is not y_block:
-            y_block.copy_(result)
-    return y
-
-
-def _eager_backward(
-    formula_of: type[_Formula],
-    dy: Tensor,
-    x: Tensor,
-    alpha_p: Tensor,
-    alpha_n: Tensor,
-    beta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, contiguous, in x's dtype; the alpha gradients in the alphas' dtypes and shapes."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dtype = _compute_dtype(x)
-    formula = formula_of(alpha_p, alpha_n, beta, dtype)
-    # As in the forward pass; an expanded dy (of a sum, say) has a flat view and is not copied.
-    flat_dy, flat_x, flat_dx = dy.reshape(-1), x.reshape(-1), dx.view(-1)
-    sum_p, sum_n = torch.zeros(2, dtype=torch.float64, device=x.device).unbind()
-    buffers = _buffers(flat_x, 6, dtype)
-    double_buffers = _buffers(flat_x, 2, torch.float64)
-    for block in _blocks(flat_x):
-        length = block.stop - block.start
-        x_buffer, dy_buffer, slope, basis, part, scratch = (b[:length] for b in buffers)
-        doubles = [b[:length] for b in double_buffers]
-        x_block, dy_block = _load(flat_x[block], x_buffer), _load(flat_dy[block], dy_buffer)
-
-        formula.slope(x_block, slope, basis, part, scratch)
-        flat_dx[block].copy_(slope.mul_(dy_block))
-
-        _keep_where_positive(dy_block, x_block, 0.0, part)
-        sum_p += _sum_of_products(part, torch.clamp_min(x_block, 0.0, out=scratch), 2, doubles)
-        # x <= 0 is -x > -(the smallest number): x = 0 belongs to this branch.
-        below_zero = -torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        _keep_where_positive(dy_block, torch.neg(x_block, out=scratch), below_zero, part)
-        sum_n += _sum_of_products(part, basis, formula.basis_power, doubles)
-    return (
-        dx,
-        (sum_p * reference.sigmoid(alpha_p)).to(alpha_p.dtype),
-        (sum_n * reference.sigmoid(alpha_n)).to(alpha_n.dtype),
-    )
-
-
-def _keep_where_positive(dy: Tensor, x: Tensor, threshold: float, out: Tensor) -> None:
-    """out = dy where x > threshold or x is NaN, else 0, also where dy is inf or NaN.
-
-    This is the derivative of ReLU, which PyTorch vectorises; torch.where and masked_fill_ are
-    some five times slower on a CPU.
-    """
-    torch.ops.aten.threshold_backward.grad_input(dy, x, threshold, grad_input=out)
-
-
-def _sum_of_products(dy: Tensor, basis: Tensor, power: int, doubles: list[Tensor]) -> Tensor:
-    """sum(dy * basis ** power) in float64, where a product cannot leave float32's range."""
-    product, factor = doubles
-    product.copy_(dy)
-    factor.copy_(basis)
-    for _ in range(power):
-        product.mul_(factor)
-    return product.sum()
-
-
-def _define_operators(name: str, formula_of: type[_Formula]) -> Callable[..., Tensor]:
+def _define_operators(name: str) -> Callable[..., Tensor]:
     """Register ``megatron_xielu::<name>`` and its backward operator; return the first."""
 
-    def forward(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> Tensor:
-        return _eager_forward(formula_of, x, alpha_p, alpha_n, beta)
+    def forward(
+        x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
+    ) -> Tensor:
+        return backends.choose(x).forward(name, x, alpha_p, alpha_n, beta, bias)
 
-    def forward_fake(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> Tensor:
+    def forward_fake(
+        x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
+    ) -> Tensor:
         return x.new_empty(x.shape)
 
     def backward(
-        dy: Tensor, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _eager_backward(formula_of, dy, x, alpha_p, alpha_n, beta)
+        dy: Tensor,
+        x: Tensor,
+        alpha_p: Tensor,
+        alpha_n: Tensor,
+        beta: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, d_alpha_p, d_alpha_n, d_bias = backends.choose(x).backward(
+            name, dy, x, alpha_p, alpha_n, beta, bias
+        )
+        # An operator returns tensors: an empty one where there is no bias.
+        return dx, d_alpha_p, d_alpha_n, x.new_empty(0) if d_bias is None else d_bias
 
     def backward_fake(
-        dy: Tensor, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        dy: Tensor,
+        x: Tensor,
+        alpha_p: Tensor,
+        alpha_n: Tensor,
+        beta: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return (
             x.new_empty(x.shape),
             alpha_p.new_empty(alpha_p.shape),
             alpha_n.new_empty(alpha_n.shape),
+            x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
         )
 
     forward_op = torch.library.custom_op(
         f"megatron_xielu::{name}",
         forward,
         mutates_args=(),
-        schema="(Tensor x, Tensor alpha_p, Tensor alpha_n, float beta) -> Tensor",
+        schema="(Tensor x, Tensor alpha_p, Tensor alpha_n, float beta, Tensor? bias=None)"
+        " -> Tensor",
     )
     backward_op = torch.library.custom_op(
         f"megatron_xielu::{name}_backward",
         backward,
         mutates_args=(),
-        schema="(Tensor dy, Tensor x, Tensor alpha_p, Tensor alpha_n, float beta)"
-        " -> (Tensor, Tensor, Tensor)",
+        schema="(Tensor dy, Tensor x, Tensor alpha_p, Tensor alpha_n, float beta,"
+        " Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)",
     )
 
     def setup_context(ctx, inputs, output) -> None:
-        x, alpha_p, alpha_n, ctx.beta = inputs
-        ctx.save_for_backward(x, alpha_p, alpha_n)
+        x, alpha_p, alpha_n, ctx.beta, bias = inputs
+        ctx.save_for_backward(x, alpha_p, alpha_n, bias)
 
     def autograd_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward_op(dy, *ctx.saved_tensors, ctx.beta), None
+        x, alpha_p, alpha_n, bias = ctx.saved_tensors
+        dx, d_alpha_p, d_alpha_n, d_bias = backward_op(dy, x, alpha_p, alpha_n, ctx.beta, bias)
+        return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
 
     forward_op.register_fake(forward_fake)
     backward_op.register_fake(backward_fake)
@@ -319,11 +104,11 @@ def _define_operators(name: str, formula_of: type[_Formula]) -> Callable[..., Te
     return forward_op
 
 
-_xielu_op = _define_operators("xielu", _XIELU)
-_xiprelu_op = _define_operators("xiprelu", _XIPReLU)
+_xielu_op = _define_operators("xielu")
+_xiprelu_op = _define_operators("xiprelu")
 
 
-def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> None:
+def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None) -> None:
     """Raise on what the operators do not support; looks at metadata only, never at values."""
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, not {x.dtype}")
@@ -343,32 +128,60 @@ def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> None:
         raise TypeError(f"beta must be a Python number, not {type(beta).__name__}")
     if not 0.0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, not {beta}")
+    if bias is None:
+        return
+    if x.dim() == 0 or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"bias must have one element for each of x's columns: x is {tuple(x.shape)} and bias "
+            f"{tuple(bias.shape)}"
+        )
+    if bias.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"bias is {bias.dtype}: keep it in float32 or in x's dtype, {x.dtype}")
+    if bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device} and x on {x.device}: move one of them")
 
 
-def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, *, beta: float = 0.5) -> Tensor:
-    """xIELU, differentiable once in x, alpha_p and alpha_n.
+def xielu(
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    *,
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """xIELU of x + bias, differentiable once in x, alpha_p, alpha_n and bias.
 
     Args:
         x: any shape and layout; float64, float32, bfloat16 or float16.
         alpha_p, alpha_n: raw parameters (before softplus) of shape (1,) or (), in float32 or in
             x's dtype, on x's device. Their gradients have their dtype and shape.
         beta: slope at 0, a positive number.
+        bias: added to every row of x before the activation, without a pass of its own and without
+            rounding in between; shape ``x.shape[-1:]``, in float32 or in x's dtype.
 
     Returns:
         A contiguous tensor of x's shape and dtype. NaN stays NaN; x = -inf and +inf give +inf.
 
     Raises:
         TypeError: a dtype other than these, or a beta that is not a Python number.
-        ValueError: an alpha of another shape or device, or a beta that is not positive and finite.
+        ValueError: an alpha or bias of another shape or device, or a beta that is not positive and
+            finite.
     """
-    _check(x, alpha_p, alpha_n, beta)
-    return _xielu_op(x, alpha_p, alpha_n, float(beta))
+    _check(x, alpha_p, alpha_n, beta, bias)
+    return _xielu_op(x, alpha_p, alpha_n, float(beta), bias)
 
 
-def xiprelu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, *, beta: float = 0.5) -> Tensor:
-    """xIPReLU, differentiable once in x, alpha_p and alpha_n.
+def xiprelu(
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    *,
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """xIPReLU of x + bias, differentiable once in x, alpha_p, alpha_n and bias.
 
     Arguments, result and errors are those of `xielu`.
     """
-    _check(x, alpha_p, alpha_n, beta)
-    return _xiprelu_op(x, alpha_p, alpha_n, float(beta))
+    _check(x, alpha_p, alpha_n, beta, bias)
+    return _xiprelu_op(x, alpha_p, alpha_n, float(beta), bias)

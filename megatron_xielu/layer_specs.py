@@ -25,7 +25,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_xielu import arguments, fp32_parameters
+from megatron_xielu import arguments, fp32_parameters, recompute
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
 
 # TransformerConfig fields that make Megatron build other MLPs than the dense one: flag.
@@ -124,13 +124,20 @@ class _AuditHook:
         return model
 
 
-def layer_spec(builder: ActivationBuilder, config: Any, vp_stage: int | None = None) -> Any:
+def layer_spec(
+    builder: ActivationBuilder,
+    config: Any,
+    vp_stage: int | None = None,
+    *,
+    recompute_output: bool = False,
+) -> Any:
     """The spec that Megatron would use for this model, with our activation, and the audit armed.
 
     Args:
         builder: see `with_activation`.
         config: Megatron's ``GPTModelConfig``.
         vp_stage: virtual pipeline stage.
+        recompute_output: have the built model recompute the activation's output in backward.
 
     Raises:
         ValueError: the configuration needs an MLP that is not supported; names the flag.
@@ -150,9 +157,8 @@ def layer_spec(builder: ActivationBuilder, config: Any, vp_stage: int | None = N
             raise ValueError(f"{flag} is not supported with xIELU and xIPReLU yet")
     fp32_parameters.mend_distributed_optimizer()
     # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
-    hook = _AuditHook(builder.activation)
-    if hook not in config.pre_wrap_hooks:
-        config.pre_wrap_hooks.append(hook)
+    hooks = [_AuditHook(builder.activation), *([recompute.install] if recompute_output else [])]
+    config.pre_wrap_hooks += [hook for hook in hooks if hook not in config.pre_wrap_hooks]
     return with_activation(default_layer_spec(config, vp_stage), builder)
 
 

@@ -118,7 +118,9 @@ def _train(args: Namespace) -> None:
     model_config = gpt_config_from_args(args)
     builder = activation_builder(args)
     if builder is not None:
-        model_config.transformer_layer_spec = partial(layer_spec, builder)
+        model_config.transformer_layer_spec = partial(
+            layer_spec, builder, recompute_output=args.xielu_recompute_output
+        )
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
     train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)

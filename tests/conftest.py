@@ -1,7 +1,42 @@
-"""Trainings that several test files compare with: each runs once."""
+"""What several test files share: backends to run on, and trainings to compare with, run once."""
+
+import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 from launch import Run, load_checkpoint, train
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled", "triton"])
+def backend(request) -> Iterator[str]:
+    """Forces a backend. Tensors are made where it runs: Triton's kernels on the GPU if there is
+    one, else on the CPU, in Triton's interpreter."""
+    import interpreter
+
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.device("cuda") if on_gpu else interpreter.like_hardware(),
+    ):
+        patch.setenv("MEGATRON_XIELU_BACKEND", request.param)
+        yield request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """float64 is the eager backend's alone."""
+    items[:] = [
+        item
+        for item in items
+        if not (
+            (params := getattr(item, "callspec", None) and item.callspec.params)
+            and params.get("dtype") == torch.float64
+            and params.get("backend", "eager") != "eager"
+        )
+    ]
 
 
 @pytest.fixture(scope="session")

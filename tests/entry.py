@@ -15,13 +15,13 @@ from megatron_xielu import pretrain_gpt
 def main() -> None:
     """Train, then dump."""
     chunks: list = []
-    calls = {"alphas": 0}
+    calls = {"alphas": 0, "formula": 0}
 
     def observe() -> None:
         import torch
         from megatron.core import mpu
 
-        from megatron_xielu import activations, layer_specs
+        from megatron_xielu import activations, functional, layer_specs
 
         audit = layer_specs.audit
 
@@ -41,6 +41,16 @@ def main() -> None:
             return all_reduce(tensor, *args, **kwargs)
 
         torch.distributed.all_reduce = count
+
+        def counted(formula):
+            def compute(*args, **kwargs):
+                calls["formula"] += 1
+                return formula(*args, **kwargs)
+
+            return compute
+
+        for name in ("xielu", "xiprelu"):
+            setattr(functional, name, counted(getattr(functional, name)))
         if os.environ.get("BREAK_TP_SUM"):
             activations._SumGradientOverGroup.backward = staticmethod(
                 lambda ctx, grad: (grad, None)
@@ -67,6 +77,8 @@ def main() -> None:
         # What the last step left: summed over micro-batches, reduced over ranks.
         "grads": {name: p.main_grad.double().tolist() for name, p in parameters.items()},
         "alpha_collectives": calls["alphas"],
+        # How often the activation was computed: in forward, in evaluation, in recomputation.
+        "formula_calls": calls["formula"],
     }
     Path(os.environ["DUMP_FOLDER"], f"dump_{os.environ['RANK']}.json").write_text(json.dumps(dump))
 

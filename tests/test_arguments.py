@@ -69,6 +69,7 @@ def test_defaults(parse):
         ("--xielu --xielu-beta 0", "--xielu-beta must be a finite number above 0"),
         ("--xielu --xielu-beta inf", "--xielu-beta must be"),
         ("--xielu --xielu-check-tp-sync -1", "--xielu-check-tp-sync must be 0 or more"),
+        ("--squared-relu --xielu-recompute-output", "needs --xielu or --xiprelu"),
         ("--xielu --bf16 --save x", "add --use-distributed-optimizer"),
         ("--xiprelu --fp16 --load x", "add --use-distributed-optimizer"),
     ],
@@ -76,6 +77,30 @@ def test_defaults(parse):
 def test_refused(parse, flags, message):
     with pytest.raises(ValueError, match=message):
         arguments.validate(parse(flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--recompute-granularity full",
+        "--recompute-modules mlp",
+        "--fp8-format hybrid",
+        "--fp4-format e2m1",
+        "--te-precision-config-file recipe.yaml",
+        "--cpu-offloading-num-layers 1",
+        "--fine-grained-activation-offloading",
+        "--delay-wgrad-compute",
+        "--cuda-graph-impl local",
+        "--enable-cuda-graph",
+        "--external-cuda-graph",
+    ],
+)
+def test_refused_with_recompute_output(parse, flags):
+    flag = flags if flags.startswith("--recompute") else flags.split()[0]
+    message = f"--xielu-recompute-output does not work with {flag}; drop one of them"
+    with pytest.raises(ValueError, match=message):
+        arguments.validate(parse(f"--xielu --xielu-recompute-output {flags}"))
+    arguments.validate(parse(f"--xielu {flags}"))
 
 
 def test_bias_activation_fusion_is_refused(parse):

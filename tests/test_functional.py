@@ -1,11 +1,15 @@
 """`functional` against the float64 oracle, and its contract with autograd and the compiler.
 
+Every test runs on every backend: eager, compiled, and Triton (on a GPU, or in the interpreter).
+
 Forward bound: 0.51 units in the last place of the exact result (0.5 is the rounding to storage)
 plus 2^-22 of the largest term of the formula, which is what float32 arithmetic leaves where terms
 of opposite sign meet; 2^-50 for float64. Alphas are handed to oracle and operator as the same
 stored numbers, x and dy likewise, so no rounding of inputs enters.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,14 +21,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import XIELUActivation
 
-from megatron_xielu import functional, reference
+from megatron_xielu import backend_eager, functional, reference
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 NAMES = ("xielu", "xiprelu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RAWS = (-50.0, -5.0, 0.0, 0.2, 1.1, 20.0, 41.0, 174.0, 200.0)
 INF, NAN = float("inf"), float("nan")
 BETA = 0.5
-BLOCK = functional._CPU_ELEMENTS_PER_THREAD * torch.get_num_threads()
+# How much a backend takes at a time: what the eager one and a program of Triton's take in a step,
+# and what makes a compiled loop use several threads.
+BLOCKS = {
+    "eager": backend_eager._CPU_ELEMENTS_PER_THREAD * torch.get_num_threads(),
+    "compiled": 2**15,
+    "triton": 1024 * 16,
+}
+# float32 backends overflow x^2 beyond this; the eager one adds the alpha gradients up in float64.
+LARGEST = 1.8e19
 
 
 def arithmetic_eps(dtype: torch.dtype) -> float:
@@ -95,17 +109,25 @@ def check(
     alpha_n: Tensor,
     dy: Tensor,
     alpha_rtol: float = 1e-6,
+    bias: Tensor | None = None,
 ) -> None:
     """Output and all gradients of one call against the oracle."""
     x = x.detach().requires_grad_()
     alpha_p, alpha_n = (a.detach().requires_grad_() for a in (alpha_p, alpha_n))
-    y = getattr(functional, name)(x, alpha_p, alpha_n)
+    inputs = [x, alpha_p, alpha_n]
+    if bias is not None:
+        bias = bias.detach().requires_grad_()
+        inputs.append(bias)
+    y = getattr(functional, name)(x, alpha_p, alpha_n, bias=bias)
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     assert y.is_contiguous()
-    dx, d_p, d_n = torch.autograd.grad(y, (x, alpha_p, alpha_n), dy)
-    assert (dx.dtype, d_p.dtype, d_n.dtype) == (x.dtype, alpha_p.dtype, alpha_n.dtype)
+    gradients = torch.autograd.grad(y, inputs, dy)
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+    dx, d_p, d_n, *d_bias = gradients
     x, alpha_p, alpha_n = (t.detach() for t in (x, alpha_p, alpha_n))
+    if bias is not None:
+        x = x.double() + bias.detach().double()
     exact_y = getattr(reference, name)(x, alpha_p, alpha_n)
     assert_within(y.detach(), exact_y, largest_term(name, x, alpha_p, alpha_n))
     backward = getattr(reference, f"{name}_backward")
@@ -113,6 +135,14 @@ def check(
     assert_within(
         dx, exact_dx, 2.0 * dy.double().abs() * largest_slope_term(name, x, alpha_p, alpha_n)
     )
+    if d_bias:
+        exact_bias = exact_dx.sum_to_size(d_bias[0].shape)
+        torch.testing.assert_close(
+            d_bias[0].double(),
+            exact_bias.to(d_bias[0].dtype).double(),
+            rtol=torch.finfo(d_bias[0].dtype).eps,
+            atol=1e-6 * exact_dx.abs().sum_to_size(d_bias[0].shape).max().item(),
+        )
     # The sums may cancel: their error is relative to the sum of magnitudes, which is what
     # gives 1e-5 of the total in the tests below, where the total does not vanish.
     magnitude = backward(dy.abs(), x, alpha_p, alpha_n)[1:]
@@ -192,7 +222,10 @@ def test_special_values_one_by_one(name: str, dtype: torch.dtype, raw: float) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_products_beyond_float32_in_the_alpha_gradients(name: str) -> None:
+def test_products_beyond_float32_in_the_alpha_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_XIELU_BACKEND", "eager")
     # sigma(-50) = 2e-22 brings dy x^2 = 1e42 back into range.
     x, alpha = torch.tensor([1e21, -1e21]), torch.tensor([-50.0])
     check(name, x, alpha, alpha, torch.ones(2))
@@ -202,11 +235,11 @@ def test_products_beyond_float32_in_the_alpha_gradients(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_alpha_gradients_to_1e_minus_5_of_the_total(
-    name: str, dtype: torch.dtype, scale: float
+    name: str, dtype: torch.dtype, scale: float, backend: str
 ) -> None:
     torch.manual_seed(2)
     # More than one block, the last one ragged.
-    x = (scale * torch.randn(BLOCK + 77)).to(dtype)
+    x = (scale * torch.randn(BLOCKS[backend] + 77)).to(dtype)
     alpha_p, alpha_n = (torch.tensor([a], requires_grad=True) for a in (0.2, -1.1))
     for dy in (torch.randn_like(x) + 0.1, torch.ones(()).to(dtype)):
         dy = dy.expand(x.shape)
@@ -220,9 +253,9 @@ def test_alpha_gradients_to_1e_minus_5_of_the_total(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_bitwise_repeatable(name: str, dtype: torch.dtype) -> None:
+def test_bitwise_repeatable(name: str, dtype: torch.dtype, backend: str) -> None:
     torch.manual_seed(3)
-    x = torch.randn(2 * BLOCK + 5).to(dtype).requires_grad_()
+    x = torch.randn(2 * BLOCKS[backend] + 5).to(dtype).requires_grad_()
     dy = torch.randn_like(x)
     alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
     runs = []
@@ -233,14 +266,41 @@ def test_bitwise_repeatable(name: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name: str) -> None:
+def test_gradcheck(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    x = torch.randn(3, 5, dtype=torch.float64)
+    x = torch.randn(3, 5, dtype=dtype)
     x = torch.where(x.abs() < 0.01, x + 0.1, x)  # xIPReLU's curvature jumps at 0
-    alphas = [torch.tensor([a], dtype=torch.float64) for a in (0.2, -1.1)]
-    inputs = tuple(t.requires_grad_() for t in (x, *alphas))
-    assert torch.autograd.gradcheck(getattr(functional, name), inputs)
+    alphas = [torch.tensor([a], dtype=dtype) for a in (0.2, -1.1)]
+    bias = 0.001 * torch.arange(5, dtype=dtype)
+    inputs = tuple(t.requires_grad_() for t in (x, *alphas, bias))
+
+    def function(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, bias: Tensor) -> Tensor:
+        return getattr(functional, name)(x, alpha_p, alpha_n, bias=bias)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(getattr(functional, name), inputs[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_bias(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    # One column, one row, a part of a block, a block and a bit, more rows than programs.
+    for shape in ((5, 1), (1, 7), (7,), (2, 3, 24), (0, 4), (3, 1500), (40, 30)):
+        x, dy = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
+        alpha_p, alpha_n = torch.tensor([0.2]), torch.tensor([-1.1])
+        for bias_dtype in {torch.float32, dtype}:
+            bias = torch.randn(shape[-1], dtype=torch.float64).to(bias_dtype)
+            check(name, x, alpha_p, alpha_n, dy, bias=bias)
+        if len(shape) == 3:
+            for axis in (0, 1):
+                moved, moved_dy = x.transpose(axis, 2), dy.transpose(axis, 2)
+                bias = torch.randn(moved.shape[-1])
+                check(name, moved, alpha_p, alpha_n, moved_dy, bias=bias)
+                ones = torch.ones((), dtype=dtype).expand(moved.shape)
+                check(name, moved, alpha_p, alpha_n, ones, bias=bias)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -263,6 +323,9 @@ def test_any_input(
     count = int(torch.Size(shape).numel())
     value = st.one_of(st.floats(width=16), st.floats(width=32), st.floats(-4.0, 4.0))
     x = torch.tensor(data.draw(st.lists(value, min_size=count, max_size=count)))
+    if os.environ["MEGATRON_XIELU_BACKEND"] != "eager":
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        x = torch.where(x.abs() > LARGEST, x * 1e-20, x)
     # dy is moderate: a slope out of float32's range times a tiny dy is the stated limit.
     moderate = st.floats(-2.0, 2.0).filter(lambda v: abs(v) > 1.0)
     dy = torch.tensor(data.draw(st.lists(moderate, min_size=count, max_size=count)))
@@ -286,14 +349,19 @@ def nan_filled_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_element_of_every_output_is_written(name: str, dtype: torch.dtype) -> None:
+def test_every_element_of_every_output_is_written(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
     alpha = torch.tensor([0.2], requires_grad=True)
-    for size in (1, 31, BLOCK - 1, BLOCK, BLOCK + 1):
-        x = torch.linspace(-3.0, 3.0, size).to(dtype).requires_grad_()
+    block = BLOCKS[backend]
+    for shape in ((1,), (31,), (block - 1,), (block,), (block + 1,), (3, 1500)):
+        x = torch.linspace(-3.0, 3.0, math.prod(shape)).to(dtype).view(shape).requires_grad_()
+        bias = torch.zeros(shape[-1], requires_grad=True) if len(shape) == 2 else None
         with nan_filled_memory():
             assert torch.empty(3).isnan().all()
-            y = getattr(functional, name)(x, alpha, alpha)
-            gradients = torch.autograd.grad(y, (x, alpha), torch.ones_like(y))
+            y = getattr(functional, name)(x, alpha, alpha, bias=bias)
+            inputs = (x, alpha) if bias is None else (x, alpha, bias)
+            gradients = torch.autograd.grad(y, inputs, torch.ones_like(y))
         for t in (y, *gradients):
             assert t.isfinite().all()
 
@@ -347,7 +415,7 @@ def test_autocast_keeps_the_dtype_of_x(name: str) -> None:
     torch.manual_seed(6)
     x, weight = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
     alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         hidden = torch.nn.functional.linear(x, weight)
         y = getattr(functional, name)(hidden, *alphas)
     assert y.dtype == hidden.dtype == torch.bfloat16
@@ -438,6 +506,9 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(backward, (torch.ones_like(x), x, *alphas, BETA))
         with_grad = [t.clone().requires_grad_() for t in (x, *alphas)]
         torch.library.opcheck(forward, (*with_grad, BETA))
+        bias = torch.zeros(x.shape[-1])
+        torch.library.opcheck(backward, (torch.ones_like(x), x, *alphas, BETA, bias))
+        torch.library.opcheck(forward, (*with_grad, BETA, bias.requires_grad_()))
 
 
 def test_transformers_activation_as_a_peer() -> None:
@@ -479,10 +550,20 @@ def test_bad_inputs_raise(name: str) -> None:
         function(x, alpha, alpha.bfloat16())
     with pytest.raises(TypeError, match=r"alpha_p is torch\.float64"):
         function(x, alpha.double(), alpha)
-    with pytest.raises(ValueError, match="alpha_p is on meta and x on cpu"):
+    with pytest.raises(ValueError, match="alpha_p is on meta and x on "):
         function(x, alpha.to("meta"), alpha)
     with pytest.raises(TypeError, match="beta must be a Python number, not Tensor"):
         function(x, alpha, alpha, beta=torch.tensor(0.5))
     for beta in (0.0, -0.5, INF, NAN):
         with pytest.raises(ValueError, match="beta must be positive and finite"):
             function(x, alpha, alpha, beta=beta)
+    with pytest.raises(
+        ValueError, match=r"bias must have one element .* x is \(3,\) and bias \(2,\)"
+    ):
+        function(x, alpha, alpha, bias=torch.zeros(2))
+    with pytest.raises(ValueError, match="bias must have one element"):
+        function(x[0], alpha, alpha, bias=torch.zeros(1))
+    with pytest.raises(TypeError, match=r"bias is torch\.bfloat16"):
+        function(x, alpha, alpha, bias=torch.zeros(3).bfloat16())
+    with pytest.raises(ValueError, match="bias is on meta"):
+        function(x, alpha, alpha, bias=torch.zeros(3, device="meta"))

@@ -1,0 +1,159 @@
+"""xIELU and xIPReLU on a CPU through PyTorch's compiler: one vectorised, threaded loop a pass.
+
+The formulas are those of `backend_triton`: closed-form gradients of x alone, so nothing but x is
+kept, and float32 inside. The sums behind the alpha and bias gradients are float64, added up per
+thread and then in the order of the threads: bitwise repeatable for one number of threads.
+
+Compiled once for each activation and dtype, with and without a bias, for every size at once. What
+it cannot take (a machine without a C++ compiler) raises; `backends` then uses the eager one.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_xielu import backend_eager, reference
+from megatron_xielu.polynomials import Q_UNIT
+
+_Effective = tuple[Tensor, Tensor, Tensor, Tensor]  # alpha_p, alpha_n, softplus(a_n), beta: 0-d
+
+
+def _q(x: Tensor) -> Tensor:
+    q = x * Q_UNIT[-1] + Q_UNIT[-2]
+    for coefficient in Q_UNIT[-3::-1]:
+        q = q * x + coefficient
+    return q
+
+
+def _xielu(x: Tensor, effective: _Effective) -> Tensor:
+    alpha_p, alpha_n, soft_n, beta = effective
+    near = (x * torch.where(x > 0, alpha_p, alpha_n * _q(x)) + beta) * x
+    far = alpha_n * torch.exp(x) - (soft_n * x + alpha_n)
+    return torch.where(x > -1, near, far)
+
+
+def _xielu_slope(x: Tensor, effective: _Effective) -> tuple[Tensor, Tensor]:
+    """f'(x), and the factor of dy in the gradient of the alpha on x's side."""
+    alpha_p, alpha_n, _, beta = effective
+    is_near, is_pos = x > -1, x > 0
+    near_basis = x * x * torch.where(is_pos, 1.0, _q(x))
+    expm1 = torch.where(is_near, x + near_basis, torch.exp(x) - 1)
+    slope = torch.where(is_pos, 2 * alpha_p * x, alpha_n * expm1) + beta
+    return slope, torch.where(is_near, near_basis, expm1 - x)
+
+
+def _xiprelu(x: Tensor, effective: _Effective) -> Tensor:
+    alpha_p, alpha_n, _, beta = effective
+    return (torch.where(x > 0, alpha_p, alpha_n) * x + beta) * x
+
+
+def _xiprelu_slope(x: Tensor, effective: _Effective) -> tuple[Tensor, Tensor]:
+    alpha_p, alpha_n, _, beta = effective
+    return 2 * torch.where(x > 0, alpha_p, alpha_n) * x + beta, x * x
+
+
+def _load(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.float() if bias is None else x.float() + bias.float()
+
+
+def _define(value: Callable, slope_of: Callable) -> tuple[Callable, Callable]:
+    def forward(x: Tensor, effective: _Effective, bias: Tensor | None) -> Tensor:
+        return value(_load(x, bias), effective).to(x.dtype)
+
+    def backward(dy: Tensor, x: Tensor, effective: _Effective, bias: Tensor | None) -> tuple:
+        shifted, dy = _load(x, bias), dy.float()
+        slope, basis = slope_of(shifted, effective)
+        dx, term = dy * slope, dy * basis
+        # A NaN in x belongs to both sides, as in the oracle.
+        sum_p = torch.where(shifted <= 0, 0.0, term).sum(dtype=torch.float64)
+        sum_n = torch.where(shifted > 0, 0.0, term).sum(dtype=torch.float64)
+        sum_bias = None if bias is None else dx.sum(0, dtype=torch.float64)
+        return dx.to(x.dtype), sum_p, sum_n, sum_bias
+
+    return forward, backward
+
+
+_FUNCTIONS = {"xielu": _define(_xielu, _xielu_slope), "xiprelu": _define(_xiprelu, _xiprelu_slope)}
+
+
+@functools.cache
+def _compiled(name: str, direction: int, dtype: torch.dtype, has_bias: bool) -> Callable:
+    function = _FUNCTIONS[name][direction]
+    # A code object for each: the compiler counts recompilations by code object, and stops at 8.
+    code = function.__code__.replace(co_name=f"{name}_{function.__name__}_{dtype}_{has_bias}")
+    own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+def _effective(name: str, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> _Effective:
+    soft_p, soft_n = (reference.softplus(alpha).reshape(()) for alpha in (alpha_p, alpha_n))
+    full_n = soft_n + beta if name == "xielu" else soft_n
+    values = (soft_p, full_n, soft_n, torch.full_like(soft_p, beta))
+    return tuple(value.float() for value in values)  # type: ignore[return-value]
+
+
+def _plain(tensor: Tensor, *shape: int) -> Tensor:
+    """The same memory as a new contiguous tensor: neither a view nor on the autograd tape, which
+    the compiler would each compile for anew."""
+    tensor = tensor.contiguous()
+    strides = (shape[-1], 1) if len(shape) == 2 else (1,)
+    plain = torch.empty(0, dtype=tensor.dtype)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, strides)
+
+
+def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """x is taken flat, or as [rows, columns of the bias]."""
+    if bias is None:
+        return (x.numel(),)
+    return x.numel() // max(1, bias.numel()), bias.numel()
+
+
+def forward(
+    name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None
+) -> Tensor:
+    """``f(x + bias)``, contiguous, in x's dtype. See `functional` for the arguments."""
+    shape = _shape(x, bias)
+    if min(shape) < 2:  # the compiler takes sizes 0 and 1 for constants
+        return backend_eager.forward(name, x, alpha_p, alpha_n, beta, bias)
+    function = _compiled(name, 0, x.dtype, bias is not None)
+    with torch.no_grad():
+        y = function(
+            _plain(x, *shape),
+            _effective(name, alpha_p, alpha_n, beta),
+            None if bias is None else _plain(bias, shape[-1]),
+        )
+    return y.view(x.shape)
+
+
+def backward(
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients by x (contiguous), both alphas and the bias, each in the dtype of its input."""
+    shape = _shape(x, bias)
+    if min(shape) < 2:
+        return backend_eager.backward(name, dy, x, alpha_p, alpha_n, beta, bias)
+    function = _compiled(name, 1, x.dtype, bias is not None)
+    with torch.no_grad():
+        dx, sum_p, sum_n, sum_bias = function(
+            _plain(dy, *shape),
+            _plain(x, *shape),
+            _effective(name, alpha_p, alpha_n, beta),
+            None if bias is None else _plain(bias, shape[-1]),
+        )
+    return (
+        dx.view(x.shape),
+        (sum_p * reference.sigmoid(alpha_p)).to(alpha_p.dtype),
+        (sum_n * reference.sigmoid(alpha_n)).to(alpha_n.dtype),
+        None if bias is None else sum_bias.to(bias.dtype),
+    )
