@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -106,11 +107,19 @@ def _plain(tensor: Tensor, *shape: int) -> Tensor:
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, strides)
 
 
+@contextmanager
+def _below_autograd() -> Iterator[None]:
+    """The same dispatch state whoever calls, autograd or a compiled graph: the compiler guards on
+    it."""
+    with torch._C._AutoDispatchBelowADInplaceOrView(), torch.no_grad():
+        yield
+
+
 def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, ...]:
     """x is taken flat, or as [rows, columns of the bias]."""
     if bias is None:
         return (x.numel(),)
-    return x.numel() // max(1, bias.numel()), bias.numel()
+    return x.numel() // bias.numel(), bias.numel()
 
 
 def forward(
@@ -121,7 +130,7 @@ def forward(
     if min(shape) < 2:  # the compiler takes sizes 0 and 1 for constants
         return backend_eager.forward(name, x, alpha_p, alpha_n, beta, bias)
     function = _compiled(name, 0, x.dtype, bias is not None)
-    with torch.no_grad():
+    with _below_autograd():
         y = function(
             _plain(x, *shape),
             _effective(name, alpha_p, alpha_n, beta),
@@ -144,7 +153,7 @@ def backward(
     if min(shape) < 2:
         return backend_eager.backward(name, dy, x, alpha_p, alpha_n, beta, bias)
     function = _compiled(name, 1, x.dtype, bias is not None)
-    with torch.no_grad():
+    with _below_autograd():
         dx, sum_p, sum_n, sum_bias = function(
             _plain(dy, *shape),
             _plain(x, *shape),

@@ -159,7 +159,7 @@ def _buffers(x: Tensor, cols: int, count: int, dtype: torch.dtype) -> list[Tenso
 
 
 def _columns(bias: Tensor | None) -> int:
-    return 1 if bias is None else max(1, bias.numel())
+    return 1 if bias is None else bias.numel()
 
 
 def _load(block: Tensor, buffer: Tensor, bias: Tensor | None = None) -> Tensor:

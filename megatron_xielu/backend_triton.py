@@ -270,7 +270,7 @@ class _Layout:
 
     def __init__(self, x: Tensor, bias: Tensor | None, programs_per_multiprocessor: int) -> None:
         self.numel = x.numel()
-        self.cols = BLOCK if bias is None else max(1, bias.numel())
+        self.cols = BLOCK if bias is None else bias.numel()
         rows = triton.cdiv(self.numel, self.cols)
         col_blocks = triton.cdiv(self.cols, BLOCK)
         most = _multiprocessors(x.device) * programs_per_multiprocessor // col_blocks

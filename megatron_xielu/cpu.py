@@ -132,6 +132,9 @@ def activate() -> None:
 
     # Megatron insists on it for tensor parallelism; on a CPU it has no effect.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # As `jit_fuser` below: compiling takes longer than a test, and torch.compile does not know its
+    # way around the redirections.
+    os.environ.setdefault("MEGATRON_XIELU_BACKEND", "eager")
     _redirect_cuda_module(torch)
     _redirect_tensors(torch)
     _redirect_distributed(torch)

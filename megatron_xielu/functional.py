@@ -130,7 +130,7 @@ def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tenso
         raise ValueError(f"beta must be positive and finite, not {beta}")
     if bias is None:
         return
-    if x.dim() == 0 or bias.shape != x.shape[-1:]:
+    if x.dim() == 0 or bias.shape != x.shape[-1:] or bias.numel() == 0:
         raise ValueError(
             f"bias must have one element for each of x's columns: x is {tuple(x.shape)} and bias "
             f"{tuple(bias.shape)}"

@@ -506,6 +506,8 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(backward, (torch.ones_like(x), x, *alphas, BETA))
         with_grad = [t.clone().requires_grad_() for t in (x, *alphas)]
         torch.library.opcheck(forward, (*with_grad, BETA))
+        if x.numel() == 0:
+            continue
         bias = torch.zeros(x.shape[-1])
         torch.library.opcheck(backward, (torch.ones_like(x), x, *alphas, BETA, bias))
         torch.library.opcheck(forward, (*with_grad, BETA, bias.requires_grad_()))
@@ -563,6 +565,8 @@ def test_bad_inputs_raise(name: str) -> None:
         function(x, alpha, alpha, bias=torch.zeros(2))
     with pytest.raises(ValueError, match="bias must have one element"):
         function(x[0], alpha, alpha, bias=torch.zeros(1))
+    with pytest.raises(ValueError, match="bias must have one element"):
+        function(x[:0], alpha, alpha, bias=torch.zeros(0))
     with pytest.raises(TypeError, match=r"bias is torch\.bfloat16"):
         function(x, alpha, alpha, bias=torch.zeros(3).bfloat16())
     with pytest.raises(ValueError, match="bias is on meta"):
