@@ -1,8 +1,9 @@
 """xIELU and xIPReLU on a CPU through PyTorch's compiler: one vectorised, threaded loop a pass.
 
 The formulas are those of `backend_triton`: closed-form gradients of x alone, so nothing but x is
-kept, and float32 inside. The sums behind the alpha and bias gradients are float64, added up per
-thread and then in the order of the threads: bitwise repeatable for one number of threads.
+kept, and float32 inside. The sums behind the alpha and bias gradients are float32 within a chunk of
+`_CHUNK` elements and float64 over the chunks (float64 throughout is half again as slow), in the
+order of threads and chunks: bitwise repeatable for one number of threads.
 
 Compiled once for each activation and dtype, with and without a bias, for every size at once. What
 it cannot take (a machine without a C++ compiler) raises; `backends` then uses the eager one.
@@ -11,6 +12,7 @@ it cannot take (a machine without a C++ compiler) raises; `backends` then uses t
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,9 @@ from torch import Tensor
 
 from megatron_xielu import backend_eager, reference
 from megatron_xielu.polynomials import Q_UNIT
+
+# Long beside the 50 microseconds of a call, short beside what a float32 sum can hold.
+_CHUNK = 2**22
 
 _Effective = tuple[Tensor, Tensor, Tensor, Tensor]  # alpha_p, alpha_n, softplus(a_n), beta: 0-d
 
@@ -66,15 +71,17 @@ def _define(value: Callable, slope_of: Callable) -> tuple[Callable, Callable]:
     def forward(x: Tensor, effective: _Effective, bias: Tensor | None) -> Tensor:
         return value(_load(x, bias), effective).to(x.dtype)
 
-    def backward(dy: Tensor, x: Tensor, effective: _Effective, bias: Tensor | None) -> tuple:
+    def backward(
+        dy: Tensor, x: Tensor, effective: _Effective, bias: Tensor | None, dx_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         shifted, dy = _load(x, bias), dy.float()
         slope, basis = slope_of(shifted, effective)
         dx, term = dy * slope, dy * basis
+        dx_out.copy_(dx)
         # A NaN in x belongs to both sides, as in the oracle.
-        sum_p = torch.where(shifted <= 0, 0.0, term).sum(dtype=torch.float64)
-        sum_n = torch.where(shifted > 0, 0.0, term).sum(dtype=torch.float64)
-        sum_bias = None if bias is None else dx.sum(0, dtype=torch.float64)
-        return dx.to(x.dtype), sum_p, sum_n, sum_bias
+        sum_p = torch.where(shifted <= 0, 0.0, term).sum()
+        sum_n = torch.where(shifted > 0, 0.0, term).sum()
+        return sum_p, sum_n, None if bias is None else dx.sum(0)
 
     return forward, backward
 
@@ -98,13 +105,18 @@ def _effective(name: str, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> _Eff
     return tuple(value.float() for value in values)  # type: ignore[return-value]
 
 
-def _plain(tensor: Tensor, *shape: int) -> Tensor:
-    """The same memory as a new contiguous tensor: neither a view nor on the autograd tape, which
-    the compiler would each compile for anew."""
-    tensor = tensor.contiguous()
-    strides = (shape[-1], 1) if len(shape) == 2 else (1,)
-    plain = torch.empty(0, dtype=tensor.dtype)
-    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, strides)
+def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of whole rows, the last one longer than the others rather than a single row."""
+    rows = max(2, _CHUNK // math.prod(shape[1:]))
+    count = max(1, shape[0] // rows)
+    for i in range(count):
+        yield slice(i * rows, shape[0] if i == count - 1 else (i + 1) * rows)
+
+
+def _plain(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same values as a contiguous tensor that begins at its own address, is no view and not on
+    the autograd tape: the compiler would compile anew for each of these. Copies only if it must."""
+    return torch.from_dlpack(tensor.detach().reshape(shape).contiguous())
 
 
 @contextmanager
@@ -132,9 +144,9 @@ def forward(
     function = _compiled(name, 0, x.dtype, bias is not None)
     with _below_autograd():
         y = function(
-            _plain(x, *shape),
+            _plain(x, shape),
             _effective(name, alpha_p, alpha_n, beta),
-            None if bias is None else _plain(bias, shape[-1]),
+            None if bias is None else _plain(bias, shape[1:]),
         )
     return y.view(x.shape)
 
@@ -153,16 +165,23 @@ def backward(
     if min(shape) < 2:
         return backend_eager.backward(name, dy, x, alpha_p, alpha_n, beta, bias)
     function = _compiled(name, 1, x.dtype, bias is not None)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    sums = []
     with _below_autograd():
-        dx, sum_p, sum_n, sum_bias = function(
-            _plain(dy, *shape),
-            _plain(x, *shape),
-            _effective(name, alpha_p, alpha_n, beta),
-            None if bias is None else _plain(bias, shape[-1]),
-        )
+        effective = _effective(name, alpha_p, alpha_n, beta)
+        tensors = [_plain(t, shape) for t in (dy, x, dx)]
+        plain_bias = None if bias is None else _plain(bias, shape[1:])
+        for chunk in _chunks(shape):
+            dy_chunk, x_chunk, dx_chunk = (_plain(t[chunk], t[chunk].shape) for t in tensors)
+            sums.append(function(dy_chunk, x_chunk, effective, plain_bias, dx_chunk))
+    sum_p, sum_n = (_total(sums, which) for which in (0, 1))
     return (
-        dx.view(x.shape),
+        dx,
         (sum_p * reference.sigmoid(alpha_p)).to(alpha_p.dtype),
         (sum_n * reference.sigmoid(alpha_n)).to(alpha_n.dtype),
-        None if bias is None else sum_bias.to(bias.dtype),
+        None if bias is None else _total(sums, 2).to(bias.dtype),
     )
+
+
+def _total(sums: list[tuple[Tensor, ...]], which: int) -> Tensor:
+    return torch.stack([chunk[which] for chunk in sums]).sum(0, dtype=torch.float64)
