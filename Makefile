@@ -1,5 +1,6 @@
 # make setup      install into .venv (nothing is done when nothing changed)
 # make test       every test, on the CPU
+# make test-gpu   the kernels on a GPU: correctness, graphs, memory
 # make lint       ruff, mypy
 # make demo       pretrain a small Llama with four activations on text that needs no download
 # make bench      the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
@@ -8,7 +9,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint demo bench bench-gpu
+# PyTorch builds C++ extensions with the ninja that is installed here.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup test test-gpu lint demo bench bench-gpu
 
 setup: .venv/installed
 
@@ -20,6 +24,10 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-gpu: setup
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: PyTorch sees no CUDA device here")'
+	$(BIN)/python -m pytest tests/test_functional.py tests/test_triton.py tests/test_bench.py -k "not compiled- and not eager-"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +63,8 @@ class TrainableActivation(MegatronModule):
 
     alpha_p: torch.nn.Parameter
     alpha_n: torch.nn.Parameter
+    # Of `functional`.
+    function: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -139,9 +140,23 @@ class TrainableActivation(MegatronModule):
         alpha_p, alpha_n = _SumGradientOverGroup.apply(pair, self.tp_group).split(1)
         return alpha_p, alpha_n
 
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def forward(self, input_: Tensor) -> Tensor:
+        """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
+        alpha_p, alpha_n = self._complete_alphas()
+        return self.run(self._formula, input_, alpha_p, alpha_n, self.take_bias())
+
+    def _formula(
+        self, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return self.function(x, alpha_p, alpha_n, beta=self.beta, bias=bias)
+
+    def run(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """``function(*tensors)``; `megatron_xielu.recompute` puts its own in this one's place."""
         return function(*tensors)
+
+    def take_bias(self) -> Tensor | None:
+        """A bias still to be added: none, unless `megatron_xielu.bias_fusion` replaces this."""
+        return None
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -157,15 +172,12 @@ class XIELU(TrainableActivation):
     See `TrainableActivation` for the arguments.
     """
 
+    function = staticmethod(functional.xielu)
+
     @classmethod
     def alpha_n_floor(cls, beta: float) -> float:
         """β: the slope tends to β − αn for x → −∞, and must stay negative there."""
         return beta
-
-    def forward(self, input_: Tensor) -> Tensor:
-        """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
-        alpha_p, alpha_n = self._complete_alphas()
-        return self.run(partial(functional.xielu, beta=self.beta), input_, alpha_p, alpha_n)
 
 
 class XIPReLU(TrainableActivation):
@@ -175,15 +187,12 @@ class XIPReLU(TrainableActivation):
     See `TrainableActivation` for the arguments.
     """
 
+    function = staticmethod(functional.xiprelu)
+
     @classmethod
     def alpha_n_floor(cls, beta: float) -> float:
         """0: any positive αn is allowed."""
         return 0.0
-
-    def forward(self, input_: Tensor) -> Tensor:
-        """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
-        alpha_p, alpha_n = self._complete_alphas()
-        return self.run(partial(functional.xiprelu, beta=self.beta), input_, alpha_p, alpha_n)
 
 
 # What a flag, a checkpoint argument or a configuration calls an activation.

@@ -139,7 +139,8 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
 def validate(args: Namespace) -> None:
     """Check parsed arguments, and set those that our activations imply.
 
-    Sets ``use_te_activation_func``: with it Megatron's MLP builds a module in its activation slot.
+    Sets ``use_te_activation_func``: with it Megatron's MLP builds a module in its activation slot;
+    and ``xielu_fuse_bias`` in place of ``bias_gelu_fusion``.
 
     Raises:
         ValueError: naming the flag to change.
@@ -161,10 +162,9 @@ def validate(args: Namespace) -> None:
             f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "
             "spec with megatron_xielu.layer_specs.with_activation"
         )
-    if args.bias_gelu_fusion and args.add_bias_linear:
-        raise ValueError(
-            f"{flag} has no fused bias; add --no-bias-gelu-fusion (or --disable-bias-linear)"
-        )
+    # Megatron's own fusion of a bias and an activation knows only its own activations.
+    args.xielu_fuse_bias = args.bias_gelu_fusion and args.add_bias_linear
+    args.bias_gelu_fusion = False
     fp32_parameters.check_optimizer(args)
     if args.xielu_recompute_output:
         recompute.check(args)

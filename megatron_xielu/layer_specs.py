@@ -25,7 +25,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_xielu import arguments, fp32_parameters, recompute
+from megatron_xielu import arguments, bias_fusion, fp32_parameters, recompute
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
 
 # TransformerConfig fields that make Megatron build other MLPs than the dense one: flag.
@@ -129,6 +129,7 @@ def layer_spec(
     config: Any,
     vp_stage: int | None = None,
     *,
+    fuse_bias: bool = False,
     recompute_output: bool = False,
 ) -> Any:
     """The spec that Megatron would use for this model, with our activation, and the audit armed.
@@ -137,6 +138,7 @@ def layer_spec(
         builder: see `with_activation`.
         config: Megatron's ``GPTModelConfig``.
         vp_stage: virtual pipeline stage.
+        fuse_bias: have the built model add the bias of fc1 inside the activation.
         recompute_output: have the built model recompute the activation's output in backward.
 
     Raises:
@@ -157,7 +159,11 @@ def layer_spec(
             raise ValueError(f"{flag} is not supported with xIELU and xIPReLU yet")
     fp32_parameters.mend_distributed_optimizer()
     # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
-    hooks = [_AuditHook(builder.activation), *([recompute.install] if recompute_output else [])]
+    hooks: list[Any] = [_AuditHook(builder.activation)]
+    if fuse_bias:
+        hooks.append(bias_fusion.install)
+    if recompute_output:
+        hooks.append(recompute.install)
     config.pre_wrap_hooks += [hook for hook in hooks if hook not in config.pre_wrap_hooks]
     return with_activation(default_layer_spec(config, vp_stage), builder)
 

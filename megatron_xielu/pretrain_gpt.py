@@ -119,7 +119,10 @@ def _train(args: Namespace) -> None:
     builder = activation_builder(args)
     if builder is not None:
         model_config.transformer_layer_spec = partial(
-            layer_spec, builder, recompute_output=args.xielu_recompute_output
+            layer_spec,
+            builder,
+            fuse_bias=args.xielu_fuse_bias,
+            recompute_output=args.xielu_recompute_output,
         )
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
     train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]

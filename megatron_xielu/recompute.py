@@ -124,7 +124,7 @@ class _OutputCheckpoint:
         self.activation = activation
         self.pending: random.CheckpointWithoutOutput | None = None
 
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """``function(*tensors)``, under a checkpoint where there will be a backward pass."""
         recomputes = self.activation.training and torch.is_grad_enabled()
         # fp8=None: to Megatron's class, False too would mean FP8.

@@ -15,13 +15,13 @@ from megatron_xielu import pretrain_gpt
 def main() -> None:
     """Train, then dump."""
     chunks: list = []
-    calls = {"alphas": 0, "formula": 0}
+    calls = {"alphas": 0, "formula": 0, "fused_biases": 0}
 
     def observe() -> None:
         import torch
         from megatron.core import mpu
 
-        from megatron_xielu import activations, functional, layer_specs
+        from megatron_xielu import activations, layer_specs
 
         audit = layer_specs.audit
 
@@ -45,12 +45,13 @@ def main() -> None:
         def counted(formula):
             def compute(*args, **kwargs):
                 calls["formula"] += 1
+                calls["fused_biases"] += kwargs["bias"] is not None
                 return formula(*args, **kwargs)
 
             return compute
 
-        for name in ("xielu", "xiprelu"):
-            setattr(functional, name, counted(getattr(functional, name)))
+        for activation in activations.ACTIVATIONS.values():
+            activation.function = staticmethod(counted(activation.function))
         if os.environ.get("BREAK_TP_SUM"):
             activations._SumGradientOverGroup.backward = staticmethod(
                 lambda ctx, grad: (grad, None)
@@ -79,6 +80,7 @@ def main() -> None:
         "alpha_collectives": calls["alphas"],
         # How often the activation was computed: in forward, in evaluation, in recomputation.
         "formula_calls": calls["formula"],
+        "fused_biases": calls["fused_biases"],
     }
     Path(os.environ["DUMP_FOLDER"], f"dump_{os.environ['RANK']}.json").write_text(json.dumps(dump))
 

@@ -103,11 +103,16 @@ def test_refused_with_recompute_output(parse, flags):
     arguments.validate(parse(f"--xielu {flags}"))
 
 
-def test_bias_activation_fusion_is_refused(parse):
-    with_bias = [flag for flag in TINY_LLAMA if flag != "--disable-bias-linear"]
-    with pytest.raises(ValueError, match="add --no-bias-gelu-fusion"):
-        arguments.validate(parse("--xielu", with_bias))
-    arguments.validate(parse("--xielu --no-bias-gelu-fusion", with_bias))
+@pytest.mark.parametrize(
+    ("bias", "flag", "fused"),
+    [(True, "", True), (True, "--no-bias-gelu-fusion", False), (False, "", False)],
+)
+def test_bias_is_fused_by_us_where_megatron_would(parse, bias, flag, fused):
+    model = [word for word in TINY_LLAMA if not (bias and word == "--disable-bias-linear")]
+    args = parse(f"--xielu {flag}", model)
+    arguments.validate(args)
+    assert args.xielu_fuse_bias == fused
+    assert not args.bias_gelu_fusion
 
 
 def test_activations_of_megatron_are_left_alone(parse):

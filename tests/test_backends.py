@@ -1,0 +1,163 @@
+"""Which backend computes what, and what happens where one cannot."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from launch import REPOSITORY
+from transformers.activations import XIELUActivation
+
+from megatron_xielu import backend_compiled, backend_eager, backend_triton, backends, functional
+
+LARGE = backends._COMPILE_FROM
+
+
+@pytest.fixture(autouse=True)
+def not_forced(monkeypatch):
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    backends._log_fallback.cache_clear()
+
+
+def test_default_on_a_cpu():
+    assert backends.choose(torch.zeros(LARGE)) is backend_compiled
+    assert backends.choose(torch.zeros(LARGE, dtype=torch.bfloat16)) is backend_compiled
+    assert backends.choose(torch.zeros(LARGE - 1)) is backend_eager
+    assert backends.choose(torch.zeros(LARGE, dtype=torch.float64)) is backend_eager
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_default_on_a_gpu():
+    assert backends.choose(torch.zeros(1, device="cuda")) is backend_triton
+    assert backends.choose(torch.zeros(1, device="cuda", dtype=torch.float64)) is backend_eager
+
+
+def test_another_device_is_eager_and_says_so_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert backends.choose(torch.zeros(LARGE, device="meta")) is backend_eager
+    assert caplog.messages == [
+        "megatron_xielu: using the eager backend: there is no kernel for meta tensors"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("cuda", torch.zeros(1), "must be triton, compiled or eager, not 'cuda'"),
+        ("triton", torch.zeros(1).double(), "=triton computes in float32"),
+        ("compiled", torch.zeros(1).double(), "unset it for float64"),
+        ("compiled", torch.zeros(1, device="meta"), "=compiled is for CPU tensors"),
+    ],
+)
+def test_what_cannot_be_forced(name, tensor, message, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, name)
+    with pytest.raises(ValueError, match=f"^MEGATRON_XIELU_BACKEND.*{message}"):
+        backends.choose(tensor)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    monkeypatch.setattr(backend_triton, "is_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
+        backends.choose(torch.zeros(1))
+
+
+def run_python(script: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_without_a_compiler_it_is_eager_and_says_so_once(tmp_path):
+    output = run_python(
+        f"""
+import torch
+from megatron_xielu import backend_eager, backends, functional
+x, alpha = torch.randn({LARGE}), torch.zeros(1)
+for _ in range(2):
+    y = functional.xielu(x, alpha, alpha)
+    assert torch.equal(y, backend_eager.forward("xielu", x, alpha, alpha, 0.5, None))
+""",
+        CXX="/no/such/compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+    )
+    assert output.count("using the eager backend: torch.compile does not work here") == 1
+
+
+def test_importing_needs_no_triton():
+    output = run_python(
+        """
+import sys
+from megatron_xielu import functional
+assert "megatron_xielu.backend_triton" not in sys.modules
+assert "megatron_xielu.backend_compiled" not in sys.modules
+print("imported")
+"""
+    )
+    assert "imported" in output
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_compilation_for_every_batch_size_and_rank(has_bias):
+    torch._dynamo.reset()
+    alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
+    bias = torch.zeros(64, requires_grad=True) if has_bias else None
+
+    def step(*shape):
+        x = torch.randn(*shape, requires_grad=True)
+        functional.xielu(x, *alphas, bias=bias).sum().backward()
+
+    step(1024, 64)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(2048, 64)
+        step(3, 512, 64)
+        step(1111, 2, 64)
+        with torch.no_grad():
+            functional.xielu(torch.randn(4096, 64), *alphas, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_add_up(dtype, monkeypatch):
+    """Several chunks and a longer last one give what one gives, to float32 accuracy."""
+    monkeypatch.setenv(backends.VARIABLE, "compiled")
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 3001, 16).to(dtype)
+    alpha_p, alpha_n = torch.tensor([0.2]), torch.tensor([-1.1])
+    for bias in (None, torch.randn(16)):
+        results = []
+        for chunk in (2**22, 4096):
+            monkeypatch.setattr(backend_compiled, "_CHUNK", chunk)
+            results.append(backend_compiled.backward("xielu", dy, x, alpha_p, alpha_n, 0.5, bias))
+        (dx, *sums), (chunked_dx, *chunked_sums) = results
+        assert torch.equal(dx, chunked_dx)
+        for a, b in zip(sums, chunked_sums, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+
+
+def test_saves_one_tensor_where_a_module_of_eager_operations_saves_many():
+    def saved_bytes(function) -> int:
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            function(x)
+        return sum(storages.values())
+
+    x = torch.randn(64, 256, requires_grad=True)
+    peer = XIELUActivation(dtype=torch.float32)
+    alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
+    ours = saved_bytes(lambda x: functional.xielu(x, *alphas))
+    assert ours == x.numel() * 4 + 2 * 4
+    assert saved_bytes(peer) > 3 * ours
