@@ -145,9 +145,7 @@ class TrainableActivation(MegatronModule):
         alpha_p, alpha_n = self._complete_alphas()
         return self.run(self._formula, input_, alpha_p, alpha_n, self.take_bias())
 
-    def _formula(
-        self, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def _formula(self, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, alpha_p, alpha_n, beta=self.beta, bias=bias)
 
     def run(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
