@@ -104,7 +104,7 @@ def choose(x: Tensor) -> ModuleType:
 
 @functools.cache
 def _compiler_works() -> bool:
-    """Compile and run the smallest kernel, once, to see whether this machine can."""
+    """Compile and run one kernel, to see whether this machine can."""
     from megatron_xielu import backend_compiled
 
     x, alpha = torch.zeros(4), torch.zeros(1)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from launch import REPOSITORY
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from transformers.activations import XIELUActivation
 
 from megatron_xielu import backend_compiled, backend_eager, backend_triton, backends, functional
@@ -90,6 +91,30 @@ for _ in range(2):
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
     )
     assert output.count("using the eager backend: torch.compile does not work here") == 1
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_compiled_loops_use_threads(has_bias):
+    """Whatever the first size was: here it is that of the call which tries the compiler."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch._dynamo.reset()
+    backends._compiler_works.cache_clear()
+    alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
+    x = torch.randn(LARGE // 64, 64, requires_grad=True)
+    bias = torch.zeros(64, requires_grad=True) if has_bias else None
+
+    def forward_and_backward():
+        functional.xielu(x, *alphas, bias=bias).sum().backward()
+
+    try:
+        with fresh_inductor_cache():
+            _, code = run_and_get_code(forward_and_backward)
+    finally:
+        torch.set_num_threads(threads)
+    kernels = [text for text in code if 'extern "C"' in text]
+    assert len(kernels) >= 2
+    assert all("#pragma omp parallel" in text for text in kernels)
 
 
 def test_importing_needs_no_triton():
