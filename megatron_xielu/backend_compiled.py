@@ -98,8 +98,7 @@ def _compiled(name: str, direction: int, dtype: torch.dtype, has_bias: bool) -> 
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     # Else the first size seen, here or by whoever filled the compiler's cache, decides for all
     # sizes whether the loop is threaded.
-    options = {"cpp.dynamic_threads": True}
-    return torch.compile(own, dynamic=True, fullgraph=True, options=options)
+    return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
 
 
 def _effective(name: str, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> _Effective:
