@@ -68,7 +68,7 @@ def _load(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _define(value: Callable, slope_of: Callable) -> tuple[Callable, Callable]:
-    # Both write into memory that they are given: faster than what the compiler allocates itself.
+    # Both write into memory that they are given; backward is called chunk by chunk.
     def forward(x: Tensor, effective: _Effective, bias: Tensor | None, y_out: Tensor) -> None:
         y_out.copy_(value(_load(x, bias), effective))
 
