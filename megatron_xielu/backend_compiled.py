@@ -174,7 +174,7 @@ def backward(
     sums = []
     with _below_autograd():
         effective = _effective(name, alpha_p, alpha_n, beta)
-        tensors = [_plain(t, shape) for t in (dy, x, dx)]
+        tensors = [t.reshape(shape) for t in (dy, x, dx)]
         plain_bias = None if bias is None else _plain(bias, shape[1:])
         for chunk in _chunks(shape):
             dy_chunk, x_chunk, dx_chunk = (_plain(t[chunk], t[chunk].shape) for t in tensors)
