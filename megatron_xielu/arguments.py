@@ -95,6 +95,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="Run on the CPU over gloo, for tests and debugging (default where there is no GPU).",
     )
+    # Megatron 0.19.2 has a help text with a bare "%", at which --help fails.
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     return parser
 
 

@@ -35,6 +35,13 @@ def test_flags_reach_the_module(parse):
     assert alpha_p.item() == pytest.approx(0.3) and alpha_n.item() == pytest.approx(0.9)
 
 
+def test_help_can_be_printed(parse, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--help")
+    assert exit_info.value.code == 0
+    assert "--xielu-check-tp-sync" in capsys.readouterr().out
+
+
 def test_defaults(parse):
     builder = arguments.activation_builder(parse("--xiprelu"))
     assert builder.activation is XIPReLU

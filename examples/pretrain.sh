@@ -1,0 +1,315 @@
+#!/usr/bin/env bash
+# Pretrain a Llama with the activation of choice: this node's part of a job. Run it on every node; the
+# front ends in slurm/, torchrun/ and kubernetes/ do just that.
+#
+#   MODEL=llama_1b ACTIVATION=xielu DATA_ARGS=data/data_args.txt examples/pretrain.sh --dry-run
+#
+# This is the only place where the Megatron command is put together. Whatever stands after the options
+# is appended to it: `examples/pretrain.sh --lr 5e-4 --seed 1`.
+#
+# Options
+#   --dry-run   print the command and the plan, run nothing
+#   --help      this text
+#
+# What to train (environment)
+#   MODEL        llama_1b, llama_3b, debug, or a file like those in models/   [llama_1b]
+#   ACTIVATION   xielu, xiprelu, relu2, swiglu, gelu, at equal parameters and FLOPs   [xielu]
+#   TOKENS       tokens to train on, 125e9 for example   [the model file's]
+#   DATA_ARGS    a file for --data-args-path; or DATA, prefixes for --data-path; or MOCK_DATA=1
+#   SPLIT        train, validation, test shares   [990,10,0]
+#   TOKENIZER    Hugging Face name or folder, or null   [mistralai/Mistral-Nemo-Base-2407]
+#   LR, SEQ_LENGTH, GATED_FFN_SIZE, ...   every value of the model file
+#   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
+#   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
+# Where
+#   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
+#   MASTER_ADDR   node 0   [localhost]    MASTER_PORT   [29500]    LOCAL_ADDR  this node's own address
+#   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
+#   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
+#   TIMEOUT_MINUTES     a collective that takes longer ends the ranks   [10]
+#   RENDEZVOUS_TIMEOUT  seconds that nodes wait for each other   [600]
+#   PREFLIGHT    0 skips the checks before training   [1]    PYTHON   [python3]
+# What is kept
+#   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
+#   SAVE_INTERVAL  steps between checkpoints   [1000]
+#   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
+#   WANDB_PROJECT  also log to Weights & Biases; its key belongs in WANDB_API_KEY
+# When something fails
+#   IN_JOB_RESTARTS  restarts of all ranks without leaving the job   [3]
+#   RESTART_BUDGET   jobs in a row that may end without a new checkpoint   [3]
+#   FAULT_TOLERANCE  1: NVIDIA's ft_launcher, 0: torchrun   [1 where nvidia-resiliency-ext is installed]
+#   INPROCESS_RESTART  1: restart inside the processes (nvidia-resiliency-ext)   [0]
+#
+# Exit codes: 0 finished; 2 wrong configuration and 4 restart budget spent (starting again is useless);
+# 75 stopped by SIGTERM or SIGUSR1 after saving (start again to go on); others: failed (start again).
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+die() { # code, message
+    echo "pretrain.sh: error: $2" >&2
+    exit "$1"
+}
+
+dry_run=0
+trailing=()
+for argument in "$@"; do
+    case $argument in
+        --dry-run) dry_run=1 ;;
+        -h | --help)
+            sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        *) trailing+=("$argument") ;;
+    esac
+done
+
+# --- what to train -------------------------------------------------------------------------------
+
+: "${MODEL:=llama_1b}" "${ACTIVATION:=xielu}"
+model_file=$here/models/$MODEL.sh
+[[ $MODEL == */* || $MODEL == *.sh ]] && model_file=$MODEL
+[[ -f $model_file ]] || die 2 "MODEL=$MODEL: no file $model_file; there are: $(cd "$here/models" && echo *.sh)"
+# shellcheck source=models/llama_1b.sh
+source "$model_file"
+
+: "${DEVICE:=gpu}" "${PRECISION:=bf16}" "${SEED:=42}" "${SPLIT:=990,10,0}"
+: "${TOKENIZER:=mistralai/Mistral-Nemo-Base-2407}" "${PADDED_VOCAB_SIZE:=}" "${VOCAB_SIZE:=}"
+: "${DATA_ARGS:=}" "${DATA:=}" "${MOCK_DATA:=0}" "${WANDB_PROJECT:=}"
+: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
+: "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${PREFLIGHT:=1}" "${PYTHON:=python3}" "${NETWORK:=}"
+: "${SAVE_INTERVAL:=1000}" "${KEEP_LAST:=3}" "${KEEP_EVERY:=5000}" "${LOG_INTERVAL:=10}"
+: "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=20}" "${TIMEOUT_MINUTES:=10}"
+: "${RENDEZVOUS_TIMEOUT:=600}"
+: "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${FAULT_TOLERANCE:=}" "${INPROCESS_RESTART:=0}"
+: "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
+: "${ENTRY:=-m megatron_xielu.pretrain_gpt}"
+# Found by its folder when the package is not installed: in a checkout, on a login node.
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
+
+ours=0
+[[ $ENTRY == "-m megatron_xielu.pretrain_gpt" ]] && ours=1
+ffn_size=$((GATED_FFN_SIZE * 3 / 2)) # two matrices of this width are three of the gated one's
+case $ACTIVATION in
+    xielu | xiprelu)
+        if ((ours)); then
+            activation=("--$ACTIVATION")
+        else
+            activation=(--spec megatron_xielu.layer_specs "${ACTIVATION}_layer_spec" --use-te-activation-func)
+        fi
+        ;;
+    relu2) activation=(--squared-relu) ;;
+    gelu) activation=() ;;
+    swiglu) activation=(--swiglu) ffn_size=$GATED_FFN_SIZE ;;
+    *) die 2 "ACTIVATION=$ACTIVATION: choose xielu, xiprelu, relu2, swiglu or gelu" ;;
+esac
+((GATED_FFN_SIZE % 2 == 0)) || die 2 "GATED_FFN_SIZE=$GATED_FFN_SIZE must be even for equal parameters"
+
+number='^[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?$'
+[[ $TOKENS =~ $number ]] || die 2 "TOKENS=$TOKENS is not a number such as 125e9"
+for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH SAVE_INTERVAL \
+    KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name=${!name} is not a whole number"
+done
+
+samples() { # tokens, numerator, denominator: in whole batches, rounded up
+    awk -v tokens="$1" -v top="$2" -v bottom="$3" -v sequence="$SEQ_LENGTH" -v batch="$GLOBAL_BATCH" '
+        BEGIN { steps = tokens * top / bottom / sequence / batch
+                printf "%.0f", (steps > int(steps) + 1e-6 ? int(steps) + 1 : int(steps)) * batch }'
+}
+train_samples=$(samples "$TOKENS" 1 1)
+warmup_samples=$(samples "$TOKENS" "$WARMUP_STEPS" "$STEPS")
+decay_samples=$(samples "$TOKENS" "$DECAY_STEPS" "$STEPS")
+
+megatron=(
+    --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$ffn_size"
+    --num-attention-heads "$NUM_HEADS" --group-query-attention --num-query-groups "$NUM_KV_HEADS"
+    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+    --position-embedding-type rope --rotary-base "$ROTARY_BASE"
+    --normalization RMSNorm --norm-epsilon 1e-6 --init-method-std 0.025
+    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    "${activation[@]}"
+    --train-samples "$train_samples" --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
+    --lr "$LR" --min-lr 0 --lr-warmup-samples "$warmup_samples" --lr-decay-samples "$train_samples"
+    --lr-decay-style WSD --lr-wsd-decay-style minus_sqrt --lr-wsd-decay-samples "$decay_samples"
+    --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --weight-decay 0.1 --clip-grad 1.0
+    --seed "$SEED"
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --distributed-timeout-minutes "$TIMEOUT_MINUTES"
+    --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
+    --ckpt-format torch_dist --ckpt-assume-constant-structure --async-save --exit-signal-handler
+    --log-interval "$LOG_INTERVAL" --log-throughput --tensorboard-dir "$RUN_DIR/tensorboard"
+    --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
+)
+((TIE_EMBEDDINGS)) || megatron+=(--untie-embeddings-and-output-weights)
+((TP > 1)) && megatron+=(--sequence-parallel)
+((TP > 1 && ours)) && [[ $ACTIVATION == xi* ]] && megatron+=(--xielu-check-tp-sync 1000)
+[[ -n $PADDED_VOCAB_SIZE ]] && megatron+=(--padded-vocab-size "$PADDED_VOCAB_SIZE")
+case $PRECISION in
+    bf16) megatron+=(--bf16) ;;
+    fp32) ;;
+    *) die 2 "PRECISION=$PRECISION: choose bf16 or fp32" ;;
+esac
+case $DEVICE in
+    gpu) ;;
+    cpu) megatron+=(--cpu) ;;
+    *) die 2 "DEVICE=$DEVICE: choose gpu or cpu" ;;
+esac
+if [[ $TOKENIZER == null ]]; then
+    [[ -n $VOCAB_SIZE ]] || die 2 "TOKENIZER=null needs VOCAB_SIZE"
+    megatron+=(--tokenizer-type NullTokenizer --vocab-size "$VOCAB_SIZE")
+else
+    megatron+=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER")
+fi
+no_data=0
+if [[ -n $DATA_ARGS ]]; then
+    megatron+=(--data-args-path "$DATA_ARGS" --split "$SPLIT")
+elif [[ -n $DATA ]]; then
+    read -ra prefixes <<<"$DATA"
+    megatron+=(--data-path "${prefixes[@]}" --split "$SPLIT")
+elif [[ $MOCK_DATA == 1 ]]; then
+    megatron+=(--mock-data)
+else
+    no_data=1
+fi
+[[ -n $WANDB_PROJECT ]] && megatron+=(
+    --wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$RUN_DIR")" --wandb-save-dir "$RUN_DIR")
+
+# --- how it is launched --------------------------------------------------------------------------
+
+if [[ -z $FAULT_TOLERANCE ]]; then
+    FAULT_TOLERANCE=0
+    "$PYTHON" -c 'import nvidia_resiliency_ext.fault_tolerance' 2>/dev/null && FAULT_TOLERANCE=1
+fi
+launcher=()
+((FAULT_TOLERANCE)) && launcher=(--fault-tolerance) megatron+=(--enable-ft-package --calc-ft-timeouts)
+((INPROCESS_RESTART)) && megatron+=(--inprocess-restart)
+is_host=$((NODE_RANK == 0))
+launcher+=(
+    --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$IN_JOB_RESTARTS"
+    --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-$(basename "$RUN_DIR")}"
+    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-conf "is_host=$is_host,join_timeout=$RENDEZVOUS_TIMEOUT"
+)
+[[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
+# SIGTERM is for the ranks, which save on it; a launcher that handles it would kill them half-way.
+((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
+read -ra entry <<<"$ENTRY"
+command=(
+    "$PYTHON" -m megatron_xielu.cluster.agent "${launcher[@]}"
+    -m megatron_xielu.cluster.worker "${entry[@]}" "${megatron[@]}" "${trailing[@]}"
+)
+
+plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE"
+    --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY")
+[[ -n ${GPU_MEMORY_GIB:-} ]] && plan+=(--gpu-memory "$GPU_MEMORY_GIB")
+[[ -n ${MFU:-} ]] && plan+=(--mfu "$MFU")
+[[ -n ${PEAK_TFLOPS:-} ]] && plan+=(--peak-tflops "$PEAK_TFLOPS")
+
+if ((dry_run)); then
+    printf '%q' "${command[0]}"
+    for argument in "${command[@]:1}"; do
+        if [[ $argument == -* ]]; then printf ' \\\n   '; fi
+        printf ' %q' "$argument"
+    done
+    printf '\n\n'
+    "${plan[@]}" -- "${megatron[@]}" "${trailing[@]}"
+    ((no_data)) && echo "to set before the run: DATA_ARGS=FILE, DATA=PREFIX or MOCK_DATA=1"
+    exit 0
+fi
+((no_data)) && die 2 "no data: set DATA_ARGS=FILE, DATA='PREFIX ...' or MOCK_DATA=1"
+"${plan[@]}" --check -- "${megatron[@]}" "${trailing[@]}" || exit 2
+
+# --- the run -------------------------------------------------------------------------------------
+
+if [[ -n $NETWORK ]]; then
+    # shellcheck source=network.env.sh
+    source "$here/network.env.sh"
+fi
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps by this order
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                          # or a replaced node cannot join
+export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
+mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard}
+RUN_DIR=$(cd "$RUN_DIR" && pwd)
+export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
+export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
+export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON
+rm -f "$MEGATRON_XIELU_FINISHED"
+
+event() { # name, reason: as megatron_xielu/cluster/events.py
+    local line
+    line="$(date -u +%Y-%m-%dT%H:%M:%SZ) node=$MEGATRON_XIELU_NODE rank=- event=$1 reason=\"$2\""
+    echo "[event] $line" >&2
+    echo "$line" >>"$MEGATRON_XIELU_EVENTS" || true
+}
+
+finish() { # exit code, event, reason: node 0 also leaves the verdict for the front end
+    event "$2" "$3"
+    ((NODE_RANK)) || echo "$1" >"$RUN_DIR/exit_code"
+    exit "$1"
+}
+
+# The budget: attempts in a row that started from the same checkpoint and were not stopped on purpose.
+attempts=$RUN_DIR/attempts
+if ((NODE_RANK == 0)); then
+    rm -f "$RUN_DIR/exit_code"
+    latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
+    latest=${latest:-0}
+    failed=$(tac "$attempts" 2>/dev/null | awk -v latest="$latest" '$1 != latest { exit } { n++ } END { print n + 0 }')
+    ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
+        "$failed attempts in a row ended without a checkpoint after iteration $latest; find the cause in $RUN_DIR/events and $RUN_DIR/logs, then delete $attempts"
+    echo "$latest" >>"$attempts"
+fi
+event start "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
+
+stopping=''
+agent=''
+# shellcheck disable=SC2329 # called by the traps
+stop() { # signal
+    [[ -n $stopping ]] || event stopping "SIG$1: the ranks save after this step and end"
+    stopping=$1
+    [[ -z $agent ]] || pkill -TERM -P "$agent" || true
+}
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
+
+if [[ $PREFLIGHT == 1 ]]; then
+    "$here/preflight.sh" && code=0 || code=$?
+    ((code == 0)) || [[ -n $stopping ]] || finish 3 preflight-failed "preflight.sh ended with $code, and named the node above"
+fi
+
+watch=''
+if ((NODE_RANK == 0)); then
+    "$PYTHON" -m megatron_xielu.cluster.checkpoints "$RUN_DIR/checkpoints" watch \
+        --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY" &
+    watch=$!
+fi
+trap '[[ -z $watch ]] || kill "$watch" 2>/dev/null' EXIT
+
+code=75
+if [[ -z $stopping ]]; then
+    logs=$RUN_DIR/logs/$(date -u +%Y%m%dT%H%M%SZ)-$MEGATRON_XIELU_NODE
+    # Started with these two ignored, which the ranks inherit: until Megatron has its handler in place
+    # a SIGTERM is lost, not fatal, and the loop below repeats it.
+    (
+        trap '' TERM USR1
+        exec "${command[@]:0:3}" --log-dir "$logs" --tee 3 "${command[@]:3}"
+    ) &
+    agent=$!
+    while kill -0 "$agent" 2>/dev/null; do
+        if [[ -n $stopping ]]; then
+            pkill -TERM -P "$agent" || true
+            sleep 2
+        else
+            wait "$agent" || true # a signal ends the wait, not the agent
+        fi
+    done
+    wait "$agent" && code=0 || code=$?
+fi
+
+if ((code == 0)) && [[ -e $MEGATRON_XIELU_FINISHED ]]; then
+    finish 0 finished "trained to the last step; checkpoints in $RUN_DIR/checkpoints"
+elif ((code == 0 || code == 75)); then
+    ((NODE_RANK)) || sed -i '$d' "$attempts" # not a failure
+    finish 75 stopped "saved, to be continued"
+fi
+finish "$code" failed "the launcher ended with $code; the first failed rank is named above"

@@ -1,0 +1,1 @@
+"""What keeps a run on many nodes going: preflight, checkpoints, restarts, events."""

@@ -1,0 +1,69 @@
+"""Starts and restarts the ranks of one node: torchrun, or ft_launcher where it is installed.
+
+``python -m megatron_xielu.cluster.agent [TORCHRUN OPTIONS] -m megatron_xielu.cluster.worker …``
+
+A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log: which
+rank ended how, and every restart. Why methods are wrapped rather than a log parsed:
+``_monitor_workers`` returns ranks, exit codes and signals as numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from megatron_xielu.cluster import events
+
+
+def main() -> None:
+    """Run the launcher with this process's arguments (``--fault-tolerance`` first: ft_launcher)."""
+    if sys.argv[1:2] == ["--fault-tolerance"]:
+        del sys.argv[1]
+        from nvidia_resiliency_ext.fault_tolerance import launcher
+
+        agent, run = launcher.LocalElasticAgent, launcher.main
+    else:
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+        agent, run = LocalElasticAgent, torchrun.main
+    _report_failures(agent)
+    run()
+
+
+def _report_failures(agent: Any) -> None:
+    monitor, restart = agent._monitor_workers, agent._restart_workers
+
+    @functools.wraps(monitor)
+    def monitor_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = monitor(self, *args, **kwargs)
+        if result.is_failed():
+            for rank, failure in result.failures.items():
+                events.write(
+                    "rank-failed",
+                    _reason(failure),
+                    rank=rank,
+                    local_rank=failure.local_rank,
+                    exit=failure.exitcode,
+                )
+        return result
+
+    @functools.wraps(restart)
+    def report_and_restart(self: Any, *args: Any, **kwargs: Any) -> Any:
+        events.write("restart", f"all ranks; {self._remaining_restarts} restarts left in this job")
+        return restart(self, *args, **kwargs)
+
+    agent._monitor_workers = monitor_and_report
+    agent._restart_workers = report_and_restart
+
+
+def _reason(failure: Any) -> str:
+    if failure.exitcode < 0:
+        return f"killed by {failure.signal_name()}"
+    message = failure.message
+    return str(message.get("message", message) if isinstance(message, dict) else message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The log of a run: one line per event, with time, node, rank and reason.
+
+``2026-11-24T10:17:20Z node=n1 rank=3 event=worker-failed exit=-9 reason="killed by SIGKILL"``
+
+Every node appends to a file of its own (``MEGATRON_XIELU_EVENTS``), since appends of two nodes to
+one file can overwrite each other on NFS, and to standard error, so that the job's log has them all.
+`examples/pretrain.sh` writes the same lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+
+_REASON_LENGTH = 300
+
+
+def node() -> str:
+    """Name of this node: ``MEGATRON_XIELU_NODE``, or the host name."""
+    return os.environ.get("MEGATRON_XIELU_NODE") or socket.gethostname()
+
+
+def write(event: str, reason: str = "", **fields: object) -> None:
+    """Append one event.
+
+    Args:
+        event: what happened, in one word.
+        reason: why, in words; of several lines the first non-empty one is kept.
+        **fields: further ``name=value`` pairs; ``rank`` replaces this process's own rank.
+    """
+    pairs = {"node": node(), "rank": os.environ.get("RANK", "-"), "event": event, **fields}
+    line = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line += "".join(f" {name}={value}" for name, value in pairs.items())
+    text = next((part.strip() for part in reason.splitlines() if part.strip()), "")
+    if text:
+        line += f" reason={json.dumps(text[:_REASON_LENGTH], ensure_ascii=False)}"
+    print(f"[event] {line}", file=sys.stderr, flush=True)
+    path = os.environ.get("MEGATRON_XIELU_EVENTS")
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        except OSError as error:  # a full disk must not end a training that could go on
+            print(f"[event] {path}: {error}", file=sys.stderr, flush=True)

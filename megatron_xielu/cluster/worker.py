@@ -1,0 +1,81 @@
+"""Runs a training script as one rank of a supervised job.
+
+``… -m megatron_xielu.cluster.worker (SCRIPT.py | -m MODULE) MEGATRON ARGUMENTS``
+
+What it adds to the script, whichever it is: before anything is loaded, rank 0 sets aside damaged
+checkpoints and points Megatron at the newest whole one (the other ranks wait for it in the
+rendezvous); at the end, the event log says how the rank ended; and a training that reached its last
+step is told from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron_xielu.cluster import checkpoints, events
+
+# Exit codes of Megatron's rerun state machine, which checks every loss for NaN, Inf and spikes.
+_REJECTED_RESULT = {
+    16: "a loss was rejected (NaN, Inf or a spike); to be computed again after a restart",
+    17: "a loss was rejected (NaN, Inf or a spike) and computed again",
+}
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@record
+def main() -> None:
+    """Repair, run the script, report."""
+    if len(sys.argv) < 2 or (sys.argv[1] == "-m" and len(sys.argv) < 3):
+        raise SystemExit("usage: python -m megatron_xielu.cluster.worker (SCRIPT.py | -m MODULE) …")
+    _die_with_launcher()
+    is_module = sys.argv[1] == "-m"
+    script = sys.argv[2 if is_module else 1]
+    arguments = sys.argv[3 if is_module else 2 :]
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            _repair_checkpoints(arguments)
+        sys.argv = [script, *arguments]
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            # As for `python SCRIPT.py`: what lies beside the script can be imported.
+            sys.path.insert(0, str(Path(script).resolve().parent))
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code in (None, 0):
+            return  # left early, after saving: a signal, --exit-interval, --exit-duration-in-mins
+        code = end.code
+        events.write("worker-failed", _REJECTED_RESULT.get(code, str(code)), exit=code)  # type: ignore[arg-type]
+        raise
+    except BaseException as error:
+        events.write("worker-failed", f"{type(error).__name__}: {error}")
+        raise
+    finished = os.environ.get("MEGATRON_XIELU_FINISHED")
+    if finished and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(finished).touch()
+
+
+def _repair_checkpoints(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--save")
+    save = parser.parse_known_args(arguments)[0].save
+    if save:
+        checkpoints.repair(Path(save))
+
+
+def _die_with_launcher() -> None:
+    """Have the kernel end this rank when the launcher is killed: it would block the next attempt."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
