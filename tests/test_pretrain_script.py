@@ -1,0 +1,180 @@
+"""examples/pretrain.sh: what every model, activation and front end would run, and what is refused.
+
+The expected outputs lie in tests/dry_runs/; ``python tests/test_pretrain_script.py`` writes them
+anew, to be read before they are committed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import REPOSITORY
+
+MODELS = ["llama_1b", "llama_3b", "debug"]
+ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
+EXPECTED = Path(__file__).parent / "dry_runs"
+LAUNCHER = "examples/pretrain.sh --dry-run"
+# Front end: the command line, and what is set for it.
+FRONT_ENDS = {
+    "slurm": ("bash examples/slurm/pretrain.sbatch --dry-run", {"NNODES": "11"}),
+    "slurm-pyxis": (
+        "bash examples/slurm/pretrain.sbatch --dry-run",
+        {"NNODES": "11", "IMAGE": "registry/xielu:1", "MOUNTS": "/scratch:/scratch,/data:/data"},
+    ),
+    "slurm-apptainer": (
+        "bash examples/slurm/pretrain.sbatch --dry-run",
+        {"NNODES": "11", "IMAGE": "/images/xielu.sif", "MOUNTS": "/scratch,/data"},
+    ),
+    "torchrun": ("examples/torchrun/launch.sh a b -- --dry-run --seed 1", {}),
+}
+
+
+def run(command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command line of the repository with only these variables set."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=REPOSITORY,
+        env={
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "FAULT_TOLERANCE": "0",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def output(command: str, **variables: str) -> str:
+    """Standard output of a dry run, without this machine's paths."""
+    result = run(command, **variables)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    return result.stdout.replace(str(REPOSITORY), "/repository")
+
+
+def cases() -> dict[str, tuple[str, dict[str, str]]]:
+    """Name of the expected output: command line, variables."""
+    launcher = {
+        f"{model}-{activation}": (LAUNCHER, {"MODEL": model, "ACTIVATION": activation})
+        for model in MODELS
+        for activation in ACTIVATIONS
+    }
+    return launcher | FRONT_ENDS
+
+
+@pytest.mark.parametrize("name", cases())
+def test_dry_run(name):
+    command, variables = cases()[name]
+    assert output(command, **variables) == (EXPECTED / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_front_ends_run_the_launchers_command(model, activation, front_end):
+    """A front end adds its own first lines and nothing else."""
+    command, variables = FRONT_ENDS[front_end]
+    variables = {**variables, "MODEL": model, "ACTIVATION": activation}
+    whole = output(command, **variables)
+    first, _, rest = whole.partition("\n\n")
+    settings = {
+        "RUN_DIR": f"/repository/runs/{model}-{activation}",
+        "MASTER_ADDR": "a" if front_end == "torchrun" else "node1",
+        "NNODES": "2" if front_end == "torchrun" else "11",
+        "MASTER_PORT": "29500" if front_end == "torchrun" else "20000",
+        "MODEL": model,
+        "ACTIVATION": activation,
+    }
+    trailing = " --seed 1" if front_end == "torchrun" else ""
+    assert rest == output(LAUNCHER + trailing, **settings)
+    assert "pretrain.sh" in first or front_end == "torchrun"
+
+
+@pytest.mark.parametrize("model", ["llama_1b", "llama_3b"])
+def test_activations_have_equal_parameters_and_flops(model):
+    plans = [output(LAUNCHER, MODEL=model, ACTIVATION=activation) for activation in ACTIVATIONS]
+    for pattern in (r"parameters +([\d,]+)", r"FLOPs per token +([\d.e+]+)"):
+        numbers = [float(re.search(pattern, plan)[1].replace(",", "")) for plan in plans]
+        assert max(numbers) / min(numbers) - 1 < 1e-3
+
+
+def flag(text: str, name: str) -> str:
+    """Value of a flag in the printed command."""
+    return re.search(rf"{name} (\S+)", text)[1]
+
+
+def test_tokens_become_samples_for_any_batch():
+    """125e9 tokens, warm-up and decay in the published proportions, in whole batches."""
+    for batch in (440, 512, 2048):
+        text = output(LAUNCHER, TOKENS="125e9", GLOBAL_BATCH=str(batch), MICRO_BATCH="1")
+        samples = int(flag(text, "--train-samples"))
+        assert samples % batch == 0
+        assert 0 <= samples * 4096 - 125e9 < batch * 4096
+        assert int(flag(text, "--lr-warmup-samples")) == pytest.approx(samples / 35, abs=batch)
+        decay = int(flag(text, "--lr-wsd-decay-samples"))
+        assert decay == pytest.approx(samples * 14500 / 70000, abs=batch)
+        assert flag(text, "--lr-decay-samples") == str(samples)
+
+
+def test_published_schedule_is_met_exactly():
+    for model, steps, warmup, decay in (
+        ("llama_1b", 70_000, 2_000, 14_500),
+        ("llama_3b", 48_000, 2_000, 10_000),
+    ):
+        text = output(LAUNCHER, MODEL=model)
+        batch = int(flag(text, "--global-batch-size"))
+        assert int(flag(text, "--train-samples")) == steps * batch
+        assert int(flag(text, "--lr-warmup-samples")) == warmup * batch
+        assert int(flag(text, "--lr-wsd-decay-samples")) == decay * batch
+
+
+def test_environment_and_trailing_flags_override():
+    text = output(LAUNCHER + " --lr 5e-4 --seed=7", NUM_LAYERS="12", LR="3e-4", RUN_DIR="/r")
+    assert flag(text, "--num-layers") == "12"
+    assert re.findall(r"--lr (\S+)", text) == ["3e-4", "5e-4"]
+    assert text.index("--lr 5e-4") < text.index("--seed=7")
+    assert flag(text, "--save") == "/r/checkpoints"
+
+
+def test_other_scripts_get_the_layer_spec():
+    text = output(LAUNCHER, ENTRY="/opt/megatron-lm/pretrain_gpt.py")
+    assert "--spec megatron_xielu.layer_specs xielu_layer_spec" in text.replace(" \\\n   ", "")
+    assert "--use-te-activation-func" in text and "--xielu " not in text
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"MODEL": "llama_9b"}, "MODEL=llama_9b: no file"),
+        ({"ACTIVATION": "selu"}, "ACTIVATION=selu: choose"),
+        ({"TOKENS": "125 billion"}, "TOKENS=125 billion is not a number"),
+        ({"TP": "two"}, "TP=two is not a whole number"),
+        ({"PRECISION": "fp8"}, "PRECISION=fp8: choose"),
+        ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
+        ({"TOKENIZER": "null"}, "TOKENIZER=null needs VOCAB_SIZE"),
+        ({}, "no data: set DATA_ARGS"),
+        ({"MOCK_DATA": "1", "NNODES": "8"}, "--global-batch-size"),
+    ],
+)
+def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_path):
+    result = run("examples/pretrain.sh", RUN_DIR=str(tmp_path / "run"), **variables)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_variable():
+    text = run("examples/pretrain.sh --help").stdout
+    script = (REPOSITORY / "examples/pretrain.sh").read_text()
+    defaults = set(re.findall(r'"\$\{([A-Z_]+):=', script)) - {"VOCAB_SIZE", "PADDED_VOCAB_SIZE"}
+    assert {name for name in defaults if not re.search(rf"\b{name}\b", text)} == set()
+
+
+if __name__ == "__main__":
+    EXPECTED.mkdir(exist_ok=True)
+    for case, (case_command, case_variables) in cases().items():
+        (EXPECTED / f"{case}.txt").write_text(output(case_command, **case_variables))
