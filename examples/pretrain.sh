@@ -33,6 +33,7 @@
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
 #   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
+#   LOG_INTERVAL, EVAL_INTERVAL, EVAL_ITERS   in steps   [10, 1000, 20]
 #   WANDB_PROJECT  also log to Weights & Biases; its key belongs in WANDB_API_KEY
 # When something fails
 #   IN_JOB_RESTARTS  restarts of all ranks without leaving the job   [3]
@@ -254,7 +255,8 @@ if ((NODE_RANK == 0)); then
     rm -f "$RUN_DIR/exit_code"
     latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
     latest=${latest:-0}
-    failed=$(tac "$attempts" 2>/dev/null | awk -v latest="$latest" '$1 != latest { exit } { n++ } END { print n + 0 }')
+    touch "$attempts"
+    failed=$(awk -v latest="$latest" '{ n = $1 == latest ? n + 1 : 0 } END { print n + 0 }' "$attempts")
     ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
         "$failed attempts in a row ended without a checkpoint after iteration $latest; find the cause in $RUN_DIR/events and $RUN_DIR/logs, then delete $attempts"
     echo "$latest" >>"$attempts"

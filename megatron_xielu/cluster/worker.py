@@ -37,6 +37,7 @@ def main() -> None:
     if len(sys.argv) < 2 or (sys.argv[1] == "-m" and len(sys.argv) < 3):
         raise SystemExit("usage: python -m megatron_xielu.cluster.worker (SCRIPT.py | -m MODULE) …")
     _die_with_launcher()
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     is_module = sys.argv[1] == "-m"
     script = sys.argv[2 if is_module else 1]
     arguments = sys.argv[3 if is_module else 2 :]
@@ -59,6 +60,10 @@ def main() -> None:
     except BaseException as error:
         events.write("worker-failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        # Megatron leaves its handler in place, and Python's exit would make a SIGTERM that comes
+        # again fatal, after everything is saved.
+        signal.signal(signal.SIGTERM, at_sigterm)
     finished = os.environ.get("MEGATRON_XIELU_FINISHED")
     if finished and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(finished).touch()
@@ -73,7 +78,7 @@ def _repair_checkpoints(arguments: list[str]) -> None:
 
 
 def _die_with_launcher() -> None:
-    """Have the kernel end this rank when the launcher is killed: it would block the next attempt."""
+    """Have the kernel end this rank when the launcher is killed, or it blocks the next attempt."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
