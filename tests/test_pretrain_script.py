@@ -28,8 +28,14 @@ FRONT_ENDS = {
         "bash examples/slurm/pretrain.sbatch --dry-run",
         {"NNODES": "11", "IMAGE": "/images/xielu.sif", "MOUNTS": "/scratch,/data"},
     ),
-    "torchrun": ("examples/torchrun/launch.sh a b -- --dry-run --seed 1", {}),
+    "torchrun": (
+        "examples/torchrun/launch.sh a b -- --dry-run --seed 1",
+        {"MICRO_BATCH": "1", "GLOBAL_BATCH": "448"},
+    ),
 }
+
+# A batch that divides by every layout of these tests, and a run that has many of them.
+EVERYWHERE = {"MICRO_BATCH": "1", "GLOBAL_BATCH": "1760", "TOKENS": "125e9"}
 
 
 def run(command: str, **variables: str) -> subprocess.CompletedProcess:
@@ -78,7 +84,7 @@ def test_dry_run(name):
 def test_front_ends_run_the_launchers_command(model, activation, front_end):
     """A front end adds its own first lines and nothing else."""
     command, variables = FRONT_ENDS[front_end]
-    variables = {**variables, "MODEL": model, "ACTIVATION": activation}
+    variables = {**variables, "MODEL": model, "ACTIVATION": activation, **EVERYWHERE}
     whole = output(command, **variables)
     first, _, rest = whole.partition("\n\n")
     settings = {
@@ -88,6 +94,7 @@ def test_front_ends_run_the_launchers_command(model, activation, front_end):
         "MASTER_PORT": "29500" if front_end == "torchrun" else "20000",
         "MODEL": model,
         "ACTIVATION": activation,
+        **EVERYWHERE,
     }
     trailing = " --seed 1" if front_end == "torchrun" else ""
     assert rest == output(LAUNCHER + trailing, **settings)

@@ -9,8 +9,8 @@
 : "${TOKENIZER:=null}" "${VOCAB_SIZE:=255}" "${PADDED_VOCAB_SIZE:=256}" "${MOCK_DATA:=1}"
 
 : "${LR:=1e-3}"
-: "${GLOBAL_BATCH:=8}" "${MICRO_BATCH:=2}" "${TP:=1}" "${PP:=1}" "${CP:=1}"
-: "${TOKENS:=20480}"                  # 40 steps
+: "${GLOBAL_BATCH:=16}" "${MICRO_BATCH:=2}" "${TP:=1}" "${PP:=1}" "${CP:=1}"
+: "${TOKENS:=40960}"                  # 40 steps
 : "${STEPS:=40}" "${WARMUP_STEPS:=4}" "${DECAY_STEPS:=8}"
 : "${SAVE_INTERVAL:=10}" "${KEEP_EVERY:=20}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=20}"
 : "${EVAL_ITERS:=1}"

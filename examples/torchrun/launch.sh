@@ -2,7 +2,7 @@
 # Pretrain on hosts that one can ssh to, without a scheduler; starts all of them again after a failure.
 #
 #   MODEL=llama_1b DATA_ARGS=/data/data_args.txt RUN_DIR=/shared/run1 \
-#       examples/torchrun/launch.sh host1 host2 … [-- MEGATRON FLAGS]
+#       examples/torchrun/launch.sh host1 host2 … [-- [--dry-run] MEGATRON FLAGS]
 #
 # Every host sees the repository and RUN_DIR under the same path as this machine. The environment is
 # passed on, through ssh's standard input: keys appear in no process list. Ctrl-C or SIGTERM saves a
@@ -28,6 +28,11 @@ read -ra ssh <<<"${SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=15}"
 : "${RUN_DIR:=runs/${MODEL:-llama_1b}-${ACTIVATION:-xielu}}" "${RESTART_DELAY:=10}"
 [[ $RUN_DIR == /* ]] || RUN_DIR=$PWD/$RUN_DIR
 export RUN_DIR NNODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} NODE_LIST="${hosts[*]}"
+
+if [[ " $* " == *' --dry-run '* ]]; then
+    printf 'on %s: NODE_RANK=0…%d MASTER_ADDR=%s\n\n' "$NODE_LIST" $((NNODES - 1)) "$MASTER_ADDR"
+    exec "$home/examples/pretrain.sh" "$@"
+fi
 
 # What belongs to this machine and this shell, not to the run.
 private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|TMPDIR|SSH.*|XDG_.*|BASH.*|_)$'

@@ -2,8 +2,8 @@
 
 ``python -m megatron_xielu.cluster.agent [TORCHRUN OPTIONS] -m megatron_xielu.cluster.worker …``
 
-A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log: which
-rank ended how, and every restart. Why methods are wrapped rather than a log parsed:
+A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log:
+which rank ended how, and every restart. Why methods are wrapped rather than a log parsed:
 ``_monitor_workers`` returns ranks, exit codes and signals as numbers.
 """
 

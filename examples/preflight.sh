@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Check this node, and the network to the others, before a run: versions, clocks, shared directory,
+# data, GPUs, collectives, tensor-parallel alphas. Run it on every node at the same time, as pretrain.sh
+# does; on one node it can be run by hand. It takes seconds, and names the node that is at fault.
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 RUN_DIR=/shared/run1 examples/preflight.sh --min-bandwidth 100
+#
+# Flags go to megatron_xielu.cluster.preflight; --help shows them. Environment:
+#   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
+#   MASTER_ADDR   node 0   [localhost]    MASTER_PORT   one below the port used here   [29500]
+#   LOCAL_ADDR    this node's own address, where its name leads elsewhere
+#   RUN_DIR       checked, and where every node leaves a sign of life
+#   DEVICE        gpu or cpu   [gpu]    TP   tensor parallel size   [1]    PYTHON   [python3]
+#   DATA_ARGS, DATA, TOKENIZER    as for pretrain.sh
+#   NEED_GIB, MIN_DISK_MBPS, MIN_BANDWIDTH   as --need-gib and so on
+#   NODE_LIST     names of all nodes, as MEGATRON_XIELU_NODE or their host names: those that do not
+#                 join are then named
+#   PREFLIGHT_TIMEOUT   seconds to wait for all nodes   [120]
+#
+# Exit codes: 0 all checks passed; 1 one failed, or a node did not join; 2 wrong usage.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
+: "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${RUN_DIR:=}" "${DEVICE:=gpu}" "${TP:=1}"
+: "${PYTHON:=python3}" "${PREFLIGHT_TIMEOUT:=120}" "${NODE_LIST:=}"
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
+
+for argument in "$@"; do
+    if [[ $argument == --help || $argument == -h ]]; then
+        sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exec "$PYTHON" -m megatron_xielu.cluster.preflight --help
+    fi
+done
+
+flags=(--tensor-model-parallel-size "$TP")
+case $DEVICE in
+    gpu) ;;
+    cpu) flags+=(--cpu) ;;
+    *)
+        echo "preflight.sh: error: DEVICE=$DEVICE: choose gpu or cpu" >&2
+        exit 2
+        ;;
+esac
+[[ -n $RUN_DIR ]] && flags+=(--run-dir "$RUN_DIR")
+[[ -n ${NEED_GIB:-} ]] && flags+=(--need-gib "$NEED_GIB")
+[[ -n ${MIN_DISK_MBPS:-} ]] && flags+=(--min-disk-mbps "$MIN_DISK_MBPS")
+[[ -n ${MIN_BANDWIDTH:-} ]] && flags+=(--min-bandwidth "$MIN_BANDWIDTH")
+[[ -n ${TOKENIZER:-} && $TOKENIZER != null ]] && flags+=(--tokenizer-model "$TOKENIZER")
+if [[ -n ${DATA_ARGS:-} ]]; then
+    flags+=(--data-args-path "$DATA_ARGS")
+elif [[ -n ${DATA:-} ]]; then
+    read -ra prefixes <<<"$DATA"
+    flags+=(--data-path "${prefixes[@]}")
+fi
+
+# Signs of life: RUN_DIR/preflight/NODE, renewed while this node waits. Their times are the file
+# system's own, so the nodes' clocks do not matter.
+signs=$RUN_DIR/preflight
+started=''
+life=''
+if [[ -n $RUN_DIR ]]; then
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    started=$(timeout 10 bash -c 'mkdir -p "$0" && : >"$0/$1" && stat -c %Y "$0/$1"' \
+        "$signs" "$MEGATRON_XIELU_NODE" 2>/dev/null || true)
+    (while sleep 2; do touch "$signs/$MEGATRON_XIELU_NODE" || exit; done) >/dev/null 2>&1 &
+    life=$!
+fi
+trap '[[ -z $life ]] || kill "$life" 2>/dev/null' EXIT
+
+name_the_missing() {
+    local node sign answered=() missing=()
+    if [[ -z $started ]]; then
+        echo "FAIL join         $MEGATRON_XIELU_NODE: not all of $NNODES nodes joined within $PREFLIGHT_TIMEOUT s; RUN_DIR is not set or not writable here, so which of them is not known" >&2
+        return
+    fi
+    for sign in "$signs"/*; do
+        (($(stat -c %Y "$sign") >= started - 5)) && answered+=("${sign##*/}")
+    done
+    for node in $NODE_LIST; do
+        [[ " ${answered[*]} " == *" $node "* ]] || missing+=("$node")
+    done
+    echo "FAIL join         $MEGATRON_XIELU_NODE: not all of $NNODES nodes joined within $PREFLIGHT_TIMEOUT s; did not answer: ${missing[*]:-not known${NODE_LIST:+, all have started}}; answered: ${answered[*]}" >&2
+    echo "     join         look at the missing nodes first (up? in the job? RUN_DIR mounted?), then at the way to $MASTER_ADDR port $((MASTER_PORT + 1))" >&2
+}
+
+launcher=(
+    --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts 0
+    --rdzv-backend c10d --rdzv-id "preflight-${SLURM_JOB_ID:-$(basename "${RUN_DIR:-none}")}"
+    --rdzv-endpoint "$MASTER_ADDR:$((MASTER_PORT + 1))"
+    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$PREFLIGHT_TIMEOUT,read_timeout=$PREFLIGHT_TIMEOUT"
+)
+[[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
+
+# The launcher's own report of a failed rank is forty lines that hide ours: dropped, but for the rank
+# that a signal ended. Status 3: the nodes did not find each other.
+filter='
+    /failed \(exitcode: / { if (/exitcode: -/) print; quiet = 1 }
+    /Rendezvous(Timeout|Connection|Closed)Error|DistNetworkError/ { lost = 1 }
+    /Sending process .* closing signal|^\[?W.*(TCPStore|socket)/ { next }
+    /^Traceback/ { held = $0; next }
+    held != "" { if (/runpy/) quiet = 1; else if (!quiet) print held; held = "" }
+    !quiet { print; fflush() }
+    END { exit lost ? 3 : 0 }'
+exec 3>&2
+"$PYTHON" -m torch.distributed.run "${launcher[@]}" -m megatron_xielu.cluster.preflight \
+    "${flags[@]}" "$@" 2> >(awk "$filter" >&3) && code=0 || code=$?
+wait $! && reason=0 || reason=$?
+((reason == 3 && code)) && name_the_missing
+((code == 0)) || exit 1
