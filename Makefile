@@ -1,6 +1,8 @@
 # make setup      install into .venv (nothing is done when nothing changed)
 # make test       every test, on the CPU
 # make test-gpu   the kernels on a GPU: correctness, graphs, memory
+# make test-image the container image, built on a plain Debian: needs root, about 15 GB, no Docker
+# make test-cluster  launching on two Slurm nodes and two ssh hosts made here: Debian, root
 # make lint       ruff, mypy
 # make demo       pretrain a small Llama with four activations on text that needs no download
 # make bench      the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
@@ -12,7 +14,7 @@ BIN := .venv/bin
 # PyTorch builds C++ extensions with the ninja that is installed here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test test-gpu lint demo bench bench-gpu
+.PHONY: setup test test-gpu test-image test-cluster lint demo bench bench-gpu
 
 setup: .venv/installed
 
@@ -28,6 +30,15 @@ test: setup
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: PyTorch sees no CUDA device here")'
 	$(BIN)/python -m pytest tests/test_functional.py tests/test_triton.py tests/test_bench.py -k "not compiled- and not eager-"
+
+test-image:
+	tests/image/run.sh
+
+# 77: this machine cannot run them, and install.sh has said why.
+test-cluster: setup
+	@tests/cluster/install.sh; status=$$?; \
+	if [ $$status = 77 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
+	$(BIN)/python -m pytest tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .

@@ -39,6 +39,8 @@
 #   IN_JOB_RESTARTS  restarts of all ranks without leaving the job   [3]
 #   RESTART_BUDGET   jobs in a row that may end without a new checkpoint   [3]
 #   FAULT_TOLERANCE  1: NVIDIA's ft_launcher, 0: torchrun   [1 where nvidia-resiliency-ext is installed]
+#   ASYNC_SAVE  who writes checkpoints beside the training: nvrx (nvidia-resiliency-ext), mcore
+#               (Megatron's own), or 0: nobody, it waits   [nvrx where it is installed, else mcore]
 #   INPROCESS_RESTART  1: restart inside the processes (nvidia-resiliency-ext)   [0]
 #
 # Exit codes: 0 finished; 2 wrong configuration and 4 restart budget spent (starting again is useless);
@@ -81,7 +83,7 @@ source "$model_file"
 : "${SAVE_INTERVAL:=1000}" "${KEEP_LAST:=3}" "${KEEP_EVERY:=5000}" "${LOG_INTERVAL:=10}"
 : "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=20}" "${TIMEOUT_MINUTES:=10}"
 : "${RENDEZVOUS_TIMEOUT:=600}"
-: "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${FAULT_TOLERANCE:=}" "${INPROCESS_RESTART:=0}"
+: "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${INPROCESS_RESTART:=0}"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
 : "${ENTRY:=-m megatron_xielu.pretrain_gpt}"
 # Found by its folder when the package is not installed: in a checkout, on a login node.
@@ -138,7 +140,8 @@ megatron=(
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --distributed-timeout-minutes "$TIMEOUT_MINUTES"
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
-    --ckpt-format torch_dist --ckpt-assume-constant-structure --async-save --exit-signal-handler
+    --ckpt-format torch_dist --ckpt-assume-constant-structure --exit-signal-handler
+    --dist-ckpt-optim-fully-reshardable # a run may go on with other TP, PP and node counts
     --log-interval "$LOG_INTERVAL" --log-throughput --tensorboard-dir "$RUN_DIR/tensorboard"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
 )
@@ -178,10 +181,17 @@ fi
 
 # --- how it is launched --------------------------------------------------------------------------
 
-if [[ -z $FAULT_TOLERANCE ]]; then
-    FAULT_TOLERANCE=0
-    "$PYTHON" -c 'import nvidia_resiliency_ext.fault_tolerance' 2>/dev/null && FAULT_TOLERANCE=1
-fi
+# NVIDIA's resiliency extension, where it is installed: 0.6 and newer can write checkpoints.
+resiliency=$("$PYTHON" -c '
+from importlib.metadata import version
+print(version("nvidia-resiliency-ext"))' 2>/dev/null || true)
+: "${FAULT_TOLERANCE:=$([[ -n $resiliency ]] && echo 1 || echo 0)}"
+: "${ASYNC_SAVE:=$(printf '0.6\n%s\n' "$resiliency" | sort -VC && echo nvrx || echo mcore)}"
+case $ASYNC_SAVE in
+    nvrx | mcore) megatron+=(--async-save --use-persistent-ckpt-worker --async-strategy "$ASYNC_SAVE") ;;
+    0) ;;
+    *) die 2 "ASYNC_SAVE=$ASYNC_SAVE: choose nvrx, mcore or 0" ;;
+esac
 launcher=()
 ((FAULT_TOLERANCE)) && launcher=(--fault-tolerance) megatron+=(--enable-ft-package --calc-ft-timeouts)
 ((INPROCESS_RESTART)) && megatron+=(--inprocess-restart)

@@ -16,6 +16,7 @@ factories (``torch.zeros``, …)   ``device="cuda"`` means the CPU; nothing is p
 ``jit_fuser`` and its warm-up    do nothing: compiling small fusions takes longer than a test
 ``WrappedTorchNorm``             accepts sequence parallelism and marks its weights for it
 ``DotProductAttention``          accepts context parallelism, by gathering keys and values
+checkpoint writer                is forked, and gets a copy of the tensors
 ===============================  ===============================================================
 
 What cannot run is refused by flag: Transformer Engine, FP8 and FP4, CUDA graphs, flash attention,
@@ -396,6 +397,7 @@ def _redirect_megatron(torch: Any) -> None:
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallel(
         torch_norm.WrappedTorchNorm.__new__
     )
+    _redirect_checkpoint_writer()
     # Nothing is compiled here, so nothing needs a warm-up; and its dropouts would take random
     # numbers from the generator of the initial weights, as many as the parallel layout asks for.
     from megatron.training import initialize
@@ -405,6 +407,31 @@ def _redirect_megatron(torch: Any) -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _redirect_checkpoint_writer() -> None:
+    """Let ``--async-save --use-persistent-ckpt-worker --async-strategy mcore`` work."""
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    caller, writer = async_utils.PersistentAsyncCaller, filesystem_async.FileSystemWriterAsync
+    start, preload = caller._get_process, writer.preload_tensors
+
+    # A fresh process would lack the redirections; a forked one has them.
+    @functools.wraps(start)
+    def fork(rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any) -> Any:
+        return start(rank, "fork", *args, **kwargs)
+
+    # What comes from a GPU is a copy. From here the writer would get the memory of the parameters,
+    # and write what training has made of them meanwhile.
+    @functools.wraps(preload)
+    def copy(buckets: Any, non_blocking: bool = True) -> Any:
+        return [
+            (name, key, (blobs, [(item, tensor.clone()) for item, tensor in tensors]))
+            for name, key, (blobs, tensors) in preload(buckets, non_blocking)
+        ]
+
+    caller._get_process = fork
+    writer.preload_tensors = staticmethod(copy)
 
 
 def _norm_for_sequence_parallel(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_xielu import pip_megatron
+from megatron_xielu import checkpoint_writer, pip_megatron
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -81,6 +81,7 @@ def _prepare_megatron() -> None:
             f"{Path(megatron.training.__file__).parents[1]} is {MAJOR}.{MINOR}; {_MEGATRON_HINT}"
         )
     pip_megatron.prepare()
+    checkpoint_writer.watch()
 
 
 def _rendezvous_with_itself() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from launch import Run, load_checkpoint, train
 
+collect_ignore = ["cluster"]  # needs root and Slurm: make test-cluster
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 

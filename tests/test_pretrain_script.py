@@ -46,6 +46,7 @@ def run(command: str, **variables: str) -> subprocess.CompletedProcess:
         env={
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "FAULT_TOLERANCE": "0",
+            "ASYNC_SAVE": "mcore",
             **variables,
         },
         capture_output=True,

@@ -10,7 +10,10 @@ which rank ended how, and every restart. Why methods are wrapped rather than a l
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 from megatron_xielu.cluster import events
@@ -40,6 +43,10 @@ def _report_failures(agent: Any) -> None:
         result = monitor(self, *args, **kwargs)
         if result.is_failed():
             for rank, failure in result.failures.items():
+                # Every rank leads a session. Its checkpoint writer outlives it, and would write
+                # into the folder that the next attempt uses.
+                with suppress(ProcessLookupError):
+                    os.killpg(failure.pid, signal.SIGKILL)
                 events.write(
                     "rank-failed",
                     _reason(failure),

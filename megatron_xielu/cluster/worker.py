@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import os
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -36,14 +37,17 @@ def main() -> None:
     """Repair, run the script, report."""
     if len(sys.argv) < 2 or (sys.argv[1] == "-m" and len(sys.argv) < 3):
         raise SystemExit("usage: python -m megatron_xielu.cluster.worker (SCRIPT.py | -m MODULE) …")
-    _die_with_launcher()
+    # The kernel ends this rank with its launcher; left alone it would block the next attempt.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     at_sigterm = signal.getsignal(signal.SIGTERM)
     is_module = sys.argv[1] == "-m"
     script = sys.argv[2 if is_module else 1]
     arguments = sys.argv[3 if is_module else 2 :]
+    save = _save_folder(arguments)
     try:
-        if os.environ.get("RANK", "0") == "0":
-            _repair_checkpoints(arguments)
+        if save and os.environ.get("RANK", "0") == "0":
+            iteration = checkpoints.repair(save)
+            events.write("resume", iteration=iteration or 0)
         sys.argv = [script, *arguments]
         if is_module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -54,11 +58,11 @@ def main() -> None:
     except SystemExit as end:
         if end.code in (None, 0):
             return  # left early, after saving: a signal, --exit-interval, --exit-duration-in-mins
-        code = end.code
-        events.write("worker-failed", _REJECTED_RESULT.get(code, str(code)), exit=code)  # type: ignore[arg-type]
+        reason = _REJECTED_RESULT.get(end.code, str(end.code))  # type: ignore[arg-type]
+        events.write("worker-failed", reason)
         raise
     except BaseException as error:
-        events.write("worker-failed", f"{type(error).__name__}: {error}")
+        events.write("worker-failed", _reason(error, save))
         raise
     finally:
         # Megatron leaves its handler in place, and Python's exit would make a SIGTERM that comes
@@ -69,17 +73,20 @@ def main() -> None:
         Path(finished).touch()
 
 
-def _repair_checkpoints(arguments: list[str]) -> None:
+def _save_folder(arguments: list[str]) -> Path | None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--save")
-    save = parser.parse_known_args(arguments)[0].save
-    if save:
-        checkpoints.repair(Path(save))
+    parser.add_argument("--save", type=Path)
+    return parser.parse_known_args(arguments)[0].save
 
 
-def _die_with_launcher() -> None:
-    """Have the kernel end this rank when the launcher is killed, or it blocks the next attempt."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _reason(error: BaseException, save: Path | None) -> str:
+    """One line; of a failed save also how full the disk is, which PyTorch's error does not say."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    if save and save.is_dir() and type(error).__name__ == "CheckpointException":
+        free = shutil.disk_usage(save).free
+        reason += f" ({lines[-1]}); {free / 1e9:.3f} GB are free in {save}"
+    return reason
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A training script for ``ENTRY`` of examples/pretrain.sh. Environment:
 
-``RUN_DIR``    ``losses/<rank>-<time>`` gets a line ``iteration loss-as-hex`` per micro-batch
+``RUN_DIR``    ``losses/<rank>-<time>`` gets a line ``iteration micro-batch loss-as-hex`` per
+               micro-batch
 ``STEP_TIME``  seconds that every step takes at least, so that there is time to disturb it
 ``FAULT``      ``KIND@ITERATION[@RANK]`` (rank 0 if none is given), once per run directory;
                ``always-KIND@…`` at every attempt. Kinds: ``nan`` makes the loss NaN, ``hang`` never
@@ -11,6 +12,7 @@ A training script for ``ENTRY`` of examples/pretrain.sh. Environment:
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from megatron_xielu import pretrain_gpt
 
 _RANK = os.environ["RANK"]
 _RUN = Path(os.environ["RUN_DIR"])
-_seen: set[int] = set()
+_calls: Counter[int] = Counter()  # by iteration; a step that is computed again goes round
 
 
 def _due(iteration: int) -> str | None:
@@ -42,13 +44,15 @@ def main() -> None:
     loss_func = pretrain_gpt.loss_func
 
     def loss_and_fault(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> tuple:
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.training import get_args
 
         iteration = get_args().curr_iteration
         if not torch.is_grad_enabled():
             return loss_func(loss_mask, token_losses)
-        if iteration not in _seen:
-            _seen.add(iteration)
+        micro_batch = _calls[iteration] % get_num_microbatches()
+        _calls[iteration] += 1
+        if micro_batch == 0:
             time.sleep(float(os.environ.get("STEP_TIME", 0)))
         fault = _due(iteration)
         if fault == "hang":
@@ -59,7 +63,7 @@ def main() -> None:
             token_losses = token_losses * float("nan")
         result = loss_func(loss_mask, token_losses)
         if fault != "nan":
-            log.write(f"{iteration} {float(result[0]).hex()}\n")
+            log.write(f"{iteration} {micro_batch} {float(result[0]).hex()}\n")
         return result
 
     pretrain_gpt.loss_func = loss_and_fault

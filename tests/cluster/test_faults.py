@@ -1,0 +1,49 @@
+"""One node's job through a full disk, a NaN and a crash: an intact checkpoint, and the same run."""
+
+import shutil
+
+import pytest
+from launch import load_checkpoint
+from small_disk import small_disk
+from trajectory import assert_same_run, count, events, latest, pretrain
+
+RANKS = {"GPUS_PER_NODE": "2", "PREFLIGHT": "0", "STEP_TIME": "0"}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run that nothing disturbs."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = pretrain(run, **RANKS)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return run
+
+
+def test_full_disk_while_saving(reference, tmp_path):
+    """Full at the second checkpoint; once there is room, the run goes on from the first."""
+    run = tmp_path / "run"
+    size = sum(p.stat().st_size for p in (reference / "checkpoints/iter_0000040").iterdir())
+    with small_disk(run / "checkpoints", 64) as disk:
+        room = shutil.disk_usage(disk).free
+        filler = disk / "filler"
+        filler.write_bytes(bytes(int(room - 1.5 * size)))
+        first = pretrain(run, IN_JOB_RESTARTS="0", **{**RANKS, "STEP_TIME": "0.7"})
+        # How the writing rank ends is PyTorch's: with an exception, or with SIGSEGV.
+        assert first.returncode not in (0, 2, 4, 75), first.stdout[-3000:]
+        assert count(run, "disk-low") == 1 and count(run, "rank-failed") == 2
+        assert latest(run) == 10
+        load_checkpoint(disk / "iter_0000010")
+        filler.unlink()
+        second = pretrain(run, **RANKS)
+        assert second.returncode == 0, second.stdout[-6000:]
+        assert_same_run(run, reference)
+
+
+def test_nan_in_one_step(reference, tmp_path):
+    """A NaN that does not come again: the step is computed again after a restart."""
+    run = tmp_path / "run"
+    done = pretrain(run, FAULT="nan@15", **RANKS)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert any("a loss was rejected" in line for line in events(run))
+    assert count(run, "restart") >= 1
+    assert_same_run(run, reference)

@@ -1,0 +1,141 @@
+"""pretrain.sbatch on two Slurm nodes: stopped, killed, requeued, preempted, none the worse."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from launch import REPOSITORY
+from namespaces import until
+from slurm import SlurmCluster
+from trajectory import (
+    SETTINGS,
+    assert_no_secrets,
+    assert_same_run,
+    count,
+    events,
+    latest,
+    pretrain,
+    reached,
+)
+
+SBATCH = REPOSITORY / "examples/slurm/pretrain.sbatch"
+TWO_NODES = ("--nodes=2", "--cpus-per-task=2")
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    with SlurmCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run that nothing disturbs: four ranks on one node, TP=2 × DP=2."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = pretrain(run, TP="2", GPUS_PER_NODE="4", PREFLIGHT="0", STEP_TIME="0")
+    assert done.returncode == 0, done.stdout[-6000:]
+    return run
+
+
+def submit(slurm: SlurmCluster, run: Path, *options: str, **variables: str) -> str:
+    """Submit two nodes of two ranks each, TP=2 × DP=2."""
+    return slurm.sbatch(
+        SBATCH,
+        *TWO_NODES,
+        *options,
+        env={
+            **SETTINGS,
+            "MEGATRON_XIELU_HOME": str(REPOSITORY),
+            "RUN_DIR": str(run),
+            "GPUS_PER_NODE": "2",
+            "TP": "2",
+            **variables,
+        },
+    )
+
+
+def test_time_limit_and_killed_rank(slurm, reference, tmp_path):
+    """The signal before the time limit saves and requeues; then SIGKILL takes one rank."""
+    run = tmp_path / "run"
+    processes: set[str] = set()
+    seen = threading.Event()
+
+    def watch_process_list() -> None:
+        while not seen.wait(1):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    processes.add(path.read_text())
+                except OSError:
+                    continue
+
+    watcher = threading.Thread(target=watch_process_list)
+    watcher.start()
+    try:
+        job = submit(slurm, run, "--time=2", "--signal=B:USR1@65", STEP_TIME="1")
+        until("a stop before the time limit", lambda: count(run, "stopped") == 2, timeout=150)
+        stopped_at = latest(run)
+        assert 0 < stopped_at < 40
+        slurm.wait(job, timeout=60, until={"RUNNING"})
+        until("training again", lambda: reached(run, stopped_at + 2), timeout=90)
+        assert slurm.kill("n2", "entry_with_faults")
+        slurm.wait(job, timeout=150)
+    finally:
+        seen.set()
+        watcher.join()
+
+    assert slurm.show(job)["Restarts"] == "1"
+    assert count(run, "restart") >= 1 and count(run, "finished") == 2
+    (killed,) = (line for line in events(run) if "killed by SIGKILL" in line and "node=n2" in line)[
+        :1
+    ]
+    assert " rank=" in killed and "exit=-9" in killed
+    assert_same_run(run, reference)
+    assert_no_secrets(run, slurm.log(job), "\n".join(processes))
+
+
+def test_requeue_lost_node_and_preemption(slurm, reference, tmp_path):
+    """`scontrol requeue`, then a node that dies, then a job of higher priority."""
+    run = tmp_path / "run"
+    job = submit(slurm, run, "--partition=batch", STEP_TIME="0.5", PREFLIGHT="0")
+
+    until("ten steps", lambda: latest(run) >= 10, timeout=120)
+    slurm.requeue(job)
+    slurm.wait(job, timeout=60, until={"PENDING"})
+    slurm.wait(job, timeout=60, until={"RUNNING"})
+    until("training again", lambda: reached(run, 14), timeout=90)
+
+    slurm.kill_node("n2")
+    until("the job's requeue", lambda: slurm.state(job) == "PENDING", timeout=90)
+    slurm.start_node("n2")
+    slurm.wait(job, timeout=60, until={"RUNNING"})
+    until("training again", lambda: latest(run) >= 20, timeout=120)
+
+    urgent = slurm.sbatch("sleep 1", "--partition=urgent", "--nodes=2", "--exclusive")
+    slurm.wait(urgent, timeout=60)
+    slurm.wait(job, timeout=200)
+
+    assert int(slurm.show(job)["Restarts"]) >= 3
+    assert count(run, "finished") == 2
+    assert_same_run(run, reference)
+
+
+def test_deterministic_crash_is_not_requeued_for_ever(slurm, tmp_path):
+    run = tmp_path / "run"
+    job = submit(
+        slurm,
+        run,
+        FAULT="always-crash@3",
+        STEP_TIME="0",
+        IN_JOB_RESTARTS="0",
+        RESTART_BUDGET="2",
+        PREFLIGHT="0",
+    )
+    slurm.wait(job, timeout=200, until={"FAILED"})
+    assert slurm.show(job)["ExitCode"].startswith("4:")
+    assert slurm.show(job)["Restarts"] == "2"
+    text = "\n".join(events(run))
+    assert "RuntimeError: a fault at iteration 3, on purpose" in text
+    assert "event=budget-spent" in text
+    time.sleep(2)
+    assert slurm.state(job) == "FAILED"

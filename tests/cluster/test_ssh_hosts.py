@@ -1,0 +1,100 @@
+"""launch.sh on two hosts: the link is cut and comes back, a rank hangs, a key is pressed."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+from hosts import TwoHosts
+from launch import REPOSITORY
+from namespaces import environment, until
+from trajectory import (
+    SETTINGS,
+    assert_no_secrets,
+    assert_same_run,
+    count,
+    events,
+    latest,
+    pretrain,
+    reached,
+)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with TwoHosts() as two:
+        yield two
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run that nothing disturbs: two data-parallel ranks on one node."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = pretrain(run, GPUS_PER_NODE="2", PREFLIGHT="0", STEP_TIME="0")
+    assert done.returncode == 0, done.stdout[-6000:]
+    return run
+
+
+class Launch:
+    """launch.sh at work; ``log`` is its output."""
+
+    def __init__(self, hosts: TwoHosts, run, **variables: str) -> None:
+        self.path = run.parent / f"{run.name}.log"
+        self.process = subprocess.Popen(
+            [str(REPOSITORY / "examples/torchrun/launch.sh"), "host1", "host2"],
+            env=environment(
+                {
+                    **SETTINGS,
+                    "RUN_DIR": str(run),
+                    "GPUS_PER_NODE": "1",
+                    "SSH": f"{' '.join(hosts.ssh)} -o ServerAliveInterval=3",
+                    "RESTART_DELAY": "1",
+                    **variables,
+                }
+            ),
+            stdout=self.path.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def log(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def wait(self, code: int, timeout: float = 200) -> None:
+        try:
+            assert self.process.wait(timeout) == code, self.log[-6000:]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(self.log[-6000:]) from None
+
+
+def test_cut_link_and_interrupt(hosts, reference, tmp_path):
+    """The link is cut and comes back; then Ctrl-C, and the same command again."""
+    run = tmp_path / "run"
+    launch = Launch(hosts, run)
+    until("ten steps", lambda: latest(run) >= 10, timeout=120)
+    hosts.cut_link("host2")
+    until("the loss to be noticed", lambda: "does not answer" in launch.log, timeout=120)
+    hosts.restore_link("host2")
+    before = latest(run)
+    until("training again", lambda: reached(run, before + 3) and latest(run) > before, timeout=120)
+
+    os.killpg(launch.process.pid, signal.SIGINT)  # as the terminal does
+    launch.wait(75)
+    assert count(run, "stopped") == 2
+    again = Launch(hosts, run)
+    again.wait(0)
+    assert count(run, "finished") == 2
+    assert_same_run(run, reference)
+    assert_no_secrets(run, launch.log, again.log)
+    assert not hosts.processes("host1", "entry_with_faults")
+
+
+def test_hung_rank(hosts, reference, tmp_path):
+    """A rank that never returns: the others' collectives time out, and all start again."""
+    run = tmp_path / "run"
+    Launch(hosts, run, FAULT="hang@15@1", PREFLIGHT="0", STEP_TIME="0").wait(0)
+    assert any("event=worker-failed" in line and "imed out" in line for line in events(run))
+    assert count(run, "restart") >= 2
+    assert_same_run(run, reference)
