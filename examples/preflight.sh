@@ -23,6 +23,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${RUN_DIR:=}" "${DEVICE:=gpu}" "${TP:=1}"
 : "${PYTHON:=python3}" "${PREFLIGHT_TIMEOUT:=120}" "${NODE_LIST:=}"
+export NODE_RANK
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
 
@@ -61,7 +62,7 @@ started=''
 life=''
 if [[ -n $RUN_DIR ]]; then
     # shellcheck disable=SC2016 # expanded by the inner shell
-    started=$(timeout 10 bash -c 'mkdir -p "$0" && : >"$0/$1" && stat -c %Y "$0/$1"' \
+    started=$(timeout 10 bash -c 'mkdir -p "$0" && touch "$0/$1" && stat -c %Y "$0/$1"' \
         "$signs" "$MEGATRON_XIELU_NODE" 2>/dev/null || true)
     (while sleep 2; do touch "$signs/$MEGATRON_XIELU_NODE" || exit; done) >/dev/null 2>&1 &
     life=$!
@@ -75,7 +76,7 @@ name_the_missing() {
         return
     fi
     for sign in "$signs"/*; do
-        (($(stat -c %Y "$sign") >= started - 5)) && answered+=("${sign##*/}")
+        (($(stat -c %Y "$sign") >= started)) && answered+=("${sign##*/}")
     done
     for node in $NODE_LIST; do
         [[ " ${answered[*]} " == *" $node "* ]] || missing+=("$node")
@@ -86,25 +87,41 @@ name_the_missing() {
 
 launcher=(
     --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts 0
-    --rdzv-backend c10d --rdzv-id "preflight-${SLURM_JOB_ID:-$(basename "${RUN_DIR:-none}")}"
+    --rdzv-backend c10d --rdzv-id "preflight-${SLURM_JOB_ID:-}"
     --rdzv-endpoint "$MASTER_ADDR:$((MASTER_PORT + 1))"
-    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$PREFLIGHT_TIMEOUT,read_timeout=$PREFLIGHT_TIMEOUT"
+    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$PREFLIGHT_TIMEOUT,read_timeout=10"
 )
 [[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
 
 # The launcher's own report of a failed rank is forty lines that hide ours: dropped, but for the rank
 # that a signal ended. Status 3: the nodes did not find each other.
+# shellcheck disable=SC2016 # awk's own variables
 filter='
+    /^preflight: .* has joined$/ { joined = 1; next }
     /failed \(exitcode: / { if (/exitcode: -/) print; quiet = 1 }
-    /Rendezvous(Timeout|Connection|Closed)Error|DistNetworkError/ { lost = 1 }
-    /Sending process .* closing signal|^\[?W.*(TCPStore|socket)/ { next }
+    /^torch\.distributed\..*(Rendezvous(Timeout|Connection|Closed)Error|DistNetworkError)/ { lost = 1 }
+    /Sending process .* closing signal|has failed to (shutdown the|send a keep-alive heartbeat to the) rendezvous|^\*+$|OMP_NUM_THREADS|No CUDA runtime is found|^\[?W.*(TCPStore|socket)/ { next }
+    /^(frame #|Exception raised from|<omitting python)|^\[E.*(TCPStore|socket)\.cpp/ { next }
     /^Traceback/ { held = $0; next }
-    held != "" { if (/runpy/) quiet = 1; else if (!quiet) print held; held = "" }
+    held != "" { if (/runpy|torch.distributed/) quiet = 1; else if (!quiet) print held; held = "" }
     !quiet { print; fflush() }
-    END { exit lost ? 3 : 0 }'
-exec 3>&2
+    END { exit lost && !joined ? 3 : 0 }'
+# Node 0 may start later than the others, but does not go away later: found here, the store is then
+# given up soon (read_timeout).
+if ((NODE_RANK)); then
+    until timeout 5 bash -c ": <'/dev/tcp/$MASTER_ADDR/$((MASTER_PORT + 1))'" 2>/dev/null; do
+        if ((SECONDS >= PREFLIGHT_TIMEOUT)); then
+            name_the_missing
+            exit 1
+        fi
+        sleep 0.5
+    done
+fi
+exec 3> >(exec awk "$filter" >&2)
+filter_pid=$!
 "$PYTHON" -m torch.distributed.run "${launcher[@]}" -m megatron_xielu.cluster.preflight \
-    "${flags[@]}" "$@" 2> >(awk "$filter" >&3) && code=0 || code=$?
-wait $! && reason=0 || reason=$?
+    "${flags[@]}" "$@" 2>&3 && code=0 || code=$?
+exec 3>&-
+wait "$filter_pid" && reason=0 || reason=$?
 ((reason == 3 && code)) && name_the_missing
 ((code == 0)) || exit 1

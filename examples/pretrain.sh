@@ -243,7 +243,8 @@ mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard}
 RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
-export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON
+export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
+export DATA_ARGS DATA TOKENIZER                                                            # preflight.sh
 rm -f "$MEGATRON_XIELU_FINISHED"
 
 event() { # name, reason: as megatron_xielu/cluster/events.py
@@ -295,7 +296,7 @@ if ((NODE_RANK == 0)); then
         --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY" &
     watch=$!
 fi
-trap '[[ -z $watch ]] || kill "$watch" 2>/dev/null' EXIT
+trap '[[ -z $watch ]] || kill "$watch" 2>/dev/null || true' EXIT
 
 code=75
 if [[ -z $stopping ]]; then

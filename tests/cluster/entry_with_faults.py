@@ -4,7 +4,8 @@ A training script for ``ENTRY`` of examples/pretrain.sh. Environment:
 
 ``RUN_DIR``    ``losses/<rank>-<time>`` gets a line ``iteration micro-batch loss-as-hex`` per
                micro-batch
-``STEP_TIME``  seconds that every step takes at least, so that there is time to disturb it
+``STEP_TIME``  seconds that every step takes at least, so that there is time to disturb it; a file
+               ``step_time`` in RUN_DIR overrides it at once
 ``FAULT``      ``KIND@ITERATION[@RANK]`` (rank 0 if none is given), once per run directory;
                ``always-KIND@…`` at every attempt. Kinds: ``nan`` makes the loss NaN, ``hang`` never
                returns, ``crash`` raises
@@ -20,6 +21,7 @@ import torch
 from megatron_xielu import pretrain_gpt
 
 _RANK = os.environ["RANK"]
+_STEP_TIME = os.environ.get("STEP_TIME", "0")
 _RUN = Path(os.environ["RUN_DIR"])
 _calls: Counter[int] = Counter()  # by iteration; a step that is computed again goes round
 
@@ -53,7 +55,8 @@ def main() -> None:
         micro_batch = _calls[iteration] % get_num_microbatches()
         _calls[iteration] += 1
         if micro_batch == 0:
-            time.sleep(float(os.environ.get("STEP_TIME", 0)))
+            override = _RUN / "step_time"
+            time.sleep(float(override.read_text() if override.exists() else _STEP_TIME))
         fault = _due(iteration)
         if fault == "hang":
             time.sleep(100_000)
