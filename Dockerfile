@@ -9,13 +9,14 @@ FROM ${BASE_IMAGE}
 
 USER 0
 
-# Triton and torch.compile call the compiler when training starts, so it stays. NVIDIA's image has
-# all of this and is left alone. APT_PACKAGES="openssh-client pdsh" for launchers that want them.
+# Triton and torch.compile call the compiler when training starts, so it stays; pretrain.sh calls
+# pkill. NVIDIA's image has all of this and is left alone. APT_PACKAGES="openssh-client pdsh" for launchers that want them.
 ARG APT_PACKAGES=""
 # DL3008: the base's distribution fixes the versions. SC2086: the variable is a list.
 # hadolint ignore=DL3008,SC2086
 RUN packages=$APT_PACKAGES \
     && { command -v g++ || packages="g++ $packages"; } \
+    && { command -v pkill || packages="procps $packages"; } \
     && { python3 -m pip --version || packages="python3-pip $packages"; } \
     && include=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
     && { [ -e "$include/Python.h" ] || packages="python3-dev $packages"; } \
@@ -78,6 +79,8 @@ HEALTHCHECK --interval=30m --timeout=5m --start-period=5m \
 ARG BASE_IMAGE
 ARG VERSION=unknown
 ARG COMMIT=unknown
+# What preflight.sh compares between nodes.
+ENV MEGATRON_XIELU_IMAGE=${VERSION}-${COMMIT}
 LABEL org.opencontainers.image.title="megatron_xielu" \
     org.opencontainers.image.description="Trainable activations xIELU and xIPReLU for NVIDIA Megatron-LM" \
     org.opencontainers.image.licenses="Apache-2.0" \

@@ -67,7 +67,7 @@ if [[ -n $RUN_DIR ]]; then
     (while sleep 2; do touch "$signs/$MEGATRON_XIELU_NODE" || exit; done) >/dev/null 2>&1 &
     life=$!
 fi
-trap '[[ -z $life ]] || kill "$life" 2>/dev/null' EXIT
+trap '[[ -z $life ]] || kill "$life" 2>/dev/null || true' EXIT
 
 name_the_missing() {
     local node sign answered=() missing=()
