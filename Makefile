@@ -1,12 +1,12 @@
-# make setup      install into .venv (nothing is done when nothing changed)
-# make test       every test, on the CPU
-# make test-gpu   the kernels on a GPU: correctness, graphs, memory
-# make test-image the container image, built on a plain Debian: needs root, about 15 GB, no Docker
-# make test-cluster  launching on two Slurm nodes and two ssh hosts made here: Debian, root
-# make lint       ruff, mypy
-# make demo       pretrain a small Llama with four activations on text that needs no download
-# make bench      the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
-# make bench-gpu  the same on a GPU, at the sizes of real models: runs/bench/cuda.{txt,csv,png}
+# make setup         install into .venv (nothing is done when nothing changed)
+# make test          every test, on the CPU
+# make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
+# make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
+# make test-gpu      the kernels on a GPU: correctness, graphs, memory
+# make lint          ruff, mypy
+# make demo          pretrain a small Llama with four activations on text that needs no download
+# make bench         the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
+# make bench-gpu     the same on a GPU, at the sizes of real models: runs/bench/cuda.{txt,csv,png}
 
 PYTHON ?= python3
 BIN := .venv/bin
