@@ -11,7 +11,9 @@ step is told from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -60,9 +62,11 @@ def main() -> None:
             return  # left early, after saving: a signal, --exit-interval, --exit-duration-in-mins
         reason = _REJECTED_RESULT.get(end.code, str(end.code))  # type: ignore[arg-type]
         events.write("worker-failed", reason)
+        atexit.register(_kill_children)
         raise
     except BaseException as error:
         events.write("worker-failed", _reason(error, save))
+        atexit.register(_kill_children)
         raise
     finally:
         # Megatron leaves its handler in place, and Python's exit would make a SIGTERM that comes
@@ -77,6 +81,13 @@ def _save_folder(arguments: list[str]) -> Path | None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--save", type=Path)
     return parser.parse_known_args(arguments)[0].save
+
+
+def _kill_children() -> None:
+    """Kill the checkpoint writer and data workers: Python would send SIGTERM and wait for their end,
+    but they live through a SIGTERM, as they must while the ranks save."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _reason(error: BaseException, save: Path | None) -> str:
