@@ -87,9 +87,8 @@ while :; do
     verdict=1
     left=${#hosts[@]}
     while ((left)); do
-        ended=''
         wait -n -p ended && code=0 || code=$?
-        [[ -n $ended ]] || continue # interrupted by a signal
+        [[ -n ${ended:-} ]] || continue # interrupted by a signal
         left=$((left - 1))
         [[ $ended == "${pids[0]}" ]] && verdict=$code
         ((left == 0 || code == 0 || code == 75)) || signal KILL

@@ -84,8 +84,10 @@ def _save_folder(arguments: list[str]) -> Path | None:
 
 
 def _kill_children() -> None:
-    """Kill the checkpoint writer and data workers. Python would send SIGTERM and wait for their end;
-    they live through it, as they must while the ranks save."""
+    """Kill the checkpoint writer and data workers: Python would send SIGTERM and wait for ever.
+
+    They live through a SIGTERM, as they must while the ranks save.
+    """
     for child in multiprocessing.active_children():
         child.kill()
 
