@@ -40,6 +40,7 @@ private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|T
 start() { # rank: run pretrain.sh on that host, as a process group that can be ended as a whole
     local rank=$1 host=${hosts[$1]} name
     shift
+    trap '' INT # Ctrl-C reaches every process of the terminal, and ssh must stay
     {
         while IFS= read -r name; do
             [[ $name =~ $private ]] || printf 'export %s=%q\n' "$name" "${!name}"
