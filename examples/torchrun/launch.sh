@@ -37,7 +37,7 @@ fi
 # What belongs to this machine and this shell, not to the run.
 private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|TMPDIR|SSH.*|XDG_.*|BASH.*|_)$'
 
-start() { # rank: run pretrain.sh on that host, as a process group that can be ended as a whole
+start() { # rank: run pretrain.sh on that host; it stays there when the connection breaks
     local rank=$1 host=${hosts[$1]} name
     shift
     trap '' INT # Ctrl-C reaches every process of the terminal, and ssh must stay
@@ -45,20 +45,22 @@ start() { # rank: run pretrain.sh on that host, as a process group that can be e
         while IFS= read -r name; do
             [[ $name =~ $private ]] || printf 'export %s=%q\n' "$name" "${!name}"
         done < <(compgen -e)
-        printf 'export NODE_RANK=%q MEGATRON_XIELU_NODE=%q\n' "$rank" "$host"
-        printf 'mkdir -p %q && echo $$ >%q && cd %q && exec' "$RUN_DIR/pids" "$RUN_DIR/pids/$host" "$PWD"
+        printf 'export NODE_RANK=%q MEGATRON_XIELU_NODE=%q MEGATRON_XIELU_LAUNCH=%q\n' "$rank" "$host" "$RUN_DIR"
+        printf 'cd %q && exec' "$PWD"
         printf ' %q' "$home/examples/pretrain.sh" "$@"
         printf '\n'
     } | "${ssh[@]}" "$host" setsid --wait bash -s 2>&1 | sed -u "s/^/$host: /"
     return "${PIPESTATUS[1]}"
 }
 
-signal() { # TERM: to pretrain.sh on every host; KILL: to its whole group
-    local host sign=''
-    [[ $1 == KILL ]] && sign=-
+# By an environment variable: ranks lead sessions of their own, and a checkpoint writer outlives its
+# rank. Every process of the run gets the signal, as from Slurm.
+signal() { # TERM or KILL
+    local host
     for host in "${hosts[@]}"; do
         "${ssh[@]}" -o ConnectTimeout=5 "$host" \
-            "kill -$1 -- $sign\$(cat '$RUN_DIR/pids/$host')" </dev/null 2>/dev/null || true
+            "grep -lzxF 'MEGATRON_XIELU_LAUNCH=$RUN_DIR' /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -$1" \
+            </dev/null 2>/dev/null || true
     done
 }
 
@@ -78,7 +80,7 @@ while :; do
             sleep 5
         done
     done
-    signal KILL # what an earlier attempt left behind
+    signal KILL # of an earlier attempt
     pids=()
     for rank in "${!hosts[@]}"; do
         start "$rank" "$@" &
