@@ -1,6 +1,7 @@
 """launch.sh on two hosts: the link is cut and comes back, a rank hangs, a key is pressed."""
 
 import os
+import re
 import signal
 import subprocess
 
@@ -95,6 +96,6 @@ def test_hung_rank(hosts, reference, tmp_path):
     """A rank that never returns: the others' collectives time out, and all start again."""
     run = tmp_path / "run"
     Launch(hosts, run, FAULT="hang@15@1", PREFLIGHT="0", STEP_TIME="0").wait(0)
-    assert any("event=worker-failed" in line and "imed out" in line for line in events(run))
+    assert any(re.search("event=worker-failed.*(timed out|timeout)", x, re.I) for x in events(run))
     assert count(run, "restart") >= 2
     assert_same_run(run, reference)
