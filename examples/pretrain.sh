@@ -38,7 +38,7 @@
 # When something fails
 #   IN_JOB_RESTARTS  restarts of all ranks without leaving the job   [3]
 #   RESTART_BUDGET   jobs in a row that may end without a new checkpoint   [3]
-#   FAULT_TOLERANCE  1: NVIDIA's ft_launcher, 0: torchrun   [1 where nvidia-resiliency-ext is installed]
+#   FAULT_TOLERANCE  1: ft_launcher of nvidia-resiliency-ext, 0: torchrun   [1 where that is installed]
 #   ASYNC_SAVE  who writes checkpoints beside the training: nvrx (nvidia-resiliency-ext), mcore
 #               (Megatron's own), or 0: nobody, it waits   [nvrx where it is installed, else mcore]
 #   INPROCESS_RESTART  1: restart inside the processes (nvidia-resiliency-ext)   [0]
@@ -181,12 +181,16 @@ fi
 
 # --- how it is launched --------------------------------------------------------------------------
 
-# NVIDIA's resiliency extension, where it is installed: 0.6 and newer can write checkpoints.
+# NVIDIA's resiliency extension, where it is installed.
 resiliency=$("$PYTHON" -c '
 from importlib.metadata import version
 print(version("nvidia-resiliency-ext"))' 2>/dev/null || true)
-: "${FAULT_TOLERANCE:=$([[ -n $resiliency ]] && echo 1 || echo 0)}"
-: "${ASYNC_SAVE:=$(printf '0.6\n%s\n' "$resiliency" | sort -VC && echo nvrx || echo mcore)}"
+if [[ -n $resiliency ]]; then
+    printf '0.6\n%s\n' "$resiliency" | sort -VC ||
+        die 2 "nvidia-resiliency-ext $resiliency is installed, at which Megatron fails: install 0.6 or newer, or none"
+    : "${FAULT_TOLERANCE:=1}" "${ASYNC_SAVE:=nvrx}"
+fi
+: "${FAULT_TOLERANCE:=0}" "${ASYNC_SAVE:=mcore}"
 case $ASYNC_SAVE in
     nvrx | mcore) megatron+=(--async-save --use-persistent-ckpt-worker --async-strategy "$ASYNC_SAVE") ;;
     0) ;;

@@ -20,9 +20,9 @@ from megatron_xielu.cluster import events
 
 
 def main() -> None:
-    """Run the launcher with this process's arguments (``--fault-tolerance`` first: ft_launcher)."""
-    if sys.argv[1:2] == ["--fault-tolerance"]:
-        del sys.argv[1]
+    """Run the launcher with this process's arguments (with ``--fault-tolerance``: ft_launcher)."""
+    if "--fault-tolerance" in sys.argv:
+        sys.argv.remove("--fault-tolerance")
         from nvidia_resiliency_ext.fault_tolerance import launcher
 
         agent, run = launcher.LocalElasticAgent, launcher.main

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hosts import TwoHosts
 from slurm import SlurmCluster
+from trajectory import pretrain
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,3 +31,12 @@ def hosts() -> Iterator[TwoHosts]:
     """Two hosts, host1 and host2, reached with ssh."""
     with TwoHosts() as two:
         yield two
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbs: two data-parallel ranks on one node."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = pretrain(run, GPUS_PER_NODE="2", PREFLIGHT="0", STEP_TIME="0")
+    assert done.returncode == 0, done.stdout[-6000:]
+    return run

@@ -2,21 +2,11 @@
 
 import shutil
 
-import pytest
 from launch import load_checkpoint
 from small_disk import small_disk
 from trajectory import assert_same_run, count, events, latest, pretrain
 
 RANKS = {"GPUS_PER_NODE": "2", "PREFLIGHT": "0", "STEP_TIME": "0"}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The run that nothing disturbs."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = pretrain(run, **RANKS)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return run
 
 
 def test_full_disk_while_saving(reference, tmp_path):

@@ -93,13 +93,6 @@ def test_two_nodes(slurm: SlurmCluster):
     assert slurm.client("srun", "-N2", "hostname").stdout.split() in (["n1", "n2"], ["n2", "n1"])
 
 
-def test_signal_before_the_time_limit(slurm: SlurmCluster):
-    script = "trap 'echo got USR1; exit 0' USR1; srun sleep 300 & wait; wait"
-    job = slurm.sbatch(script, "--time=1", "--signal=B:USR1@30")
-    slurm.wait(job, 70)
-    assert "got USR1" in slurm.log(job)
-
-
 def notes(slurm: SlurmCluster) -> list[str]:
     file = slurm.jobs / "notes"
     return file.read_text().splitlines() if file.exists() else []
@@ -137,51 +130,6 @@ def test_full_term_kills_the_tasks_through_srun(slurm: SlurmCluster):
     slurm.scancel(job, "--full", signal="TERM")
     until("tasks are gone", lambda: not slurm.processes("n2", "witness"), timeout=5)
     assert has(slurm, "SIGTERM") == SCRIPT
-
-
-def test_preemption(slurm: SlurmCluster):
-    job = witnesses(slurm)
-    urgent = slurm.sbatch("hostname", "-N2", "--exclusive", "--partition=urgent")
-    until("the tasks have it", lambda: has(slurm, "SIGTERM") >= TASKS, timeout=10)
-    assert slurm.state(job) == "RUNNING"
-    assert has(slurm, "SIGTERM") == TASKS
-    slurm.wait(urgent, 60)
-    assert has(slurm, "SIGTERM") == SCRIPT.union(EVERYONE)
-    slurm.wait(job, 30, {"RUNNING"})
-    assert slurm.show(job)["Restarts"] == "1"
-
-
-def test_requeue(slurm: SlurmCluster):
-    job = slurm.sbatch('echo run $SLURM_RESTART_COUNT; [ "$SLURM_RESTART_COUNT" ] || sleep 300')
-    until("it runs", lambda: "run" in slurm.log(job), timeout=20)
-    slurm.requeue(job)
-    slurm.wait(job, 40)
-    assert slurm.log(job).splitlines()[0] == "run"
-    assert slurm.log(job).splitlines()[-1] == "run 1"
-
-
-def test_node_failure(slurm: SlurmCluster):
-    job = slurm.sbatch(
-        "srun bash -c 'hostname; [ \"$SLURM_RESTART_COUNT\" ] || sleep 300'", "-N2", "-n2"
-    )
-    until("it runs", lambda: slurm.log(job).split() in (["n1", "n2"], ["n2", "n1"]), timeout=20)
-    slurm.kill_node("n2")
-    assert not slurm.network.is_up("n2")
-    slurm.wait(job, 60, {"PENDING"})
-    assert f"requeue job JobId={job} due to failure of node n2" in slurm.controller_log()
-    slurm.start_node("n2")
-    slurm.wait(job, 60)
-    assert slurm.show(job)["Restarts"] == "1"
-
-
-def test_torchrun_under_slurm(slurm: SlurmCluster):
-    script = f"""
-        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-        srun {TORCHRUN.format(first="$first")}
-    """
-    job = slurm.sbatch(script, "-N2", "--ntasks-per-node=1")
-    slurm.wait(job, 60)
-    assert slurm.log(job).count("n1 has 3 of 2") == slurm.log(job).count("n2 has 3 of 2") == 3
 
 
 def over_ssh(hosts: TwoHosts, *commands: str) -> list[subprocess.Popen]:

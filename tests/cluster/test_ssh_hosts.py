@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from hosts import TwoHosts
@@ -16,7 +17,6 @@ from trajectory import (
     count,
     events,
     latest,
-    pretrain,
     reached,
 )
 
@@ -27,22 +27,13 @@ def hosts():
         yield two
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The run that nothing disturbs: two data-parallel ranks on one node."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = pretrain(run, GPUS_PER_NODE="2", PREFLIGHT="0", STEP_TIME="0")
-    assert done.returncode == 0, done.stdout[-6000:]
-    return run
-
-
 class Launch:
     """launch.sh at work; ``log`` is its output."""
 
-    def __init__(self, hosts: TwoHosts, run, **variables: str) -> None:
+    def __init__(self, hosts: TwoHosts, run: Path, *flags: str, **variables: str) -> None:
         self.path = run.parent / f"{run.name}.log"
         self.process = subprocess.Popen(
-            [str(REPOSITORY / "examples/torchrun/launch.sh"), "host1", "host2"],
+            [str(REPOSITORY / "examples/torchrun/launch.sh"), "host1", "host2", "--", *flags],
             env=environment(
                 {
                     **SETTINGS,
@@ -95,7 +86,8 @@ def test_cut_link_and_interrupt(hosts, reference, tmp_path):
 def test_hung_rank(hosts, reference, tmp_path):
     """A rank that never returns: the others' collectives time out, and all start again."""
     run = tmp_path / "run"
-    Launch(hosts, run, FAULT="hang@15@1", PREFLIGHT="0", STEP_TIME="0").wait(0)
+    timeout = ("--distributed-timeout-seconds-after-init", "15")
+    Launch(hosts, run, *timeout, FAULT="hang@15@1", PREFLIGHT="0", STEP_TIME="0").wait(0)
     assert any(re.search("event=worker-failed.*(timed out|timeout)", x, re.I) for x in events(run))
     assert count(run, "restart") >= 2
     assert_same_run(run, reference)
