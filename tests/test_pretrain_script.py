@@ -11,28 +11,46 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_kubernetes
 from launch import REPOSITORY
 
 MODELS = ["llama_1b", "llama_3b", "debug"]
 ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
 EXPECTED = Path(__file__).parent / "dry_runs"
 LAUNCHER = "examples/pretrain.sh --dry-run"
-# Front end: the command line, and what is set for it.
+SBATCH = "bash examples/slurm/pretrain.sbatch --dry-run"
+ON_SLURM = {"NNODES": "11"}
+IN_PYXIS = {"IMAGE": "registry/xielu:1", "MOUNTS": "/scratch:/scratch,/data:/data"}
+IN_APPTAINER = {"IMAGE": "/images/xielu.sif", "MOUNTS": "/scratch,/data"}
+SLURM_SETS = {"NNODES": "11", "MASTER_ADDR": "node1", "MASTER_PORT": "20000"}
+# Front end: its command line, what is set for it, what it sets for pretrain.sh.
 FRONT_ENDS = {
-    "slurm": ("bash examples/slurm/pretrain.sbatch --dry-run", {"NNODES": "11"}),
-    "slurm-pyxis": (
-        "bash examples/slurm/pretrain.sbatch --dry-run",
-        {"NNODES": "11", "IMAGE": "registry/xielu:1", "MOUNTS": "/scratch:/scratch,/data:/data"},
-    ),
-    "slurm-apptainer": (
-        "bash examples/slurm/pretrain.sbatch --dry-run",
-        {"NNODES": "11", "IMAGE": "/images/xielu.sif", "MOUNTS": "/scratch,/data"},
-    ),
+    "slurm": (SBATCH, ON_SLURM, SLURM_SETS),
+    "slurm-pyxis": (SBATCH, ON_SLURM | IN_PYXIS, SLURM_SETS),
+    "slurm-apptainer": (SBATCH, ON_SLURM | IN_APPTAINER, SLURM_SETS),
     "torchrun": (
-        "examples/torchrun/launch.sh a b -- --dry-run --seed 1",
+        "examples/torchrun/launch.sh a b -- --dry-run",
         {"MICRO_BATCH": "1", "GLOBAL_BATCH": "448"},
+        {"NNODES": "2", "MASTER_ADDR": "a"},
     ),
 }
+for kind, injected in test_kubernetes.INJECTED.items():
+    inner = test_kubernetes.container(kind)
+    run = test_kubernetes.documents()["TrainJob"]["spec"]["trainer"]["env"]
+    variables = {x["name"]: x["value"] for x in [*run, *inner["env"]] if "value" in x}
+    del variables["DATA_ARGS"]  # is not here, which would be refused
+    (script,) = inner["args"]
+    FRONT_ENDS[f"kubernetes-{kind.lower()}"] = (
+        script.replace(test_kubernetes.PRETRAIN, "examples/pretrain.sh --dry-run"),
+        variables | injected,
+        {
+            "NNODES": "11",
+            "NODE_RANK": "3",
+            "MASTER_ADDR": injected["PET_MASTER_ADDR"],
+            "MASTER_PORT": injected["PET_MASTER_PORT"],
+            **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER")},
+        },
+    )
 
 # A batch that divides by every layout of these tests, and a run that has many of them.
 EVERYWHERE = {"MICRO_BATCH": "1", "GLOBAL_BATCH": "1760", "TOKENS": "125e9"}
@@ -70,7 +88,7 @@ def cases() -> dict[str, tuple[str, dict[str, str]]]:
         for model in MODELS
         for activation in ACTIVATIONS
     }
-    return launcher | FRONT_ENDS
+    return launcher | {name: front_end[:2] for name, front_end in FRONT_ENDS.items()}
 
 
 @pytest.mark.parametrize("name", cases())
@@ -84,22 +102,14 @@ def test_dry_run(name):
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_front_ends_run_the_launchers_command(model, activation, front_end):
     """A front end adds its own first lines and nothing else."""
-    command, variables = FRONT_ENDS[front_end]
-    variables = {**variables, "MODEL": model, "ACTIVATION": activation, **EVERYWHERE}
-    whole = output(command, **variables)
-    first, _, rest = whole.partition("\n\n")
-    settings = {
-        "RUN_DIR": f"/repository/runs/{model}-{activation}",
-        "MASTER_ADDR": "a" if front_end == "torchrun" else "node1",
-        "NNODES": "2" if front_end == "torchrun" else "11",
-        "MASTER_PORT": "29500" if front_end == "torchrun" else "20000",
-        "MODEL": model,
-        "ACTIVATION": activation,
-        **EVERYWHERE,
-    }
-    trailing = " --seed 1" if front_end == "torchrun" else ""
-    assert rest == output(LAUNCHER + trailing, **settings)
-    assert "pretrain.sh" in first or front_end == "torchrun"
+    command, variables, sets = FRONT_ENDS[front_end]
+    what = {"MODEL": model, "ACTIVATION": activation, **EVERYWHERE}
+    whole = output(command, **{**variables, **what})
+    run_dir = {"RUN_DIR": f"/repository/runs/{model}-{activation}"}
+    command = output(LAUNCHER, **{**run_dir, **sets, **what})
+    assert whole.endswith(command)
+    # A Slurm step or a list of hosts; a pod has nothing to add.
+    assert bool(whole.removesuffix(command)) is not front_end.startswith("kubernetes")
 
 
 @pytest.mark.parametrize("model", ["llama_1b", "llama_3b"])
