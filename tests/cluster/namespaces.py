@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,11 +73,14 @@ def _free_subnet() -> str:
 class Network:
     """Hosts ``names`` with addresses .1, .2, … behind one switch; ``outside`` is this machine's.
 
-    ``folder`` is on every host, with the mounts below it. All methods take a host's name.
+    ``folder`` is on every host, with the mounts below it; by default a temporary one that `close`
+    removes. All methods take a host's name.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder = folder
+    def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
+        self._own = folder is None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="hosts-"))
+        self._daemons: list[subprocess.Popen] = []
         self.subnet = _free_subnet()
         self.addresses = {name: f"{self.subnet}.{i}" for i, name in enumerate(names, 1)}
         self.outside = f"{self.subnet}.254"
@@ -176,6 +180,11 @@ class Network:
         if holder.stdout:
             holder.stdout.close()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What programs need to find the services of these hosts."""
+        return {}
+
     def is_up(self, name: str) -> bool:
         """Whether the host has been started, and not stopped."""
         return name in self._holders
@@ -225,6 +234,19 @@ class Network:
             output.seek(0)
             return subprocess.CompletedProcess(command, done.returncode, output.read())
 
+    def daemon(self, name: str, log: Path, *command: str) -> None:
+        """Start a program on the host that stays until the host is stopped."""
+        with log.open("ab") as output:
+            self._daemons.append(
+                subprocess.Popen(
+                    self.command(name, *command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environment(self.environment),
+                )
+            )
+
     def _all(self, name: str) -> list[int]:
         found = []
         for entry in os.listdir("/proc"):
@@ -258,10 +280,15 @@ class Network:
         return pids
 
     def close(self) -> None:
-        """End every host. Safe to call twice, and after a failed start."""
+        """End every host; the folder goes, unless it was given. Safe to call twice, and after a
+        failed start."""
         for name in list(self._holders):
             self.stop(name)
         _run("ip", "link", "delete", "dev", self._uplink, check=False)
         if self._unmounter is not None:
             self._unmounter.communicate(timeout=20)
             self._unmounter = None
+        for daemon in self._daemons:
+            daemon.wait(timeout=20)
+        if self._own:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Self
 
 from namespaces import Network, environment, until
 
@@ -65,42 +61,20 @@ PartitionName=urgent Nodes=n1,n2 State=UP PriorityTier=10 PreemptMode=OFF
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 
 
-class SlurmCluster:
+class SlurmCluster(Network):
     """Nodes n1 and n2, and host `head` with slurmctld and munged; clients run outside.
 
-    All state is in ``folder``, on all hosts; by default a temporary one that `close` removes. Jobs
-    are submitted from ``folder``/jobs: relative paths in them start there.
+    Jobs are submitted from ``folder``/jobs: relative paths in them start there.
     """
 
     nodes = ("n1", "n2")
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._own = folder is None
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="slurm-"))
+        super().__init__(("head", *self.nodes), folder)
         self.jobs = self.folder / "jobs"
-        self.network = Network(self.folder, ("head", *self.nodes))
-        self._daemons: list[subprocess.Popen] = []
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End every process of the cluster; the folder goes, unless it was given."""
-        self.network.close()
-        for daemon in self._daemons:
-            daemon.wait(timeout=20)
-        if self._own:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
+        super()._start()
         for name in ("state", "spool", "jobs", "log"):
             (self.folder / name).mkdir()
         for number in range(2):
@@ -111,13 +85,12 @@ class SlurmCluster:
             folder=self.folder,
             kill_wait=KILL_WAIT,
             grace_time=GRACE_TIME,
-            **self.network.addresses,
+            **self.addresses,
         )
         (self.folder / "slurm.conf").write_text(configuration)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        self.network.__enter__()
         files = {"key-file": key, "socket": self.folder / "munge.socket"}
         files |= {f"{x}-file": self.folder / f"munge.{x}" for x in ("pid", "log", "seed")}
         options = [f"--{option}={path}" for option, path in files.items()]
@@ -130,16 +103,7 @@ class SlurmCluster:
             self._until_up(node)
 
     def _daemon(self, host: str, program: str, *options: str) -> None:
-        with (self.folder / "log" / f"{program}-{host}").open("ab") as log:
-            self._daemons.append(
-                subprocess.Popen(
-                    self.network.command(host, program, *options),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=environment(self.environment),
-                )
-            )
+        self.daemon(host, self.folder / "log" / f"{program}-{host}", program, *options)
 
     def _until_up(self, node: str) -> None:
         try:
@@ -247,7 +211,7 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """SIGKILL everything on the node: slurmd, job steps, workers. Others see connections close;
         after `cut_link` they do not."""
-        self.network.stop(node)
+        self.stop(node)
 
     def start_node(self, node: str) -> None:
         """Boot a killed node; returns when the controller knows it to be up.
@@ -256,22 +220,6 @@ class SlurmCluster:
         the node, 10 to 20 s. (It would otherwise take the job for running, with a task lost.)
         """
         until(f"{node} is missed", lambda: "DOWN" in self.node_state(node), timeout=60)
-        self.network.start(node)
+        self.start(node)
         self._daemon(node, "slurmd", "-D", "-N", node)
         self._until_up(node)
-
-    def cut_link(self, node: str) -> None:
-        """Packets from and to the node vanish."""
-        self.network.cut_link(node)
-
-    def restore_link(self, node: str) -> None:
-        """Undo `cut_link`."""
-        self.network.restore_link(node)
-
-    def processes(self, node: str, pattern: str = "") -> list[int]:
-        """Processes on the node whose command line has the regular expression, for `os.kill`."""
-        return self.network.processes(node, pattern)
-
-    def kill(self, node: str, pattern: str, number: int = signal.SIGKILL) -> list[int]:
-        """Send a signal to these processes; return their ids."""
-        return self.network.kill(node, pattern, number)

@@ -55,9 +55,9 @@ def processes_with(text: str) -> list[str]:
 def test_nothing_is_left(kind: Callable):
     before = links()
     with pytest.raises(ZeroDivisionError), kind() as cluster:
-        host = list(cluster.network.addresses)[-1]
+        host = list(cluster.addresses)[-1]
         with small_disk(cluster.folder / "disk", 1):
-            cluster.network.run(host, "setsid sleep 1000 &")
+            cluster.run(host, "setsid sleep 1000 &")
             until("it runs", lambda: cluster.processes(host, "^sleep 1000"), timeout=5)
             assert str(cluster.folder) in Path("/proc/mounts").read_text()
             raise ZeroDivisionError

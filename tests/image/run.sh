@@ -5,11 +5,11 @@
 # of image. Layers are kept between runs in .cache/image; remove it with `rm -r .cache/image`.
 #
 #   SUITE   Debian release of the base, with Python 3.12 or newer   [trixie]
-#   MIRROR  where its packages come from   [http://deb.debian.org/debian]
+#   MIRROR  where its packages come from   [debootstrap's default]
 # shellcheck disable=SC2016 # the quoted programs expand in the image, not here
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-: "${SUITE:=trixie}" "${MIRROR:=http://deb.debian.org/debian}"
+: "${SUITE:=trixie}" "${MIRROR:=}"
 base=localhost/megatron_xielu-base:$SUITE
 image=localhost/megatron_xielu:test
 
@@ -50,7 +50,7 @@ if [[ -z $(buildah images --quiet --filter "reference=$base") ]]; then
     step "base: debootstrap $SUITE"
     # Without a compiler and pip, to see that the Dockerfile adds what is missing.
     debootstrap --variant=minbase --include=ca-certificates,python3 "$SUITE" "$scratch/base" \
-        "$MIRROR" >"$scratch/debootstrap.log" || { tail "$scratch/debootstrap.log" && die "debootstrap failed"; }
+        ${MIRROR:+"$MIRROR"} >"$scratch/debootstrap.log" || { tail "$scratch/debootstrap.log" && die "debootstrap failed"; }
     rm -rf "$scratch"/base/var/cache/apt/archives/*.deb "$scratch"/base/var/lib/apt/lists/*
     touch "$scratch/base/etc/pip.conf" # the mount point of the host's, see below
     container=$(buildah from scratch)
