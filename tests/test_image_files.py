@@ -118,7 +118,7 @@ def build_image(*options: str, programs: Path, **environment: str) -> subprocess
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
     """A folder of programs that only write down how they are called: engines cannot run here."""
-    for name in ("docker", "apptainer", "enroot"):
+    for name in ("docker", "buildah", "apptainer", "enroot"):
         program = tmp_path / name
         program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/calls"\n')
         program.chmod(0o755)
