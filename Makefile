@@ -34,11 +34,11 @@ test-gpu: setup
 test-image:
 	tests/image/run.sh
 
-# 77: this machine cannot run them, and install.sh has said why.
+# 77: this machine cannot run them, and install.sh has said why. Two files at a time: they mostly wait.
 test-cluster: setup
 	@tests/cluster/install.sh; status=$$?; \
 	if [ $$status = 77 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .

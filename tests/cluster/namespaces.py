@@ -85,7 +85,7 @@ class Network:
         self.addresses = {name: f"{self.subnet}.{i}" for i, name in enumerate(names, 1)}
         self.outside = f"{self.subnet}.254"
         self._unmounter: subprocess.Popen | None = None
-        self._uplink = f"xi{random.SystemRandom().randrange(16**8):08x}"
+        self.uplink = f"xi{random.SystemRandom().randrange(16**8):08x}"
         self._holders: dict[str, subprocess.Popen] = {}
         self._pid_namespaces: dict[str, str] = {}
         self._inits: dict[str, list[int]] = {}
@@ -117,9 +117,9 @@ class Network:
         self._on_switch("ip", "link", "add", "name", "bridge", "up", "type", "bridge")
         switch = str(self._holders["switch"].pid)
         peer = ["peer", "name", "outside", "netns", switch]
-        _run("ip", "link", "add", "name", self._uplink, "type", "veth", *peer)
-        _run("ip", "address", "add", f"{self.outside}/24", "dev", self._uplink)
-        _run("ip", "link", "set", "dev", self._uplink, "up")
+        _run("ip", "link", "add", "name", self.uplink, "type", "veth", *peer)
+        _run("ip", "address", "add", f"{self.outside}/24", "dev", self.uplink)
+        _run("ip", "link", "set", "dev", self.uplink, "up")
         self._on_switch("ip", "link", "set", "dev", "outside", "master", "bridge", "up")
         for name in self.addresses:
             self.start(name)
@@ -284,7 +284,7 @@ class Network:
         failed start."""
         for name in list(self._holders):
             self.stop(name)
-        _run("ip", "link", "delete", "dev", self._uplink, check=False)
+        _run("ip", "link", "delete", "dev", self.uplink, check=False)
         if self._unmounter is not None:
             self._unmounter.communicate(timeout=20)
             self._unmounter = None
