@@ -205,6 +205,7 @@ launcher+=(
     --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-$(basename "$RUN_DIR")}"
     --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-conf "is_host=$is_host,join_timeout=$RENDEZVOUS_TIMEOUT"
 )
+((NNODES == 1)) && : "${LOCAL_ADDR:=127.0.0.1}" # a container's own name often resolves to nothing
 [[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
 # SIGTERM is for the ranks, which save on it; a launcher that handles it would kill them half-way.
 ((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
