@@ -32,6 +32,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_xielu.cluster import events
+
 if TYPE_CHECKING:  # imported by a check, so that a broken PyTorch or Megatron is reported by name
     import torch
     from torch import Tensor
@@ -166,7 +168,7 @@ def check_compiled(name: str, dtype: torch.dtype) -> str:
     except AssertionError:
         raise
     except Exception as error:
-        raise Skipped(f"torch.compile does not work here: {_first_line(error)}") from error
+        raise Skipped(f"torch.compile does not work here: {events.describe(error)}") from error
 
 
 def check_triton(name: str, dtype: torch.dtype) -> str:
@@ -256,6 +258,7 @@ def check_alpha_sync(group: ProcessGroup, device: torch.device | str) -> str:
 
     from megatron_xielu import reference
     from megatron_xielu.activations import XIELU
+    from megatron_xielu.tp_sync import gather_alphas
 
     rank, size = group.rank(), group.size()
     generator = torch.Generator().manual_seed(2)
@@ -274,15 +277,12 @@ def check_alpha_sync(group: ProcessGroup, device: torch.device | str) -> str:
     torch.optim.Adam(module.parameters(), lr=1e-2).step()
 
     # Compared after the collective, so that no rank is left waiting in it by a failure of another.
-    pair = torch.cat([alpha.detach() for alpha in alphas])
-    gathered = [torch.empty_like(pair) for _ in range(size)]
-    torch.distributed.all_gather(gathered, pair, group=group)
-    bits = torch.stack(gathered).view(torch.int32)
+    values, differs = gather_alphas([module], group)
     for name, error in zip(("alpha_p", "alpha_n"), errors, strict=True):
         assert error <= 2e-6, (
             f"the gradient of {name} is off by {error:.3g}: not the sum of all ranks"
         )
-    assert (bits == bits[0]).all(), f"alphas differ after a step: {[t.tolist() for t in gathered]}"
+    assert not any(differs), f"alphas differ after a step: {values.tolist()}"
     return f"{size} ranks, gradient within {max(errors):.1e}, alphas bitwise equal"
 
 
@@ -291,11 +291,6 @@ def check_alpha_sync(group: ProcessGroup, device: torch.device | str) -> str:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _first_line(error: BaseException) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300]
 
 
 class _Report:
@@ -313,7 +308,7 @@ class _Report:
         except Skipped as reason:
             result, detail = "skipped", str(reason)
         except Exception as error:
-            result, detail = "FAIL", _first_line(error)
+            result, detail = "FAIL", events.describe(error)
             self.failed.append(name)
         seconds = time.perf_counter() - start
         if result == "FAIL" or self.rank == 0:

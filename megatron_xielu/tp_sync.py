@@ -6,9 +6,27 @@ another function, and a checkpoint keeps only one of them: training goes on and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from megatron_xielu.activations import TrainableActivation
+
+
+def gather_alphas(
+    modules: Iterable[TrainableActivation], group: torch.distributed.ProcessGroup
+) -> tuple[torch.Tensor, list[bool]]:
+    """The alphas of all ranks of ``group``; collective.
+
+    Returns:
+        Values of shape [ranks, 2·layers], and for each column whether the ranks' bits differ.
+    """
+    mine = torch.cat([a.detach() for m in modules for a in (m.alpha_p, m.alpha_n)])
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, mine, group=group)
+    values = torch.stack(gathered)
+    bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
+    return values, (bits != bits[0]).any(dim=0).tolist()
 
 
 def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
@@ -34,12 +52,7 @@ def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
             continue
         members = {name: m for name, m in activations.items() if m.tp_group is group}
         names = [f"{name}.{a}" for name in members for a in ("alpha_p", "alpha_n")]
-        mine = torch.cat([a.detach() for m in members.values() for a in (m.alpha_p, m.alpha_n)])
-        gathered = [torch.empty_like(mine) for _ in range(group.size())]
-        torch.distributed.all_gather(gathered, mine, group=group)
-        values = torch.stack(gathered)  # [ranks, 2·layers]
-        bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
-        differs = (bits != bits[0]).any(dim=0).tolist()
+        values, differs = gather_alphas(members.values(), group)
         if any(differs):
             shown = "; ".join(
                 f"{name}: {values[:, i].tolist()}" for i, name in enumerate(names) if differs[i]

@@ -34,23 +34,27 @@ FRONT_ENDS = {
         {"NNODES": "2", "MASTER_ADDR": "a"},
     ),
 }
-for kind, injected in test_kubernetes.INJECTED.items():
-    inner = test_kubernetes.container(kind)
-    run = test_kubernetes.documents()["TrainJob"]["spec"]["trainer"]["env"]
-    variables = {x["name"]: x["value"] for x in [*run, *inner["env"]] if "value" in x}
+
+
+def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The front end of a pod: what its container runs, on node 3 of 11."""
+    injected, inner = test_kubernetes.INJECTED[kind], test_kubernetes.container(kind)
+    job = test_kubernetes.documents()["TrainJob"]["spec"]["trainer"]["env"]
+    variables = {x["name"]: x["value"] for x in [*job, *inner["env"]] if "value" in x}
     del variables["DATA_ARGS"]  # is not here, which would be refused
     (script,) = inner["args"]
-    FRONT_ENDS[f"kubernetes-{kind.lower()}"] = (
-        script.replace(test_kubernetes.PRETRAIN, "examples/pretrain.sh --dry-run"),
-        variables | injected,
-        {
-            "NNODES": "11",
-            "NODE_RANK": "3",
-            "MASTER_ADDR": injected["PET_MASTER_ADDR"],
-            "MASTER_PORT": injected["PET_MASTER_PORT"],
-            **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER")},
-        },
-    )
+    sets = {
+        "NNODES": "11",
+        "NODE_RANK": "3",
+        "MASTER_ADDR": injected["PET_MASTER_ADDR"],
+        "MASTER_PORT": injected["PET_MASTER_PORT"],
+        **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER")},
+    }
+    command = script.replace(test_kubernetes.PRETRAIN, "examples/pretrain.sh --dry-run")
+    return command, variables | injected, sets
+
+
+FRONT_ENDS |= {f"kubernetes-{k.lower()}": kubernetes(k) for k in test_kubernetes.INJECTED}
 
 # A batch that divides by every layout of these tests, and a run that has many of them.
 EVERYWHERE = {"MICRO_BATCH": "1", "GLOBAL_BATCH": "1760", "TOKENS": "125e9"}

@@ -13,7 +13,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_xielu.cluster import events
 from megatron_xielu.cluster.checkpoint_check import Damaged, check
@@ -117,7 +117,7 @@ class Watcher:
             )
 
 
-def watch(save_dir: Path, *, keep_last: int, keep_every: int, interval: float) -> None:
+def watch(save_dir: Path, *, keep_last: int, keep_every: int, interval: float) -> NoReturn:
     """Run a `Watcher` until SIGTERM, at the lowest priority."""
 
     def stop(*_: Any) -> None:

@@ -23,6 +23,16 @@ def node() -> str:
     return os.environ.get("MEGATRON_XIELU_NODE") or socket.gethostname()
 
 
+def first_line(text: str) -> str:
+    """The first line that is not empty, without the spaces around it."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line of limited length."""
+    return f"{type(error).__name__}: {first_line(str(error))}"[:_REASON_LENGTH]
+
+
 def write(event: str, reason: str = "", **fields: object) -> None:
     """Append one event.
 
@@ -34,7 +44,7 @@ def write(event: str, reason: str = "", **fields: object) -> None:
     pairs = {"node": node(), "rank": os.environ.get("RANK", "-"), "event": event, **fields}
     line = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     line += "".join(f" {name}={value}" for name, value in pairs.items())
-    text = next((part.strip() for part in reason.splitlines() if part.strip()), "")
+    text = first_line(reason)
     if text:
         line += f" reason={json.dumps(text[:_REASON_LENGTH], ensure_ascii=False)}"
     print(f"[event] {line}", file=sys.stderr, flush=True)

@@ -94,11 +94,11 @@ def _kill_children() -> None:
 
 def _reason(error: BaseException, save: Path | None) -> str:
     """One line; of a failed save also how full the disk is, which PyTorch's error does not say."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    reason = events.describe(error)
     if save and save.is_dir() and type(error).__name__ == "CheckpointException":
         free = shutil.disk_usage(save).free
-        reason += f" ({lines[-1]}); {free / 1e9:.3f} GB are free in {save}"
+        last = str(error).strip().rpartition("\n")[2].strip()
+        reason += f" ({last}); {free / 1e9:.3f} GB are free in {save}"
     return reason
 
 

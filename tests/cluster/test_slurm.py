@@ -15,8 +15,8 @@ from trajectory import (
     count,
     events,
     latest,
-    pretrain,
     reached,
+    undisturbed,
 )
 
 SBATCH = REPOSITORY / "examples/slurm/pretrain.sbatch"
@@ -32,11 +32,8 @@ def slurm():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The run that nothing disturbs: both ranks on one node, TP=2."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = pretrain(run, TP="2", GPUS_PER_NODE="2", PREFLIGHT="0", STEP_TIME="0")
-    assert done.returncode == 0, done.stdout[-6000:]
-    return run
+    """What two tensor-parallel ranks are compared with."""
+    return undisturbed(tmp_path_factory.mktemp("reference") / "run", TP="2")
 
 
 def submit(slurm: SlurmCluster, run: Path, *options: str, **variables: str) -> str:

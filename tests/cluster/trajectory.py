@@ -46,6 +46,13 @@ def pretrain(run: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def undisturbed(run: Path, **variables: str) -> Path:
+    """The run that nothing disturbs: two ranks on one node."""
+    done = pretrain(run, GPUS_PER_NODE="2", PREFLIGHT="0", STEP_TIME="0", **variables)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return run
+
+
 def losses(run: Path) -> dict[tuple[str, str, str], str]:
     """Every loss by rank, iteration and micro-batch, to the last bit.
 
