@@ -314,7 +314,8 @@ class _Report:
         if result == "FAIL" or self.rank == 0:
             where = f"rank {self.rank}: " if self.rank else ""
             shown = f"{result}: {detail}" if detail else result
-            print(f"{where}{name:<26} {shown} [{seconds:.2f} s]", flush=True)
+            # One write: ranks share the terminal, and print() may write the line end apart.
+            print(f"{where}{name:<26} {shown} [{seconds:.2f} s]\n", end="", flush=True)
         return result != "FAIL"
 
 
@@ -389,7 +390,9 @@ def main() -> int:
         _check_all(report)
     seconds = time.perf_counter() - start
     if report.failed:
-        print(f"selftest: FAIL in {seconds:.1f} s: {', '.join(report.failed)}", flush=True)
+        print(
+            f"selftest: FAIL in {seconds:.1f} s: {', '.join(report.failed)}\n", end="", flush=True
+        )
     elif report.rank == 0:
         print(f"selftest: ok in {seconds:.1f} s", flush=True)
     return 1 if report.failed else 0

@@ -47,7 +47,8 @@ def write(event: str, reason: str = "", **fields: object) -> None:
     text = first_line(reason)
     if text:
         line += f" reason={json.dumps(text[:_REASON_LENGTH], ensure_ascii=False)}"
-    print(f"[event] {line}", file=sys.stderr, flush=True)
+    # One write: many processes share the log, and print() may write the line end apart.
+    print(f"[event] {line}\n", end="", file=sys.stderr, flush=True)
     path = os.environ.get("MEGATRON_XIELU_EVENTS")
     if path:
         try:
