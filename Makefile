@@ -10,6 +10,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two files of tests at a time: trainings of one or two processes that wait for one another.
+PYTEST_TWICE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # PyTorch builds C++ extensions with the ninja that is installed here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -25,7 +27,7 @@ setup: .venv/installed
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST_TWICE)
 
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: PyTorch sees no CUDA device here")'
@@ -34,11 +36,11 @@ test-gpu: setup
 test-image:
 	tests/image/run.sh
 
-# 77: this machine cannot run them, and install.sh has said why. Two files at a time: they mostly wait.
+# 77: this machine cannot run them, and install.sh has said why.
 test-cluster: setup
 	@tests/cluster/install.sh; status=$$?; \
 	if [ $$status = 77 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/cluster
+	$(PYTEST_TWICE) tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .
