@@ -113,6 +113,7 @@ def _train(args: Namespace) -> None:
         pretrain_cfg_container_from_args,
     )
 
+    from megatron_xielu import alpha_logging
     from megatron_xielu.arguments import activation_builder
     from megatron_xielu.layer_specs import layer_spec
 
@@ -125,6 +126,8 @@ def _train(args: Namespace) -> None:
             fuse_bias=args.xielu_fuse_bias,
             recompute_output=args.xielu_recompute_output,
         )
+        if args.tensorboard_dir:
+            alpha_logging.install()
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
     train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)

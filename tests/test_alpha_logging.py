@@ -1,0 +1,99 @@
+"""Alphas in TensorBoard and Weights & Biases, against the checkpoint and the gradients."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from launch import load_checkpoint, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+LAST = 6  # iteration
+LAYOUTS = {
+    "pp2-virtual": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+    # Ranks get the other shard's parameters only in the next forward pass.
+    "dp2-overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+}
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every TensorBoard curve."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_curves_are_the_alphas_of_the_checkpoint(layout, tmp_path):
+    train(
+        tmp_path,
+        f"--xielu {LAYOUTS[layout]} --save checkpoints "
+        "--tensorboard-dir events --tensorboard-log-interval 2",
+        ranks=2,
+    )
+    found = curves(tmp_path / "events")
+    saved = load_checkpoint(tmp_path / "checkpoints" / f"iter_{LAST:07d}")
+    softplus = torch.nn.functional.softplus
+    for name, floor in (("alpha_p", 0.0), ("alpha_n", 0.5)):
+        raw = saved[f"decoder.layers.mlp.activation_func.{name}"].double().flatten()
+        for layer in range(4):
+            steps, values = zip(*found[f"{name}_raw/layer_{layer:02d}"], strict=True)
+            assert steps == (2, 4, LAST)
+            assert values[-1] == raw[layer].item()
+            _, effective = found[f"{name}/layer_{layer:02d}"][-1]
+            assert effective == pytest.approx(floor + softplus(raw[layer]).item(), rel=1e-6)
+    assert sum(tag.startswith("alpha_p/") for tag in found) == 4
+
+    if layout == "dp2-overlap":
+        train(tmp_path / "plain", "--xielu --tensorboard-dir events", ranks=2)
+        plain = curves(tmp_path / "plain" / "events")
+        for layer in range(4):
+            tag = f"alpha_grad_norm/layer_{layer:02d}"
+            expected = [value for step, value in plain[tag] if step % 2 == 0]
+            assert [value for _, value in found[tag]] == pytest.approx(expected, rel=1e-5)
+
+
+def offline_records(path: Path) -> Iterator[bytes]:
+    """Records of the file of an offline run: LevelDB's log format behind a header of 7 bytes."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no room for a header in this block
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_weights_and_biases_offline(tmp_path):
+    train(
+        tmp_path,
+        "--xiprelu --tensorboard-dir events --wandb-project p --wandb-exp-name e "
+        "--wandb-save-dir wandb --tensor-model-parallel-size 2 --sequence-parallel",
+        ranks=2,
+        environment={"WANDB_MODE": "offline"},
+    )
+    (path,) = tmp_path.glob("wandb/wandb/offline-run-*/run-*.wandb")
+    history: dict[int, dict[str, float]] = {}
+    for data in offline_records(path):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                for item in record.history.item
+            }
+            history[items["_step"]] = items
+    expected = curves(tmp_path / "events")
+    for tag in ("alpha_p/layer_00", "alpha_n_raw/layer_03", "alpha_grad_norm/layer_02"):
+        assert [(s, history[s][tag]) for s in range(1, 7)] == [
+            (s, pytest.approx(v, rel=1e-6)) for s, v in expected[tag]
+        ]
