@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_xielu import checkpoint_writer, pip_megatron
+from megatron_xielu import checkpoint_writer, pip_megatron, versions
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -45,11 +45,14 @@ def main() -> None:
     """Parse the command line and train."""
     _rendezvous_with_itself()
     try:
+        versions.check_entry()
         _prepare_megatron()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "megatron":
             raise
         raise SystemExit(f"megatron_xielu: error: {error}; {_MEGATRON_HINT}") from None
+    except versions.UnsupportedRelease as error:
+        raise SystemExit(f"megatron_xielu: error: {error}") from None
 
     from megatron_xielu import arguments
 
@@ -72,14 +75,8 @@ def _prepare_megatron() -> None:
         sys.argv[1:] = cpu.add_cpu_flags(sys.argv[1:])
         cpu.activate()
 
-    import megatron.training
-    from megatron.core.package_info import MAJOR, MINOR
+    import megatron.training  # noqa: F401  (to say so where it is missing)
 
-    if (MAJOR, MINOR) != (0, 19):
-        raise SystemExit(
-            f"megatron_xielu: error: this entry is for megatron-core 0.19, and "
-            f"{Path(megatron.training.__file__).parents[1]} is {MAJOR}.{MINOR}; {_MEGATRON_HINT}"
-        )
     pip_megatron.prepare()
     checkpoint_writer.watch()
 
@@ -103,6 +100,11 @@ def _check_supported(args: Namespace) -> None:
                 f"{flag} is not supported by this entry; use Megatron-LM's pretrain_gpt.py with "
                 "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
             )
+    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
+        raise ValueError(
+            "--mtp-num-layers with --pipeline-model-parallel-layout is not supported by this "
+            "entry, which feeds prediction layers on the last stage only; drop one of them"
+        )
 
 
 def _train(args: Namespace) -> None:
@@ -241,7 +243,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=bool(args.mtp_num_layers) and mpu.is_pipeline_last_stage(),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),

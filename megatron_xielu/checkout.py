@@ -1,0 +1,132 @@
+"""What a Megatron-LM checkout calls that has one of the patches in ``patches/``: a function a hunk.
+
+``patches/README.md`` says where each is called from, and what happens without it. As long as
+neither a flag nor a checkpoint asks for one of our activations, none of them does anything.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_xielu import arguments
+from megatron_xielu.activations import ActivationBuilder
+
+# What this process trains with, once `validate` has seen its arguments: Megatron hands no arguments
+# to the place where a model is built.
+_builder: ActivationBuilder | None = None
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"megatron_xielu: error: {error}") from None
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add our flags, unless a script has: this package's own entry does.
+
+    Raises:
+        SystemExit: they are given together with ``--yaml-cfg``, for which Megatron drops all flags.
+    """
+    if "--xielu" in parser._option_string_actions:
+        return
+    arguments.add_activation_arguments(parser)
+    given = {word.partition("=")[0] for word in sys.argv[1:]}
+    if "--yaml-cfg" in given and (ours := given & {"--xielu", "--xiprelu"}):
+        raise SystemExit(
+            f"megatron_xielu: error: {' '.join(ours)} does not work with --yaml-cfg; drop one"
+        )
+
+
+def validate(args: Namespace) -> None:
+    """Check our flags and set what they imply, before Megatron checks its own.
+
+    Raises:
+        SystemExit: naming the flag to change, or the activation of the checkpoint to be loaded.
+    """
+    global _builder
+    if hasattr(args, "xielu_fuse_bias"):  # this package's own entry has done it
+        return
+    with _errors_in_one_line():
+        arguments.validate(args)
+        _builder = arguments.activation_builder(args)
+        if _builder is not None:
+            arguments.check_checkpoint(args)
+
+
+def restore(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Take the activation from the arguments of the checkpoint in ``folder``.
+
+    Raises:
+        SystemExit: a flag contradicts them.
+    """
+    with _errors_in_one_line():
+        arguments.restore(args, saved, folder)
+
+
+def check_checkpoint(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Refuse to load the checkpoint in ``folder`` into a model of another activation.
+
+    Raises:
+        SystemExit: naming both.
+    """
+    with _errors_in_one_line():
+        arguments.refuse_another_activation(args, saved, folder)
+
+
+def layer_specs(*specs: Any) -> tuple[Any, ...]:
+    """The specs of a GPT model's decoder and multi-token prediction, with our activation.
+
+    Args:
+        specs: as Megatron has chosen them, local or Transformer Engine; None where there is none.
+
+    Raises:
+        ValueError: a layer's MLP is of a kind whose activation cannot be replaced.
+    """
+    if _builder is None:
+        return specs
+    from megatron_xielu.layer_specs import with_activation
+
+    return tuple(spec and with_activation(spec, _builder) for spec in specs)
+
+
+def model_built(args: Namespace, model: list) -> None:
+    """Audit a model that has just been built, and prepare its optimizer for fp32 alphas.
+
+    Args:
+        args: Megatron's arguments.
+        model: model chunks of this rank.
+
+    Raises:
+        RuntimeError: naming the MLPs that have another activation.
+    """
+    if _builder is None:
+        return
+    from megatron_xielu import bias_fusion, fp32_parameters, layer_specs, recompute
+
+    layer_specs.audit(model, _builder.activation)
+    fp32_parameters.mend_distributed_optimizer()
+    if args.xielu_fuse_bias:
+        bias_fusion.install(model)
+    if args.xielu_recompute_output:
+        recompute.install(model)
+
+
+def check_tp_sync(args: Namespace, model: list, iteration: int) -> None:
+    """Every ``--xielu-check-tp-sync`` iterations, stop unless TP ranks hold the same alphas.
+
+    Raises:
+        RuntimeError: naming the parameters that differ.
+    """
+    if _builder is None or iteration % args.xielu_check_tp_sync:
+        return
+    from megatron_xielu.tp_sync import check_tp_sync
+
+    for chunk in model:
+        check_tp_sync(chunk, iteration)

@@ -1,0 +1,150 @@
+"""Which releases of Megatron this package works with, and what the older ones do differently.
+
+`docs/versions.md` has the table: this package's entry is for 0.19, ``--spec`` works from 0.17 on,
+`megatron_xielu.patch` has a patch per release.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_xielu.patch import megatron_version
+
+ENTRY = (0, 19)
+OLDEST_SPEC, NEWEST_SPEC = (0, 17), (0, 19)
+
+_SPEC = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
+_PATCH = "python -m megatron_xielu.patch --apply CHECKOUT"
+
+# Megatron options whose layers a script builds from other specs than the dense one, by argument.
+_OTHER_LAYERS = {
+    "num_experts": "--num-experts",
+    "mtp_num_layers": "--mtp-num-layers",
+    "experimental_attention_variant": "--experimental-attention-variant",
+    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
+    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
+    "use_kitchen": "--use-kitchen",
+    "use_legacy_models": "--use-legacy-models",
+}
+
+
+class UnsupportedRelease(ValueError):
+    """A Megatron that the way it was asked to train by does not work with."""
+
+
+def installed() -> tuple[Path, str]:
+    """Where the Megatron that this process would import is, and its version; imports none of it.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+    """
+    spec = importlib.util.find_spec("megatron.core")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'megatron.core'", name="megatron.core")
+    root = Path(spec.origin).parents[2]
+    return root, megatron_version(root)
+
+
+def release(version: str | None = None) -> tuple[int, int]:
+    """Major and minor number of ``version``; default: the installed Megatron's."""
+    major, minor = (version or installed()[1]).split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_entry() -> None:
+    """Refuse a Megatron that this package's entry was not made for.
+
+    Raises:
+        UnsupportedRelease: naming it, and what works with it.
+        ModuleNotFoundError: there is no Megatron.
+    """
+    root, version = installed()
+    if release(version) != ENTRY:
+        raise UnsupportedRelease(
+            f"this entry is for megatron-core {_dotted(ENTRY)}, and {root}/megatron is {version}; "
+            f"with it, use Megatron-LM's own script and {_SPEC}, or a patch: {_PATCH}"
+        )
+
+
+def check_spec() -> None:
+    """Refuse ``--spec`` on a Megatron that is too old, and say so where it is newer than tested.
+
+    Raises:
+        UnsupportedRelease: naming the version.
+    """
+    root, version = installed()
+    if release(version) < OLDEST_SPEC:
+        raise UnsupportedRelease(
+            f"--spec megatron_xielu.layer_specs needs megatron-core {_dotted(OLDEST_SPEC)} or "
+            f"newer, and {root}/megatron is {version}"
+        )
+    if release(version) > NEWEST_SPEC:
+        from megatron.core.utils import log_single_rank
+
+        log_single_rank(
+            logging.getLogger(__name__),
+            logging.WARNING,
+            f"megatron_xielu: --spec is tested up to megatron-core {_dotted(NEWEST_SPEC)}; "
+            f"{root}/megatron is {version}",
+        )
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def lazy_layer_spec(build: Callable[[], Any]) -> Any:
+    """A layer spec that ``build`` makes when Megatron first looks at it.
+
+    Megatron 0.19 calls what ``--spec`` names. Before, it takes it for the spec itself, imported at
+    a time of its choice; but what is in ours depends on the arguments.
+    """
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    class LazyLayerSpec(ModuleSpec):
+        def __init__(self) -> None:
+            pass
+
+        @cached_property
+        def _spec(self) -> Any:
+            return build()
+
+        module = property(lambda self: self._spec.module)
+        params = property(lambda self: self._spec.params)
+        submodules = property(lambda self: self._spec.submodules)
+        metainfo = property(lambda self: self._spec.metainfo)
+
+    return LazyLayerSpec()
+
+
+def dense_layer_spec(args: Namespace) -> Any:
+    """The layer spec that scripts of 0.17 and 0.18 build for a dense model.
+
+    Raises:
+        ValueError: they would build another one; names the flag.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    for argument, flag in _OTHER_LAYERS.items():
+        if getattr(args, argument, None):
+            raise ValueError(
+                f"{flag} with --spec megatron_xielu.layer_specs needs megatron-core "
+                f"{_dotted(ENTRY)} or newer"
+            )
+    attention = {
+        "qk_layernorm": args.qk_layernorm,
+        "multi_latent_attention": args.multi_latent_attention,
+        "qk_l2_norm": args.qk_l2_norm,
+    }
+    if args.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(**attention)
+    return get_gpt_layer_local_spec(**attention, normalization=args.normalization)
