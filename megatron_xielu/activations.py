@@ -10,6 +10,9 @@ The formulas are in `megatron_xielu.functional`. This file owns what a module ad
   alpha gradient is a partial sum. `_SumGradientOverGroup` adds the partial sums of the group in
   backward, before anything else sees the gradient. Why there and not in Megatron's gradient
   finalization: see ``docs/tensor-parallelism.md``.
+* **Experts.** Each expert has a pair of its own. The columns of a routed expert are split over the
+  expert-tensor-parallel ranks, and its copies are elsewhere than those of the other layers; see
+  ``docs/moe.md``.
 """
 
 from __future__ import annotations
@@ -46,6 +49,18 @@ class _SumGradientOverGroup(torch.autograd.Function):
         return grad, None
 
 
+def _has_expert_groups(config: Any) -> bool:
+    """Whether experts are replicated over other ranks than the rest of the model.
+
+    Megatron's linear layers ask the same. The ``allreduce`` mark then tells its DDP, optimizer and
+    gradient norm to use the expert groups.
+    """
+    return (
+        config.expert_model_parallel_size > 1
+        or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+    )
+
+
 class TrainableActivation(MegatronModule):
     """What `XIELU` and `XIPReLU` share: two raw alphas in fp32, complete gradients, a fixed β.
 
@@ -55,7 +70,9 @@ class TrainableActivation(MegatronModule):
         alpha_n_init: effective initial alpha of the negative side, above `alpha_n_floor`.
         beta: slope at 0, a constant above 0.
         tp_group: the ranks that hold the other slices of the ffn columns. Default: Megatron's
-            tensor-parallel group if Megatron is initialised, else none.
+            tensor-parallel group (for an expert its expert-tensor-parallel group) if Megatron is
+            initialised, else none.
+        is_expert: for a routed expert: the alphas are marked as Megatron marks its weights.
 
     Raises:
         ValueError: an initial value or beta is out of range.
@@ -74,17 +91,22 @@ class TrainableActivation(MegatronModule):
         alpha_n_init: float = DEFAULT_ALPHA_INIT,
         beta: float = DEFAULT_BETA,
         tp_group: ProcessGroup | None = None,
+        is_expert: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.check_settings(alpha_p_init=alpha_p_init, alpha_n_init=alpha_n_init, beta=beta)
         self.alpha_p_init, self.alpha_n_init, self.beta = alpha_p_init, alpha_n_init, beta
-        self.tp_group = (
-            tp_group
-            if tp_group is not None
-            else parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        megatron_group = (
+            parallel_state.get_expert_tensor_parallel_group
+            if is_expert
+            else parallel_state.get_tensor_model_parallel_group
         )
+        self.tp_group = megatron_group(check_initialized=False) if tp_group is None else tp_group
         self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=torch.float32))
+        if is_expert:
+            for alpha in (self.alpha_p, self.alpha_n):
+                alpha.allreduce = not _has_expert_groups(config)  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @classmethod
@@ -209,13 +231,14 @@ class ActivationBuilder:
     alpha_p_init: float = DEFAULT_ALPHA_INIT
     alpha_n_init: float = DEFAULT_ALPHA_INIT
     beta: float = DEFAULT_BETA
+    is_expert: bool = False
 
     def __post_init__(self) -> None:
         self.activation.check_settings(**self._settings())
 
     def __call__(self, *, config: Any) -> TrainableActivation:
         """Build the module for one MLP."""
-        return self.activation(config=config, **self._settings())
+        return self.activation(config=config, is_expert=self.is_expert, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
         return {

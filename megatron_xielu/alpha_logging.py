@@ -101,7 +101,7 @@ class AlphaTable:
                 for which in (0, 1):
                     if has[which]:
                         speaker.setdefault((name, which), rank)
-        self._spoken: list[tuple[int, torch.nn.Parameter]] = []  # place in the table, whose
+        self._spoken: list[tuple[int, torch.Tensor]] = []  # place in the table, whose
         for row, name in enumerate(self.names):
             for which in (0, 1):
                 if speaker[name, which] == torch.distributed.get_rank():
@@ -156,7 +156,7 @@ def named_activations(chunk: torch.nn.Module) -> dict[str, TrainableActivation]:
     }
 
 
-def _label(path: list[str], modules: dict[str, torch.nn.Module]) -> str:
+def _label(path: list[str], modules: dict[str, Any]) -> str:
     label = []
     for place, part in enumerate(path):
         if path[place - 1 : place] == ["layers"]:
@@ -170,7 +170,7 @@ def _label(path: list[str], modules: dict[str, torch.nn.Module]) -> str:
     return ".".join(label)
 
 
-def _is_up_to_date_here(parameter: torch.nn.Parameter, model: Sequence[torch.nn.Module]) -> bool:
+def _is_up_to_date_here(parameter: torch.nn.Parameter, model: Sequence[Any]) -> bool:
     """Whether this rank has the reduced gradient of ``parameter`` and its value after the step.
 
     The distributed optimizer reduces a bucket of gradients into shards, one a data-parallel rank,

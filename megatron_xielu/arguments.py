@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu import fp32_parameters, recompute
+from megatron_xielu import fp32_parameters, recompute, versions
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
@@ -28,8 +28,9 @@ _EXCLUDED = {
     "squared_relu": "--squared-relu",
     "quick_geglu": "--quick-geglu",
     "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
-    "num_experts": "--num-experts",
-    "mtp_num_layers": "--mtp-num-layers",
+    # Grouped experts need Transformer Engine and a GPU to be tested.
+    "moe_grouped_gemm": "--moe-grouped-gemm",
+    "use_grouped_gemm_for_shared_expert": "--use-grouped-gemm-for-shared-expert",
     "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
     "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
     "experimental_attention_variant": "--experimental-attention-variant",
@@ -44,6 +45,9 @@ _EXCLUDED = {
     "yaml_cfg": "--yaml-cfg",
 }
 
+# What is built from other specs before Megatron 0.19.
+_EXCLUDED_BEFORE_0_19 = {"num_experts": "--num-experts", "mtp_num_layers": "--mtp-num-layers"}
+
 # Saved with a checkpoint and restored by --use-checkpoint-args.
 _CHECKPOINT_ARGUMENTS = (
     "xielu",
@@ -54,8 +58,8 @@ _CHECKPOINT_ARGUMENTS = (
 )
 
 
-def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add this package's flags to Megatron's parser (an ``extra_args_provider``)."""
+def add_activation_arguments(parser: ArgumentParser) -> Any:
+    """Add the flags that choose and configure an activation; returns their argument group."""
     group = parser.add_argument_group(title="trainable activations (megatron_xielu)")
     group.add_argument("--xielu", action="store_true", help="Use the xIELU activation in the MLP.")
     group.add_argument(
@@ -90,6 +94,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Free the activation's output after the forward pass of fc2 and compute it again in "
         "the backward pass: almost half of the MLP's saved activations, the same numbers.",
     )
+    return group
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of this package's entry to Megatron's parser (an ``extra_args_provider``)."""
+    group = add_activation_arguments(parser)
     group.add_argument(
         "--cpu",
         action="store_true",
@@ -159,6 +169,10 @@ def validate(args: Namespace) -> None:
     for argument, excluded in _EXCLUDED.items():
         if getattr(args, argument, None):
             raise ValueError(f"{flag} does not work with {excluded}; drop one of them")
+    if versions.release() < (0, 19):
+        for argument, excluded in _EXCLUDED_BEFORE_0_19.items():
+            if getattr(args, argument, None):
+                raise ValueError(f"{flag} with {excluded} needs megatron-core 0.19")
     if args.transformer_impl == "inference_optimized":
         raise ValueError(f"{flag} does not work with --transformer-impl inference_optimized")
     if args.spec and args.spec[0] != _SPEC_MODULE:
@@ -166,6 +180,7 @@ def validate(args: Namespace) -> None:
             f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "
             "spec with megatron_xielu.layer_specs.with_activation"
         )
+    check_upcycling(args)
     # Megatron's own fusion of a bias and an activation knows only its own activations.
     args.xielu_fuse_bias = args.bias_gelu_fusion and args.add_bias_linear
     args.bias_gelu_fusion = False
@@ -174,6 +189,16 @@ def validate(args: Namespace) -> None:
         recompute.check(args)
         recompute.build_extension()
     args.use_te_activation_func = True
+
+
+def check_upcycling(args: Namespace) -> None:
+    """Refuse to make experts of a dense checkpoint: Megatron scales their weights for GELU.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if args.moe_use_upcycling:
+        raise ValueError("--moe-use-upcycling does not work with xIELU and xIPReLU; drop it")
 
 
 def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
@@ -203,10 +228,11 @@ def check_checkpoint(args: Namespace) -> None:
     """
     checkpoint = saved_arguments(args)
     if checkpoint is not None:
-        _refuse_another_activation(args, *checkpoint)
+        refuse_another_activation(args, *checkpoint)
 
 
-def _refuse_another_activation(args: Namespace, saved: Namespace, folder: str) -> None:
+def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) -> None:
+    """`check_checkpoint` for arguments that a checkpoint in ``folder`` holds."""
     asked, found = activation_name(args), activation_name(saved)
     if asked != found:
         raise ValueError(
@@ -235,13 +261,20 @@ def _describe(args: Namespace) -> str:
 def restore_from_checkpoint(args: Namespace) -> None:
     """Take the activation and its settings from the checkpoint (part of --use-checkpoint-args)."""
     checkpoint = saved_arguments(args)
-    if checkpoint is None:
-        return
-    saved, folder = checkpoint
+    if checkpoint is not None:
+        restore(args, *checkpoint)
+
+
+def restore(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Take the activation and its settings from arguments that a checkpoint in ``folder`` holds.
+
+    Raises:
+        ValueError: a flag contradicts them.
+    """
     found = activation_name(saved)
     if activation_name(args) is not None:
         # A flag that contradicts the checkpoint is an error, not a choice.
-        _refuse_another_activation(args, saved, folder)
+        refuse_another_activation(args, saved, folder)
     for name in _CHECKPOINT_ARGUMENTS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))

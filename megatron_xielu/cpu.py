@@ -374,6 +374,10 @@ def _redirect_distributed(torch: Any) -> None:
     dist.all_reduce = with_average(dist.all_reduce, source=0)
     dist.reduce_scatter_tensor = with_average(dist.reduce_scatter_tensor, source=1)
 
+    from megatron_xielu import cpu_expert_parallel
+
+    cpu_expert_parallel.redirect()
+
 
 # --- Megatron -----------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """Puts an activation into Megatron's layer specs, and audits that the built model has it.
 
-Megatron's dense MLP has a slot for an activation module, ``MLPSubmodules.activation_func``, used
-when ``config.use_te_activation_func`` is set. `with_activation` copies a spec with that slot
-filled, whatever its backend (local, Transformer Engine) and form (``ModuleSpec``,
-``functools.partial``). No Megatron class is patched for it.
+Megatron's MLP has a slot for an activation module, ``MLPSubmodules.activation_func``, used when
+``config.use_te_activation_func`` is set. `with_activation` copies a spec with that slot filled in
+every MLP, expert and shared expert, whatever its backend (local, Transformer Engine) and form
+(``ModuleSpec``, ``functools.partial``). No Megatron class is patched for it.
 
-Megatron builds some MLPs from specs of its own (routed and shared experts, MTP blocks) and would
-silently leave GELU there, so `audit` looks at the model that was really built.
+Megatron builds some MLPs from specs of its own (those of multi-token prediction: see
+`fill_prediction_layers`) and would silently leave GELU there, so `audit` looks at the model that
+was really built. ``docs/moe.md`` has the kinds of MLPs and models.
 
 From an unmodified Megatron-LM script::
 
@@ -23,57 +24,152 @@ from typing import Any
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_xielu import arguments, bias_fusion, fp32_parameters, recompute
+from megatron_xielu import arguments, bias_fusion, fp32_parameters, recompute, versions
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
 
-# TransformerConfig fields that make Megatron build other MLPs than the dense one: flag.
+# TransformerConfig fields that make Megatron build MLPs whose activation cannot be replaced, or run
+# them in a way that is not tested: flag.
 _UNSUPPORTED = {
-    "num_moe_experts": "--num-experts",
-    "mtp_num_layers": "--mtp-num-layers",
+    "moe_grouped_gemm": "--moe-grouped-gemm",
+    "use_grouped_gemm_for_shared_expert": "--use-grouped-gemm-for-shared-expert",
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
     "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "use_grouped_gemm_for_dense_mlp": "--use-grouped-gemm-for-dense-mlp",
     "use_kitchen": "--use-kitchen",
 }
 
+# Fields of Megatron's spec dataclasses that lead to MLPs: of blocks, of layers, of hybrid stacks
+# and of multi-token prediction.
+_LEADING_TO_MLPS = (
+    "layer_specs",
+    "mlp",
+    "mlp_layer",
+    "moe_layer",
+    "mtp_block_spec",
+    "mtp_model_layer",
+)
+
 
 def with_activation(spec: Any, builder: ActivationBuilder) -> Any:
-    """Copy a layer or block spec with ``builder`` in the activation slot of every dense MLP.
+    """Copy a layer, block or stack spec with ``builder`` in the activation slot of every MLP.
 
     Args:
-        spec: ``ModuleSpec`` of a transformer layer, or ``TransformerBlockSubmodules``.
-        builder: called by Megatron as ``builder(config=config)``.
+        spec: ``ModuleSpec`` of a layer (GPT, BERT), of a hybrid stack, or of a multi-token
+            prediction layer; or submodules such as ``TransformerBlockSubmodules`` (GPT, T5).
+        builder: called by Megatron as ``builder(config=config)``. Routed experts get a copy of it
+            that is marked as theirs.
 
     Raises:
-        ValueError: a layer's MLP is of a kind whose activation cannot be replaced.
+        ValueError: an MLP is of a kind whose activation cannot be replaced, or there is no place
+            for one. A hybrid stack lists layers of all kinds: it raises when such a layer is built.
     """
-    if isinstance(spec, TransformerBlockSubmodules):
-        assert spec.layer_specs is not None
-        return dataclasses.replace(
-            spec, layer_specs=[with_activation(layer, builder) for layer in spec.layer_specs]
-        )
-    layer = spec.submodules
-    mlp = _mlp_with_activation(layer.mlp, builder)
-    return dataclasses.replace(spec, submodules=dataclasses.replace(layer, mlp=mlp))
+    if isinstance(spec, ModuleSpec):
+        return dataclasses.replace(spec, submodules=with_activation(spec.submodules, builder))
+    filled = {
+        field: _filled(field, getattr(spec, field), builder)
+        for field in _LEADING_TO_MLPS
+        if hasattr(spec, field)
+    }
+    if not filled:
+        raise ValueError(f"{type(spec).__name__} is not a spec of layers that have an MLP")
+    return dataclasses.replace(spec, **filled)
+
+
+def _filled(field: str, value: Any, builder: ActivationBuilder) -> Any:
+    if value is None or value is IdentityOp:  # a layer without an MLP
+        return value
+    if field == "layer_specs":
+        return [with_activation(layer, builder) for layer in value]
+    if field == "mlp":
+        return _mlp_with_activation(value, builder)
+    if field != "moe_layer":
+        return with_activation(value, builder)
+    try:
+        return with_activation(value, builder)
+    except ValueError as error:
+        refusing = dataclasses.replace(value.submodules, mlp=partial(_refuse, str(error)))
+        return dataclasses.replace(value, submodules=refusing)
+
+
+def _refuse(message: str, **kwargs: Any) -> None:
+    raise ValueError(message)
 
 
 def _mlp_with_activation(mlp: Any, builder: ActivationBuilder) -> Any:
-    if mlp is IdentityOp:  # a layer without an MLP
-        return mlp
-    is_partial = isinstance(mlp, partial)
-    submodules = mlp.keywords.get("submodules") if is_partial else getattr(mlp, "submodules", None)
-    # A partial wraps the class or a class method of it.
-    module = getattr(mlp.func, "__self__", mlp.func) if is_partial else getattr(mlp, "module", None)
-    if not isinstance(submodules, MLPSubmodules) or module is not MLP:
+    module, submodules = _parts(mlp)
+    if module is MLP and isinstance(submodules, MLPSubmodules):
+        return _with_submodules(mlp, dataclasses.replace(submodules, activation_func=builder))
+    if module is not MoELayer:
         raise ValueError(
-            f"the activation of {getattr(module, '__name__', mlp)} cannot be replaced: only the "
-            "dense MLP is supported, without --num-experts and --use-transformer-engine-op-fuser"
+            f"the activation of {_name(module, mlp)} cannot be replaced; drop "
+            "--use-transformer-engine-op-fuser and --use-grouped-gemm-for-dense-mlp"
         )
-    submodules = dataclasses.replace(submodules, activation_func=builder)
-    if is_partial:
-        return partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": submodules})
-    return dataclasses.replace(mlp, submodules=submodules)
+    experts_module, experts = _parts(submodules.experts)
+    if experts_module is not SequentialMLP:
+        raise ValueError(
+            f"the activation of {_name(experts_module, submodules.experts)} cannot be replaced; "
+            "drop --moe-grouped-gemm, and each expert is an MLP of its own"
+        )
+    expert_builder = dataclasses.replace(builder, is_expert=True)
+    experts = dataclasses.replace(experts, activation_func=expert_builder)
+    filled = {"experts": _with_submodules(submodules.experts, experts)}
+    if submodules.shared_experts is not None:
+        _, shared = _parts(submodules.shared_experts)
+        shared = dataclasses.replace(shared, activation_func=builder)
+        filled["shared_experts"] = _with_submodules(submodules.shared_experts, shared)
+    return _with_submodules(mlp, dataclasses.replace(submodules, **filled))
+
+
+def _parts(spec: Any) -> tuple[Any, Any]:
+    """Class and submodules of a ``ModuleSpec``, or of a partial of a class or class method."""
+    if isinstance(spec, partial):
+        return getattr(spec.func, "__self__", spec.func), spec.keywords.get("submodules")
+    return getattr(spec, "module", None), getattr(spec, "submodules", None)
+
+
+def _with_submodules(spec: Any, submodules: Any) -> Any:
+    if isinstance(spec, partial):
+        return partial(spec.func, *spec.args, **{**spec.keywords, "submodules": submodules})
+    return dataclasses.replace(spec, submodules=submodules)
+
+
+def _name(module: Any, spec: Any) -> str:
+    return getattr(module, "__name__", str(spec))
+
+
+def fill_prediction_layers(model: list, builder: ActivationBuilder) -> None:
+    """Give every MLP of the multi-token prediction layers of ``model`` the activation.
+
+    Megatron 0.19 makes the spec of these layers itself, whatever spec it was given for the others.
+
+    Args:
+        model: model chunks of this rank, before wrapping.
+        builder: see `with_activation`.
+    """
+    for chunk in model:
+        modules = list(chunk.mtp.modules()) if getattr(chunk, "mtp", None) is not None else []
+        experts = {e for m in modules if isinstance(m, SequentialMLP) for e in m.local_experts}
+        for mlp in modules:
+            if isinstance(mlp, MLP) and not isinstance(mlp.activation_func, TrainableActivation):
+                own = dataclasses.replace(builder, is_expert=mlp in experts)
+                mlp.activation_func = own(config=mlp.config)
+                # As in an MLP that was built with it: parameters have an order.
+                mlp._modules["linear_fc2"] = mlp._modules.pop("linear_fc2")
+
+
+@dataclasses.dataclass(frozen=True)
+class _PredictionHook:
+    """`fill_prediction_layers` in the form of Megatron's ``pre_wrap_hooks``."""
+
+    builder: ActivationBuilder
+
+    def __call__(self, model: list) -> list:
+        fill_prediction_layers(model, self.builder)
+        return model
 
 
 def audit(
@@ -87,7 +183,8 @@ def audit(
 
     Raises:
         RuntimeError: naming the modules that have another activation, or whose activation sums
-            its gradients over other ranks than those that hold the MLP's columns.
+            its gradients over other ranks than those that hold the MLP's columns, or has its
+            copies on other ranks than the MLP's weights.
     """
     found, wrong = [], []
     for chunk in model:
@@ -99,14 +196,21 @@ def audit(
                 wrong.append(f"{name} has {getattr(owned, '__name__', type(owned).__name__)}")
             elif _ranks(owned.tp_group) != _ranks(getattr(module, "tp_group", owned.tp_group)):
                 wrong.append(f"{name} sums alpha gradients over {_ranks(owned.tp_group)}")
+            elif _is_replicated(owned.alpha_p) != _is_replicated(module.linear_fc1.weight):
+                wrong.append(f"{name} is reduced over other data-parallel ranks than its alphas")
             else:
                 found.append(owned)
     if wrong:
         raise RuntimeError(
-            f"not every MLP has {activation.__name__}: {'; '.join(wrong)}. Experts, multi-token "
-            "prediction and fused MLPs are not supported yet"
+            f"not every MLP has {activation.__name__}: {'; '.join(wrong)}. See docs/moe.md for the "
+            "kinds that are supported"
         )
     return found
+
+
+def _is_replicated(parameter: torch.nn.Parameter) -> bool:
+    """Over all data-parallel ranks; Megatron marks experts that are not."""
+    return getattr(parameter, "allreduce", True)
 
 
 def _ranks(group: torch.distributed.ProcessGroup | None) -> list[int]:
@@ -146,7 +250,24 @@ def layer_spec(
     """
     from megatron.training.models.gpt import default_layer_spec
 
-    transformer = config.transformer
+    check_config(config.transformer)
+    fp32_parameters.mend_distributed_optimizer()
+    # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
+    hooks: list[Any] = [_PredictionHook(builder), _AuditHook(builder.activation)]
+    if fuse_bias:
+        hooks.append(bias_fusion.install)
+    if recompute_output:
+        hooks.append(recompute.install)
+    config.pre_wrap_hooks += [hook for hook in hooks if hook not in config.pre_wrap_hooks]
+    return with_activation(default_layer_spec(config, vp_stage), builder)
+
+
+def check_config(transformer: Any) -> None:
+    """Refuse a ``TransformerConfig`` with which Megatron would build another MLP, or no activation.
+
+    Raises:
+        ValueError: naming the flag.
+    """
     if not transformer.use_te_activation_func:
         raise ValueError(
             "add --use-te-activation-func: without it Megatron's MLP ignores the activation slot "
@@ -157,23 +278,16 @@ def layer_spec(
     for field, flag in _UNSUPPORTED.items():
         if getattr(transformer, field, None):
             raise ValueError(f"{flag} is not supported with xIELU and xIPReLU yet")
-    fp32_parameters.mend_distributed_optimizer()
-    # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
-    hooks: list[Any] = [_AuditHook(builder.activation)]
-    if fuse_bias:
-        hooks.append(bias_fusion.install)
-    if recompute_output:
-        hooks.append(recompute.install)
-    config.pre_wrap_hooks += [hook for hook in hooks if hook not in config.pre_wrap_hooks]
-    return with_activation(default_layer_spec(config, vp_stage), builder)
 
 
 def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     """`layer_spec` for a script that parsed its flags without us, after what we can still check."""
     from megatron.training import get_args
 
+    versions.check_spec()
     args = get_args()
     if not vp_stage:  # Megatron asks once per virtual pipeline stage; the answer is the same
+        arguments.check_upcycling(args)
         fp32_parameters.check_optimizer(args)
         arguments.check_checkpoint(args)
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
@@ -188,3 +302,24 @@ def xielu_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
 def xiprelu_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     """For ``--spec megatron_xielu.layer_specs xiprelu_layer_spec --use-te-activation-func``."""
     return _script_layer_spec("xiprelu", config, vp_stage)
+
+
+def _older_script_layer_spec(name: str) -> Any:
+    """`_script_layer_spec` before 0.19. Megatron has no hook for an audit there: this builds the
+    whole spec, of nothing but dense layers, so that every MLP has the activation."""
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    versions.check_spec()
+    args = get_args()
+    fp32_parameters.check_optimizer(args)
+    arguments.check_checkpoint(args)
+    check_config(core_transformer_config_from_args(args))
+    fp32_parameters.mend_distributed_optimizer()
+    builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
+    return with_activation(versions.dense_layer_spec(args), builder)
+
+
+if versions.release() < (0, 19):
+    xielu_layer_spec = versions.lazy_layer_spec(partial(_older_script_layer_spec, "xielu"))
+    xiprelu_layer_spec = versions.lazy_layer_spec(partial(_older_script_layer_spec, "xiprelu"))

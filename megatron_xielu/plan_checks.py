@@ -15,8 +15,8 @@ from megatron_xielu.plan import GIB, MEMORY_MARGIN, Plan
 
 # README, Limits. tests/test_plan.py compares these with the package's own lists.
 EXCLUDED = (
-    "--swiglu --squared-relu --quick-geglu --use-transformer-engine-op-fuser --num-experts "
-    "--mtp-num-layers --heterogeneous-layers-config-path "
+    "--swiglu --squared-relu --quick-geglu --use-transformer-engine-op-fuser "
+    "--moe-grouped-gemm --use-grouped-gemm-for-shared-expert --heterogeneous-layers-config-path "
     "--heterogeneous-layers-config-encoded-json --experimental-attention-variant "
     "--hybrid-layer-pattern --use-kitchen --use-grouped-gemm-for-dense-mlp --use-megatron-fsdp "
     "--use-torch-fsdp2 --use-precision-aware-optimizer --optimizer-cpu-offload --yaml-cfg"

@@ -44,7 +44,13 @@ def check(settings: Any) -> None:
     excluded = {
         # These recompute the whole MLP from its input: y is freed with everything else in it.
         "--recompute-granularity full": value("recompute_granularity") == "full",
-        "--recompute-modules mlp": "mlp" in (value("recompute_modules") or ()),
+        **{
+            f"--recompute-modules {module}": module in (value("recompute_modules") or ())
+            for module in ("mlp", "moe", "shared_experts")
+        },
+        "--moe-layer-recompute": value("moe_layer_recompute"),
+        # It runs shared experts in parts, on a stream of their own, among other modules.
+        "--moe-shared-expert-overlap": value("moe_shared_expert_overlap"),
         # fc2 keeps a quantised copy of y and lets y itself go: nothing would be saved.
         "--fp8-format": value("fp8"),
         "--fp4-format": value("fp4"),

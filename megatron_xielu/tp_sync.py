@@ -1,7 +1,8 @@
 """A cheap check that tensor-parallel ranks hold the same alphas (``--xielu-check-tp-sync N``).
 
-An alpha is replicated on every tensor-parallel rank. If its copies ever differ, each rank computes
-another function, and a checkpoint keeps only one of them: training goes on and is wrong.
+An alpha is replicated on every tensor-parallel rank; an expert's, on every expert-tensor-parallel
+rank. If its copies ever differ, each rank computes another function, and a checkpoint keeps only
+one of them: training goes on and is wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def gather_alphas(
 def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
     """Stop unless all tensor-parallel ranks hold bitwise equal alphas in ``model``.
 
-    One all-gather of 8 bytes per layer and one host synchronisation. Call it on all ranks.
+    One all-gather of 8 bytes per MLP and one host synchronisation, and the same again for experts.
+    Call it on all ranks.
 
     Args:
         model: a model chunk of this rank.
@@ -46,6 +48,7 @@ def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
         for name, module in model.named_modules()
         if isinstance(module, TrainableActivation)
     }
+    found = []
     # In the order of the layers, which all ranks share, so that their collectives match.
     for group in dict.fromkeys(module.tp_group for module in activations.values()):
         if group is None or group.size() == 1:
@@ -53,11 +56,9 @@ def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
         members = {name: m for name, m in activations.items() if m.tp_group is group}
         names = [f"{name}.{a}" for name in members for a in ("alpha_p", "alpha_n")]
         values, differs = gather_alphas(members.values(), group)
-        if any(differs):
-            shown = "; ".join(
-                f"{name}: {values[:, i].tolist()}" for i, name in enumerate(names) if differs[i]
-            )
-            raise RuntimeError(
-                f"--xielu-check-tp-sync: at iteration {iteration} alphas differ between "
-                f"tensor-parallel ranks (values by rank): {shown}"
-            )
+        found += [f"{name}: {values[:, i].tolist()}" for i, name in enumerate(names) if differs[i]]
+    if found:
+        raise RuntimeError(
+            f"--xielu-check-tp-sync: at iteration {iteration} alphas differ between "
+            f"tensor-parallel ranks (values by rank): {'; '.join(found)}"
+        )

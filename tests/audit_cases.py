@@ -40,7 +40,7 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     xielu = ActivationBuilder(XIELU)
 
-    def build(spec, **options):
+    def build(spec, mtp_layer=None, **options):
         settings = {
             "num_layers": 2,
             "hidden_size": 8,
@@ -54,7 +54,7 @@ def main() -> None:
         spec = spec if isinstance(spec, ModuleSpec) else spec(config)
         mtp = None
         if config.mtp_num_layers:
-            mtp = get_gpt_mtp_block_spec(config, get_gpt_layer_local_spec(), False)
+            mtp = get_gpt_mtp_block_spec(config, mtp_layer, False)
         return GPTModel(config, spec, 32, 16, mtp_block_spec=mtp, position_embedding_type="rope")
 
     def outcome(spec, activation=XIELU, **options):
@@ -72,18 +72,29 @@ def main() -> None:
         block.layer_specs[0] = with_activation(block.layer_specs[0], xielu)
         return block
 
-    def block_of_dense_layers(config):
+    def other_replicas():
+        model = build(ours)
+        model.decoder.layers[0].mlp.activation_func.alpha_p.allreduce = False
+        try:
+            audit([model], XIELU)
+        except RuntimeError as error:
+            return str(error)
+
+    def block_of_layers(config):
         return with_activation(get_gpt_decoder_block_spec(config, False), xielu)
 
     cases = {
         "ours": outcome(ours),
-        "block": outcome(block_of_dense_layers, moe_layer_freq=[0, 0]),
+        "block": outcome(block_of_layers, moe_layer_freq=[0, 0]),
+        "experts with ours": outcome(block_of_layers, **shared),
+        "mtp with ours": outcome(ours, mtp_layer=ours, mtp_num_layers=1),
+        "other replicas": other_replicas(),
         "other activation": outcome(ours, XIPReLU),
         "untouched spec": outcome(get_gpt_layer_local_spec()),
         "slot ignored": outcome(ours, use_te_activation_func=False),
         "experts": outcome(experts_keep_gelu, **mixed),
         "shared experts": outcome(experts_keep_gelu, **shared),
-        "mtp": outcome(ours, mtp_num_layers=1),
+        "mtp": outcome(ours, mtp_layer=get_gpt_layer_local_spec(), mtp_num_layers=1),
         "MLP.forward is Megatron's": MLP.forward is forward,
     }
     if HAVE_TE:

@@ -15,7 +15,7 @@ from megatron_xielu import pretrain_gpt
 def main() -> None:
     """Train, then dump."""
     chunks: list = []
-    calls = {"alphas": 0, "formula": 0, "fused_biases": 0}
+    calls = {"alphas": 0, "formula": 0, "fused_biases": 0, "empty": 0}
 
     def observe() -> None:
         import torch
@@ -43,10 +43,11 @@ def main() -> None:
         torch.distributed.all_reduce = count
 
         def counted(formula):
-            def compute(*args, **kwargs):
+            def compute(x, *args, **kwargs):
                 calls["formula"] += 1
                 calls["fused_biases"] += kwargs["bias"] is not None
-                return formula(*args, **kwargs)
+                calls["empty"] += x.numel() == 0
+                return formula(x, *args, **kwargs)
 
             return compute
 
@@ -65,6 +66,7 @@ def main() -> None:
 
     pretrain_gpt._train = observed_train
     pretrain_gpt.main()
+    from megatron.core import mpu  # not before CPU mode, which main() turns on
 
     parameters = {
         f"{index}.{name}": parameter
@@ -81,6 +83,8 @@ def main() -> None:
         # How often the activation was computed: in forward, in evaluation, in recomputation.
         "formula_calls": calls["formula"],
         "fused_biases": calls["fused_biases"],
+        "empty_inputs": calls["empty"],  # of experts that the router chose for no token
+        "ep_rank": mpu.get_expert_model_parallel_rank(),
     }
     Path(os.environ["DUMP_FOLDER"], f"dump_{os.environ['RANK']}.json").write_text(json.dumps(dump))
 

@@ -287,31 +287,48 @@ class TestResume:
         assert "--fp8-format needs a GPU" in str(error.value)
 
 
-def test_quick_demo_survives_an_interruption(tmp_path: Path) -> None:
-    """A real training, ended by SIGTERM half-way: it stops, resumes, and has one history."""
-    command = [sys.executable, run.__file__, "--quick", "--activations", "xielu"]
-    command += ["--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(training.REPOSITORY)}
-    log = tmp_path / "xielu" / "log.txt"
+@dataclasses.dataclass
+class Demo:
+    """A real quick demo, ended by SIGTERM half-way and run again to its end."""
 
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+    out: Path
+    first: tuple[int, str]  # return code, output
+    stopped_at: int | None
+    second: subprocess.CompletedProcess[str]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(training.REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, run.__file__, "--quick", "--activations", "xielu", "--out", str(out)]
+    log = out / "xielu" / "log.txt"
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
         deadline = time.monotonic() + 240
         while not (log.exists() and "lm loss:" in log.read_text()):
             assert first.poll() is None and time.monotonic() < deadline, log
             time.sleep(0.05)
         first.send_signal(signal.SIGTERM)
         output, _ = first.communicate(timeout=120)
-    assert first.returncode == 128 + signal.SIGTERM
-    assert "run the same command again to resume" in output
-    assert not (tmp_path / "xielu" / "record.json").exists()
-    stopped_at = records.saved_iteration(tmp_path / "xielu" / "checkpoints")
-    assert stopped_at is not None
+    assert not (out / "xielu" / "record.json").exists()
+    stopped_at = records.saved_iteration(out / "xielu" / "checkpoints")
+    second = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return Demo(out, (first.returncode, output), stopped_at, second)
 
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+def test_quick_demo_survives_an_interruption(demo: Demo) -> None:
+    """It stops, resumes, and has one history."""
+    returncode, output = demo.first
+    assert returncode == 128 + signal.SIGTERM
+    assert "run the same command again to resume" in output
+    assert demo.stopped_at is not None
+    second = demo.second
     assert second.returncode == 0, second.stdout + second.stderr
-    assert f"resumes from iteration {stopped_at}" in second.stdout
+    assert f"resumes from iteration {demo.stopped_at}" in second.stdout
     assert "no evidence" in second.stdout
-    record = run.finished_records(tmp_path)["xielu"]
+    record = run.finished_records(demo.out)["xielu"]
     quick = settings.QUICK
     assert [step for step, _ in record.train] == list(range(1, quick.iterations + 1))
     assert [step for step, _ in record.valid] == [quick.validate_every, quick.iterations]
@@ -321,4 +338,81 @@ def test_quick_demo_survives_an_interruption(tmp_path: Path) -> None:
     assert record.alphas.iterations[-1] == quick.iterations
     for history in (record.alphas.positive, record.alphas.negative):
         assert history[0] == [0.8] * quick.layers != history[-1]
-    assert {"results.json", "loss.png", "alphas.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"results.json", "loss.png", "alphas.png"} <= {path.name for path in demo.out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hugging_face(demo: Demo) -> Path:
+    """What the demo trained at TP=2, converted."""
+    folder = demo.out / "hf"
+    command = [sys.executable, "-m", "megatron_xielu.convert", "to-hf"]
+    command += [str(demo.out / "xielu" / "checkpoints"), str(folder)]
+    command += ["--tokenizer", str(demo.out / "text" / "tokenizer")]
+    command += ["--trim-vocab", str(prepare_text.VOCAB_SIZE)]
+    converted = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert converted.returncode == 0, converted.stdout + converted.stderr
+    return folder
+
+
+class TestHuggingFace:
+    def test_tokenizer_is_the_bytes_of_the_text(self, demo: Demo) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(demo.out / "text" / "tokenizer")
+        text = "".join(map(chr, range(0x300))) + "def f(x):\r\n\treturn  x  # 中 😀"
+        ids = tokenizer(text)["input_ids"]
+        assert ids == list(text.encode())
+        assert tokenizer.decode(ids) == text
+        assert len(tokenizer) == prepare_text.VOCAB_SIZE
+        assert tokenizer.eos_token_id == prepare_text.END_OF_DOCUMENT
+
+    def test_a_model_trained_at_tp2_generates_text(self, demo: Demo, hugging_face: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(hugging_face)
+        tokenizer = AutoTokenizer.from_pretrained(hugging_face)
+        assert type(model).__name__ == "ArceeForCausalLM"
+        assert model.config.hidden_act == "xielu"
+
+        prompt = tokenizer("def main(self):\n", return_tensors="pt")
+        ids = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+        assert tokenizer.decode(ids[0]).startswith("def main(self):\n")
+        assert ids.shape[1] > prompt["input_ids"].shape[1]
+
+        # The loss that Megatron printed, on other text of the same kind.
+        text = Path(dataclasses.__file__).read_text()[: 8 * settings.QUICK.sequence]
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"].view(8, -1)
+        with torch.no_grad():
+            loss = model(tokens, labels=tokens).loss.item()
+        assert loss == pytest.approx(run.finished_records(demo.out)["xielu"].valid[-1][1], abs=0.5)
+
+    def test_lm_eval_runs_on_it(self, hugging_face: Path, tmp_path: Path) -> None:
+        """A task of its own: which of two continuations is Python?"""
+        lines = [("import ", "os", "§¶"), ("    def ", "__init__", "~~~~`~~~"), ("se", "lf", "ØØ")]
+        questions = [
+            {"text": text, "choices": [right, wrong], "answer": 0} for text, right, wrong in lines
+        ]
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+        (tmp_path / "python_lines.yaml").write_text(
+            "task: python_lines\n"
+            "dataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
+            "test_split: test\n"
+            "output_type: multiple_choice\n"
+            "doc_to_text: '{{text}}'\n"
+            "doc_to_choice: choices\n"
+            "doc_to_target: answer\n"
+            "metric_list: [{metric: acc}]\n"
+        )
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+        command += ["--model_args", f"pretrained={hugging_face},dtype=float32"]
+        command += ["--tasks", "python_lines", "--include_path", str(tmp_path)]
+        command += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
+        environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
+        evaluated = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+        (file,) = (tmp_path / "results").rglob("results_*.json")
+        results = json.loads(file.read_text())["results"]["python_lines"]
+        assert results["acc,none"] == 1.0

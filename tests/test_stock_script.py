@@ -39,10 +39,10 @@ def test_trains_as_our_entry_does(script, activation, tmp_path):
     ("flags", "message"),
     [
         ("", "add --use-te-activation-func"),
-        ("--use-te-activation-func --mtp-num-layers 1", "--mtp-num-layers is not supported"),
         (
-            "--use-te-activation-func --num-experts 2 --moe-router-topk 2",
-            "--num-experts is not supported",
+            "--use-te-activation-func --num-experts 2 --moe-router-topk 2 --moe-use-upcycling "
+            "--save x",
+            "--moe-use-upcycling does not work with xIELU",
         ),
         ("--use-te-activation-func --bf16 --save x", "add --use-distributed-optimizer"),
     ],

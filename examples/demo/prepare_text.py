@@ -6,7 +6,8 @@ validation, chosen by a hash of their path, so the split does not depend on the 
 presence of other files.
 
 ``python examples/demo/prepare_text.py --out FOLDER`` writes ``train.{bin,idx}``,
-``valid.{bin,idx}`` and ``manifest.json``; the demo does this by itself.
+``valid.{bin,idx}``, ``tokenizer/`` (see ``byte_tokenizer.py``) and ``manifest.json``; the demo does
+this by itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-END_OF_DOCUMENT = 256
+import byte_tokenizer
+from byte_tokenizer import END_OF_DOCUMENT
+
 VOCAB_SIZE = 257  # the bytes and the token above; Megatron's NullTokenizer ends with its last token
 
 SPLITS = ("train", "valid")
@@ -105,7 +108,8 @@ def prepare(folder: Path, out: Path) -> TextManifest:
 
     Args:
         folder: where the ``.py`` files are.
-        out: gets ``train.{bin,idx}``, ``valid.{bin,idx}`` and, last, ``manifest.json``.
+        out: gets ``train.{bin,idx}``, ``valid.{bin,idx}``, ``tokenizer/`` and, last,
+            ``manifest.json``.
 
     Raises:
         SystemExit: a split would be empty.
@@ -114,6 +118,7 @@ def prepare(folder: Path, out: Path) -> TextManifest:
     for split in SPLITS:
         if not manifest.documents[split]:
             raise SystemExit(f"prepare_text: no document of {folder} falls into the {split} split")
+    byte_tokenizer.write(out / "tokenizer")
     written = out / "manifest.json"
     if written.exists() and json.loads(written.read_text()) == manifest.to_json():
         return manifest

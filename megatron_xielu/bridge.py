@@ -1,0 +1,234 @@
+"""Megatron-Bridge: importing this lets ``AutoBridge`` convert and train Apertus and Arcee models.
+
+    import megatron_xielu.bridge
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained("swiss-ai/Apertus-8B-2509")
+    provider = bridge.to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    provider.finalize()
+    model = provider.provide_distributed_model(ddp_config=…)
+
+The provider puts `megatron_xielu.activations` into the layer spec, so alphas are float32 and their
+gradients whole under tensor parallelism; the built model is audited. ``docs/huggingface.md`` says
+how far this is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import megatron.bridge  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "megatron.bridge":
+        raise  # Bridge is there, and lacks something of its own
+    raise ModuleNotFoundError(
+        "megatron_xielu.bridge needs Megatron-Bridge: pip install megatron-bridge",
+        name="megatron.bridge",
+    ) from error
+
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.param_mapping import (
+    AutoMapping,
+    QKVMapping,
+    ReplicatedMapping,
+)
+from megatron.bridge.models.gpt_provider import (
+    GPTModelProvider,
+    default_layer_spec,
+    local_layer_spec,
+)
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_model import GPTModel
+from transformers import ApertusForCausalLM, ArceeForCausalLM
+
+from megatron_xielu import fp32_parameters, layer_specs
+from megatron_xielu.activations import DEFAULT_BETA, XIELU, ActivationBuilder
+
+_ACTIVATION = "model.layers.{}.mlp.act_fn"
+# Hugging Face's clamp on xIELU's negative side; the closed form does without.
+_EPS = -1e-6
+# What Megatron's llama3 RoPE scaling takes as given; only the factor is a setting there.
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def activation_layer_spec(config: XIELUModelProvider) -> Any:
+    """Bridge's layer spec with xIELU; Transformer Engine's layers if installed, else Megatron's
+    local ones."""
+    spec = default_layer_spec(config) if HAVE_TE else local_layer_spec(config)
+    return layer_specs.with_activation(spec, ActivationBuilder(XIELU, beta=config.xielu_beta))
+
+
+@dataclass
+class XIELUModelProvider(GPTModelProvider):
+    """A GPT model whose dense MLPs have xIELU.
+
+    Args:
+        xielu_beta: slope at 0.
+    """
+
+    xielu_beta: float = DEFAULT_BETA
+
+    normalization: str = "RMSNorm"
+    position_embedding_type: Any = "rope"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    add_bias_linear: bool = False
+    gated_linear_unit: bool = False
+    # Fills the activation slot of the layer spec, and rules out the fusion of a bias with GELU.
+    use_te_activation_func: bool = True
+    bias_activation_fusion: bool = False
+    transformer_layer_spec: Any = field(default=activation_layer_spec)
+
+    def provide(self, *args: Any, **kwargs: Any) -> GPTModel:
+        """Build this rank's model, and check that every MLP has the activation."""
+        fp32_parameters.mend_distributed_optimizer()
+        model = super().provide(*args, **kwargs)
+        layer_specs.audit([model], XIELU)
+        return model
+
+
+class _Bridge(MegatronModelBridge):
+    """What both share; a subclass names its layers' norms, and whether it has QK-norm."""
+
+    norms = ("input_layernorm", "post_attention_layernorm")
+    qk_layernorm = False
+
+    @classmethod
+    def hf_to_megatron_activation(cls, hidden_act: str) -> Callable[..., Tensor]:
+        """GELU, which Megatron requires beside an activation module and never calls."""
+        if hidden_act != "xielu":
+            raise ValueError(
+                f"hidden_act is {hidden_act!r}: megatron_xielu.bridge converts {cls.SOURCE_NAME} "
+                "with 'xielu' only"
+            )
+        return torch.nn.functional.gelu
+
+    @classmethod
+    def megatron_to_hf_activation(cls, activation_func: Callable[..., Tensor]) -> str:
+        """The name in Hugging Face's configuration."""
+        return "xielu"
+
+    def provider_bridge(self, hf_pretrained: Any) -> XIELUModelProvider:
+        """The provider of a Hugging Face model.
+
+        Raises:
+            ValueError: an activation, bias or RoPE scaling that Megatron or this package lacks.
+        """
+        config = hf_pretrained.config
+        for name in ("attention_bias", "mlp_bias"):
+            if getattr(config, name, False):
+                raise ValueError(f"{name} is set: megatron_xielu.bridge converts no biases")
+        provider = super().provider_bridge(hf_pretrained)
+        provider.xielu_beta = self._beta(hf_pretrained)
+        provider.qk_layernorm = self.qk_layernorm
+        provider.hidden_dropout = 0.0
+        provider.add_bias_linear = False
+        rope = getattr(config, "rope_scaling", None) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "llama3" and all(rope[key] == value for key, value in _LLAMA3_ROPE.items()):
+            provider.rope_scaling = True
+            provider.rope_scaling_factor = rope["factor"]
+        elif kind != "default":
+            raise ValueError(f"Megatron's RoPE cannot express rope_scaling {rope}")
+        return provider
+
+    def _beta(self, hf_pretrained: Any) -> float:
+        """β as the model's first layer stores it; the default where only a configuration is."""
+        key = f"{_ACTIVATION.format(0)}.beta"
+        state = getattr(hf_pretrained, "state", None)
+        if state is None or key not in set(state.keys()):
+            return DEFAULT_BETA
+        return float(state[key])
+
+    @classmethod
+    def megatron_to_hf_config(cls, provider: XIELUModelProvider) -> dict[str, Any]:
+        """config.json of a provider."""
+        config = super().megatron_to_hf_config(provider)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": provider.rotary_base}
+        if provider.rope_scaling:
+            rope |= {"rope_type": "llama3", "factor": provider.rope_scaling_factor, **_LLAMA3_ROPE}
+        return {**config, "rope_parameters": rope}
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """Megatron's names (Transformer Engine's and local layers') and Hugging Face's."""
+        attention_norm, mlp_norm = (f"model.layers.*.{name}.weight" for name in self.norms)
+        layer = "decoder.layers.*"
+        automatic = {
+            "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+            "output_layer.weight": "lm_head.weight",
+            "decoder.final_layernorm.weight": "model.norm.weight",
+            f"{layer}.self_attention.linear_qkv.layer_norm_weight": attention_norm,
+            f"{layer}.input_layernorm.weight": attention_norm,
+            f"{layer}.self_attention.linear_proj.weight": "model.layers.*.self_attn.o_proj.weight",
+            f"{layer}.mlp.linear_fc1.layer_norm_weight": mlp_norm,
+            f"{layer}.pre_mlp_layernorm.weight": mlp_norm,
+            f"{layer}.mlp.linear_fc1.weight": "model.layers.*.mlp.up_proj.weight",
+            f"{layer}.mlp.linear_fc2.weight": "model.layers.*.mlp.down_proj.weight",
+        }
+        if self.qk_layernorm:
+            automatic |= {
+                f"{layer}.self_attention.{x}_layernorm.weight": (
+                    f"model.layers.*.self_attn.{x}_norm.weight"
+                )
+                for x in "qk"
+            }
+        projections = {x: f"model.layers.*.self_attn.{x}_proj.weight" for x in "qkv"}
+        return MegatronMappingRegistry(
+            *(AutoMapping(megatron_param=ours, hf_param=hf) for ours, hf in automatic.items()),
+            QKVMapping(megatron_param=f"{layer}.self_attention.linear_qkv.weight", **projections),
+            *(
+                ReplicatedMapping(
+                    megatron_param=f"{layer}.mlp.activation_func.{alpha}",
+                    hf_param=f"{_ACTIVATION.format('*')}.{alpha}",
+                )
+                for alpha in ("alpha_p", "alpha_n")
+            ),
+        )
+
+    def maybe_modify_converted_hf_weight(
+        self,
+        task: Any,
+        converted_weights_dict: dict[str, Tensor],
+        hf_state_dict: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Add the buffers of Hugging Face's xIELU, which Megatron's model has no tensors for."""
+        added = {}
+        for name, value in converted_weights_dict.items():
+            prefix, _, last = name.rpartition(".")
+            if last == "alpha_p":
+                for buffer, default in (("beta", DEFAULT_BETA), ("eps", _EPS)):
+                    key = f"{prefix}.{buffer}"
+                    stored = hf_state_dict.get(key)
+                    added[key] = value.new_tensor(default) if stored is None else stored
+        return {**converted_weights_dict, **added}
+
+
+_register = partial(
+    MegatronModelBridge.register_bridge, target=GPTModel, provider=XIELUModelProvider
+)
+
+
+@_register(source=ArceeForCausalLM, model_type="arcee")
+class ArceeXIELUBridge(_Bridge):
+    """Arcee with xIELU: the Llama of the xIELU paper."""
+
+
+@_register(source=ApertusForCausalLM, model_type="apertus")
+class ApertusBridge(_Bridge):
+    """Apertus: xIELU and QK-norm."""
+
+    norms = ("attention_layernorm", "feedforward_layernorm")
+    qk_layernorm = True

@@ -1,0 +1,1 @@
+"""Checkpoints to and from Hugging Face: ``python -m megatron_xielu.convert``."""

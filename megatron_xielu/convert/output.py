@@ -1,0 +1,105 @@
+"""A folder that is there whole or not at all: written beside its place, and renamed.
+
+Beside ``OUT`` there may be ``OUT.incomplete``, which a running conversion locks and the next one
+removes, and ``OUT.replaced``, the old folder while a new one takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_xielu.convert.source import Refused
+
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
+
+
+def check(out: Path, *, force: bool, marker: str) -> None:
+    """Refuse an output that may not be written.
+
+    Args:
+        out: the folder to be.
+        force: replace an old one.
+        marker: a file that an old one must have to be replaced, lest ``--force`` remove a home.
+
+    Raises:
+        Refused: it exists and may not be replaced, or cannot be made.
+    """
+    replaced = _beside(out, "replaced")
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)  # the last replacement was interrupted between its two renames
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        return
+    if not force:
+        raise Refused(f"{out} exists; choose another folder, or replace it with --force")
+    if out.is_symlink() or not (out / marker).is_file():
+        raise Refused(
+            f"{out} is not a conversion's output ({marker} is not in it); remove it first"
+        )
+
+
+@contextlib.contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` unless the block raises.
+
+    Raises:
+        Refused: another conversion is writing the same output.
+        OSError: it cannot be written.
+    """
+    staging = _beside(out, "incomplete")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        with _locked(staging):
+            shutil.rmtree(staging)
+    staging.mkdir()
+    try:
+        with _locked(staging):
+            yield staging
+            _to_disk(staging)
+            _replace(out, staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _replace(out: Path, staging: Path) -> None:
+    old = _beside(out, "replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:  # a file system without locks does without
+                raise Refused(f"{folder}: another conversion is writing it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.parent / f"{out.name}.{suffix}"

@@ -1,0 +1,248 @@
+"""The command line of ``tools/prepare_data.py``: flags, and the way from them to finished data."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_xielu.data.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_xielu.data.execute import Request
+    from megatron_xielu.data.plan import Plan
+
+_TASK_BYTES = 512e6  # input of a task, where there are files enough
+_LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
+_FEW_DOCUMENTS = 200
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py",
+        description="Text to Megatron's .bin/.idx. The same command goes on where it stopped.",
+        epilog="docs/data.md leads from a folder on a laptop to 125B tokens on a cluster.",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder of the result")
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        *("--source", "-s"),
+        nargs="+",
+        default=[],
+        help="files, folders, URLs (s3://, gs://, hf://, …), or names of Hub datasets",
+    )
+    group.add_argument("--subset", help="configuration of a Hub dataset: sample-350BT")
+    group.add_argument(
+        "--format", choices=("parquet", "jsonl", "text"), help="default: by the files' names"
+    )
+    group.add_argument("--glob", help="which files below a folder: '**/*.py'")
+    group.add_argument("--text-key", default="text", help="column of the text [text]")
+    group.add_argument(
+        "--skip-bad-rows", action="store_true", help="count and log bad rows, do not stop at them"
+    )
+    group = parser.add_argument_group("tokens")
+    group.add_argument("--tokenizer", help="tokenizer.json, its folder, or a name on the Hub")
+    group.add_argument("--eod-token", help="end of document, where the tokeniser does not say it")
+    group.add_argument("--max-tokens", type=float, help="stop at so many training tokens: 125e9")
+    group.add_argument(
+        "--valid-fraction", type=float, default=0.01, help="documents held out [0.01]"
+    )
+    group.add_argument(
+        "--split-sentences", action="store_true", help="a sequence a sentence: BERT, T5"
+    )
+    group.add_argument("--language", default="english", help="of --split-sentences [english]")
+    group = parser.add_argument_group("work")
+    group.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="tasks at a time")
+    group.add_argument("--tasks", type=int, help="shards [one per 512 MB of input]")
+    group.add_argument("--memory-gb", type=int, default=2, help="of a Slurm or Ray task [2]")
+    group.add_argument("--ray-address", help="[a Ray of its own on this machine]")
+    group.add_argument("--slurm-partition", default="")
+    group.add_argument("--slurm-time", default="24:00:00", help="limit of a task [24:00:00]")
+    group.add_argument(
+        "--slurm-option", action="append", default=[], metavar="NAME=VALUE", help="for sbatch"
+    )
+    group.add_argument("--no-disk-check", action="store_true")
+    group = parser.add_argument_group("instead of the work")
+    group.add_argument("--dry-run", action="store_true", help="say what it would be")
+    group.add_argument("--verify", action="store_true", help="check finished data")
+    options = parser.parse_args(arguments)
+    if not options.verify and not (options.source and options.tokenizer):
+        parser.error("--source and --tokenizer are needed, but for --verify")
+    if not 0 <= options.valid_fraction < 1:
+        parser.error(f"--valid-fraction {options.valid_fraction} must be from 0 to below 1")
+    for name in ("workers", "tasks", "max_tokens", "memory_gb"):
+        if getattr(options, name) is not None and not getattr(options, name) >= 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if any("=" not in option for option in options.slurm_option):
+        parser.error("--slurm-option takes NAME=VALUE, account=me for example")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exit status 1 and one message when it cannot."""
+    options = parse(arguments)
+    try:
+        _go_offline(options)
+        if options.verify:
+            from megatron_xielu.data.verify import verify
+
+            print(verify(options.output, workers=options.workers))
+        else:
+            _prepare(options)
+    except DataError as error:
+        sys.exit(f"prepare_data.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on")
+
+
+def _go_offline(options: argparse.Namespace) -> None:
+    """Before any Hub library is imported: nothing remote, no attempt to reach the Hub."""
+    names = [*options.source, *([options.tokenizer] if options.tokenizer else [])]
+    if all(Path(name).exists() or name.startswith("file://") for name in names):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    try:
+        import datatrove  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{error}: install this package's extra, pip install 'megatron_xielu[data]'"
+        ) from error
+    from megatron_xielu.data import estimate, manifest, plan, records, rounds, tokenizer_files
+
+    output: Path = options.output.absolute()
+    info, tokenizer_path, config = tokenizer_files.inspect(options.tokenizer, options.eod_token)
+    plan.make_folder(output)
+    with _lock(output):
+        work = output / "work"
+        begun = any((work / "records").glob("*.json")) or (work / "slurm_job").exists()
+        before = plan.load(output) if begun else None
+        this = _make_plan(options, info, before)
+        changed = plan.changed_tasks(before, this) if before else []
+        expected = estimate.estimate(this, output, tokenizer_files.load(tokenizer_path))
+        files = sum(len(group.files) for group in this.groups)
+        print(f"{files} files, {this.input_bytes / 1e6:,.1f} MB; {this.tasks} tasks", flush=True)
+        if options.no_disk_check:
+            print("the disk is not checked (--no-disk-check)")
+        else:
+            print(estimate.check_disk(this, output, expected), flush=True)
+        if options.dry_run:
+            return
+        for task in changed:
+            print(f"task {task}: its input was replaced; it is done again", file=sys.stderr)
+            records.forget(output, task)
+        tokenizer_files.keep(tokenizer_path, config, output / "tokenizer")
+        this.save(output)
+        _forget_damaged(this, output)
+        left = rounds.run(this, output, _request(options), expected.train_tokens)
+        result = manifest.finish(this, output, left.used)
+    _report(result, output)
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """One command at a time for a folder. Ends with the process, and children do not inherit it."""
+    with (output / "work" / "lock").open("w") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"--output {output}: another prepare_data.py works on it") from error
+        yield
+
+
+def _make_plan(options: argparse.Namespace, info: object, before: Plan | None) -> Plan:
+    from megatron_xielu.data import sentences, sources
+    from megatron_xielu.data.plan import Plan
+
+    groups = tuple(
+        group
+        for source in options.source
+        for group in (
+            sources.pinned(source, before.groups if before else ())
+            or sources.find(source, subset=options.subset, format=options.format, glob=options.glob)
+        )
+    )
+    files = sum(len(group.files) for group in groups)
+    size = sum(file.size for group in groups for file in group.files)
+    by_size = max(
+        math.ceil(size / _TASK_BYTES), min(options.workers, math.ceil(size / _LEAST_TASK_BYTES))
+    )
+    tasks = options.tasks or (before.tasks if before else by_size)
+    language = options.language if options.split_sentences else None
+    return Plan(
+        sources=tuple(options.source),
+        subset=options.subset,
+        groups=groups,
+        tasks=min(tasks, files),
+        text_key=options.text_key,
+        tokenizer=info,  # type: ignore[arg-type]
+        valid_fraction=options.valid_fraction,
+        max_tokens=int(options.max_tokens) if options.max_tokens else None,
+        sentences=language,
+        punkt_sha256=sentences.fingerprint(language) if language else None,
+        skip_bad_rows=options.skip_bad_rows,
+    )
+
+
+def _request(options: argparse.Namespace) -> Request:
+    from megatron_xielu.data.execute import Request
+
+    if options.executor == "slurm" and not options.slurm_partition:
+        raise DataError("--executor slurm needs --slurm-partition; sinfo lists them")
+    if options.executor == "ray":
+        try:
+            import ray  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise DataError("--executor ray needs Ray: pip install ray") from error
+    return Request(
+        executor=options.executor,
+        workers=options.workers,
+        tasks=0,
+        memory_gb=options.memory_gb,
+        ray_address=options.ray_address,
+        slurm_partition=options.slurm_partition,
+        slurm_time=options.slurm_time,
+        slurm_options=dict(option.split("=", 1) for option in options.slurm_option),
+    )
+
+
+def _forget_damaged(plan: Plan, output: Path) -> None:
+    """Have truncated and lost shards made again; --verify finds what their sizes do not show."""
+    from megatron_xielu.data import records
+
+    for task, record in records.load_all(output, plan.tasks).items():
+        if problem := records.missing_or_truncated(output, task, record):
+            print(f"{problem}: task {task} is done again", file=sys.stderr)
+            records.forget(output, task)
+
+
+def _report(result: dict, output: Path) -> None:
+    train, valid = result["train"], result["valid"]
+    print(
+        f"{train['tokens']:,} training tokens in {train['documents']:,} documents, "
+        f"{valid['tokens']:,} validation tokens in {valid['documents']:,}; "
+        f"{train['text_bytes'] / max(train['tokens'], 1):.2f} bytes a token; "
+        f"{result['empty_rows']:,} rows without text"
+        + (f", {result['bad_rows']:,} bad rows left out" if result["bad_rows"] else "")
+    )
+    budget = result["max_tokens"]
+    if budget and train["tokens"] < budget:
+        print(f"the input has no more: {budget - train['tokens']:,} tokens below --max-tokens")
+    least = min(entry["documents"] for entry in result["shards"] if entry["split"] == "train")
+    print(f"--data-args-path {output / 'data_args.txt'}   (training documents)")
+    if least < _FEW_DOCUMENTS:
+        print(
+            f"  the smallest shard has {least} documents; with --split, Megatron loops forever on "
+            "one that has none for a part of it: use the next line's, or fewer --tasks"
+        )
+    print(f"--per-split-data-args-path {output / 'per_split_data_args.json'}   (both)")
+    print(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output / 'tokenizer'}")

@@ -1,0 +1,106 @@
+"""What describes the finished data, the same bytes for the same data.
+
+manifest.json               what it was made from, what is in it, its checksums
+data_args.txt               the training shards, weighted by their tokens, for --data-args-path
+per_split_data_args.json    training and validation shards, for --per-split-data-args-path
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_xielu.data import records
+from megatron_xielu.data.errors import DataError
+from megatron_xielu.data.plan import Plan
+from megatron_xielu.data.records import SPLITS, Record
+
+NAME = "manifest.json"
+_VERSION = 1
+
+
+def finish(plan: Plan, output: Path, used: int) -> dict[str, Any]:
+    """Write the three files and remove what is not part of the data; returns the manifest."""
+    done = records.load_all(output, plan.tasks)
+    for task in range(used, plan.tasks):  # tasks that the budget turned out not to need
+        records.forget(output, task)
+        for split in SPLITS:
+            for path in records.files(output, split, task):
+                path.unlink(missing_ok=True)
+    records.remove_dead_attempts(output, all_of_them=True)
+    done = {task: done[task] for task in range(used)}
+    totals = {split: _total(done, split) for split in SPLITS}
+    if not totals["train"]["documents"]:
+        raise DataError(
+            f"no document is left for training of {totals['valid']['documents']} in all; choose a "
+            "smaller --valid-fraction"
+        )
+    every = [_entry(task, split, done[task]) for split in SPLITS for task in done]
+    manifest: dict[str, Any] = {
+        "version": _VERSION,
+        "sources": list(plan.sources),
+        "subset": plan.subset,
+        "input": {"files": sum(len(g.files) for g in plan.groups), "bytes": plan.input_bytes},
+        "text_key": plan.text_key,
+        "tokenizer": asdict(plan.tokenizer),
+        "sentences": plan.sentences,
+        "punkt_sha256": plan.punkt_sha256,
+        "valid_fraction": plan.valid_fraction,
+        "max_tokens": plan.max_tokens,
+        "tasks": plan.tasks,
+        "empty_rows": sum(record.empty_rows for record in done.values()),
+        "bad_rows": sum(record.bad_rows for record in done.values()),
+        **totals,
+        "shards": [entry for entry in every if entry["documents"]],
+    }
+    _write_data_args(output, manifest)
+    records.write_whole(output / NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def load(output: Path) -> dict[str, Any]:
+    """The manifest of finished data.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        return json.loads((output / NAME).read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"--output {output}: no {NAME}, so the data is not finished") from error
+
+
+def _total(done: dict[int, Record], split: str) -> dict[str, int]:
+    shards = [record.shards[split] for record in done.values()]
+    return {
+        name: sum(getattr(shard, name) for shard in shards)
+        for name in ("tokens", "documents", "sequences", "text_bytes")
+    }
+
+
+def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
+    shard = record.shards[split]
+    return {
+        "prefix": f"{split}/{task:05d}",
+        "task": task,
+        "split": split,
+        "tokens": shard.tokens,
+        "documents": shard.documents,
+        "sequences": shard.sequences,
+        "text_bytes": shard.text_bytes,
+        "bin": {"bytes": shard.sizes[0], "sha256": shard.sha256[0]},
+        "idx": {"bytes": shard.sizes[1], "sha256": shard.sha256[1]},
+    }
+
+
+def _write_data_args(output: Path, manifest: dict[str, Any]) -> None:
+    words: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for entry in manifest["shards"]:
+        words[entry["split"]] += [str(entry["tokens"]), str(output.absolute() / entry["prefix"])]
+    train = words["train"]
+    lines = [f"{weight} {path}\n" for weight, path in zip(train[::2], train[1::2], strict=True)]
+    records.write_whole(output / "data_args.txt", "".join(lines))
+    per_split = {"train": train, "valid": words["valid"] or None, "test": None}
+    records.write_whole(output / "per_split_data_args.json", json.dumps(per_split, indent=1) + "\n")

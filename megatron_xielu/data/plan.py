@@ -1,0 +1,134 @@
+"""What one output folder is made from. It is saved first, and a restart must agree with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_xielu.data import records
+from megatron_xielu.data.errors import DataError
+from megatron_xielu.data.sources import File, Group
+from megatron_xielu.data.tokenizer_files import TokenizerInfo
+
+# What a restart must agree with, in the order in which a difference is reported. Another budget is
+# no problem: finished tasks are used as far as they go.
+_FLAGS = {
+    "sources": "--source",
+    "subset": "--subset",
+    "tasks": "--tasks",
+    "text_key": "--text-key",
+    "valid_fraction": "--valid-fraction",
+    "sentences": "--split-sentences and --language",
+    "punkt_sha256": "the Punkt data",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the bytes of the output, and in which task a file is read."""
+
+    sources: tuple[str, ...]
+    subset: str | None
+    groups: tuple[Group, ...]
+    tasks: int
+    text_key: str
+    tokenizer: TokenizerInfo
+    valid_fraction: float
+    max_tokens: int | None
+    sentences: str | None  # Punkt's language
+    punkt_sha256: str | None
+    skip_bad_rows: bool
+
+    @property
+    def input_bytes(self) -> int:
+        """Of all files, as they are stored."""
+        return sum(file.size for group in self.groups for file in group.files)
+
+    def files_of(self, task: int) -> list[tuple[str, File]]:
+        """What a task reads, with its folder: every ``tasks``-th file of each group."""
+        return [(g.folder, file) for g in self.groups for file in g.files[task :: self.tasks]]
+
+    def save(self, output: Path) -> None:
+        """Write the plan, and the lists of paths for the readers."""
+        for index, group in enumerate(self.groups):
+            records.write_whole(
+                paths_file(output, index), "".join(f"{file.path}\n" for file in group.files)
+            )
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        records.write_whole(_path(output), text + "\n")
+
+
+def paths_file(output: Path, group: int) -> Path:
+    """The list of a group's files, one a line."""
+    return output / "work" / f"files_{group}.txt"
+
+
+def _path(output: Path) -> Path:
+    return output / "work" / "plan.json"
+
+
+def load(output: Path) -> Plan | None:
+    """The plan that the folder was started with."""
+    try:
+        values: dict[str, Any] = json.loads(_path(output).read_text())
+    except FileNotFoundError:
+        return None
+    values["groups"] = tuple(
+        Group(g["folder"], g["format"], tuple(File(**file) for file in g["files"]))
+        for g in values["groups"]
+    )
+    values["tokenizer"] = TokenizerInfo(**values["tokenizer"])
+    values["sources"] = tuple(values["sources"])
+    return Plan(**values)
+
+
+def changed_tasks(old: Plan, new: Plan) -> list[int]:
+    """Tasks whose input files were replaced since.
+
+    Raises:
+        DataError: the two differ in more than that.
+    """
+    for name, flag in _FLAGS.items():
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            raise DataError(
+                f"{flag}: the output folder was started with {_say(before)}, this is {_say(now)}; "
+                "go on with that, or choose another --output"
+            )
+    if old.tokenizer != new.tokenizer:
+        raise DataError(
+            f"--tokenizer: the output folder was started with {old.tokenizer.name} (sha256 "
+            f"{old.tokenizer.sha256[:12]}, end of document {old.tokenizer.eod_token!r}), this is "
+            f"{new.tokenizer.name} ({new.tokenizer.sha256[:12]}, {new.tokenizer.eod_token!r}); "
+            "go on with that, or choose another --output"
+        )
+    if _names(old) != _names(new):
+        different = sorted(_names(old) ^ _names(new))
+        raise DataError(
+            f"--source: {len(different)} files were added or removed since the start, "
+            f"{'/'.join(different[0])} for one; bring them back, or choose another --output"
+        )
+    return [task for task in range(new.tasks) if old.files_of(task) != new.files_of(task)]
+
+
+def _names(plan: Plan) -> set[tuple[str, str]]:
+    return {(group.folder, file.path) for group in plan.groups for file in group.files}
+
+
+def _say(value: object) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def make_folder(output: Path) -> None:
+    """The folders that all parts write to."""
+    try:
+        for name in ("train", "valid", "tokenizer", "work/records", "work/failures", "work/logs"):
+            (output / name).mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError(f"{output} is not writable")
+    except OSError as error:
+        raise DataError(f"--output {output}: {error}") from error

@@ -1,0 +1,207 @@
+"""What is finished: one file a task, written last, so that it vouches for the task's shards.
+
+    work/unfinished/00012-HOST-PID/   an attempt at a task: its shards and progress.json
+    train/00012.bin, .idx, valid/…    renamed from there when they are complete
+    work/records/00012.json           written after that
+
+A killed attempt leaves only its own folder behind. Two attempts at a task never write to the same
+file, and what they rename is the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SPLITS = ("train", "valid")
+_PROGRESS_INTERVAL = 1.0  # seconds
+_HASH_BLOCK = 1 << 22  # bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One ``.bin``/``.idx`` pair; without documents there are no files."""
+
+    tokens: int
+    documents: int
+    sequences: int
+    text_bytes: int  # UTF-8, without the end-of-document tokens
+    sizes: tuple[int, int]  # bytes of .bin and .idx
+    sha256: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished task."""
+
+    shards: dict[str, Shard]  # by split
+    empty_rows: int
+    bad_rows: int
+    limit: int | None  # training tokens at which it stopped before its input ended
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens, which a budget counts."""
+        return self.shards["train"].tokens
+
+
+def prefix(output: Path, split: str, task: int) -> Path:
+    """A shard's files without their endings, as Megatron's flags want it."""
+    return output / split / f"{task:05d}"
+
+
+def files(output: Path, split: str, task: int) -> tuple[Path, Path]:
+    """A shard's .bin and .idx."""
+    path = prefix(output, split, task)
+    return path.with_suffix(".bin"), path.with_suffix(".idx")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside the file and rename: it is never there in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+
+
+def path_of(output: Path, task: int) -> Path:
+    """The record's file."""
+    return output / "work" / "records" / f"{task:05d}.json"
+
+
+def save(output: Path, task: int, record: Record) -> None:
+    """Mark the task as finished."""
+    write_whole(path_of(output, task), json.dumps(asdict(record)) + "\n")
+
+
+def load(output: Path, task: int) -> Record | None:
+    """The task's record, None if it is not finished."""
+    try:
+        values = json.loads(path_of(output, task).read_text())
+    except FileNotFoundError:
+        return None
+    values["shards"] = {
+        split: Shard(**{**shard, "sizes": tuple(shard["sizes"]), "sha256": tuple(shard["sha256"])})
+        for split, shard in values["shards"].items()
+    }
+    return Record(**values)
+
+
+def load_all(output: Path, tasks: int) -> dict[int, Record]:
+    """The records of all finished tasks."""
+    return {task: found for task in range(tasks) if (found := load(output, task))}
+
+
+def forget(output: Path, task: int) -> None:
+    """Have the task done again."""
+    path_of(output, task).unlink(missing_ok=True)
+
+
+def missing_or_truncated(output: Path, task: int, record: Record) -> str | None:
+    """What is wrong with the sizes of a task's files, in words."""
+    for split, shard in record.shards.items():
+        if shard.documents:
+            for path, size in zip(files(output, split, task), shard.sizes, strict=True):
+                if not path.is_file():
+                    return f"{path} is missing"
+                if path.stat().st_size != size:
+                    return f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the file on the disk, not only in the kernel's memory."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+class Attempt:
+    """A try at a task: a folder of its own, which other processes see it is alive by."""
+
+    def __init__(self, output: Path, task: int) -> None:
+        self.task = task
+        name = f"{task:05d}-{socket.gethostname()}-{os.getpid()}"
+        self.folder = output / "work" / "unfinished" / name
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self._reported = 0.0
+
+    def report(self, tokens: int) -> None:
+        """Say how far it is, at most once a second."""
+        if time.monotonic() - self._reported >= _PROGRESS_INTERVAL:
+            write_whole(self.folder / "progress.json", str(tokens))
+            self._reported = time.monotonic()
+
+
+@contextmanager
+def attempt(output: Path, task: int) -> Iterator[Attempt]:
+    """An attempt whose folder goes away with it, unless its process is killed."""
+    this = Attempt(output, task)
+    try:
+        yield this
+    finally:
+        shutil.rmtree(this.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An attempt, as others see it."""
+
+    folder: Path
+    task: int
+    alive: bool  # always so on another host
+    tokens: int
+
+
+def attempts(output: Path) -> list[Seen]:
+    """All attempts that have left a folder."""
+    seen = []
+    for folder in sorted((output / "work" / "unfinished").glob("*-*-*")):
+        task, rest = folder.name.split("-", 1)
+        host, pid = rest.rsplit("-", 1)
+        try:
+            tokens = int((folder / "progress.json").read_text())
+        except (FileNotFoundError, ValueError):
+            tokens = 0
+        alive = host != socket.gethostname() or is_alive(int(pid))
+        seen.append(Seen(folder, int(task), alive, tokens))
+    return seen
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs, and is no zombie."""
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except (PermissionError, FileNotFoundError, IndexError):
+        return True
+    return status not in "ZX"
+
+
+def remove_dead_attempts(output: Path, *, all_of_them: bool = False) -> None:
+    """Free the space of killed attempts, or of all once nothing is left to do."""
+    for seen in attempts(output):
+        if all_of_them or not seen.alive:
+            shutil.rmtree(seen.folder, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""The step that tokenises: datatrove's, with a split by document, sentences, budget and record.
+
+A document belongs to the validation split by the hash of its text. So the split is the same
+whatever the order, the number of tasks and the tokeniser, and copies of a text are on one side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document
+from datatrove.pipeline.tokens.megatron_tokenizer import (
+    MegatronDocumentTokenizer,
+    MegatronTokenizedFile,
+)
+from datatrove.utils.batching import batched
+from datatrove.utils.logging import logger
+
+from megatron_xielu.data import records, sentences
+from megatron_xielu.data.records import Attempt, Record, Shard
+
+OWNER = "MEGATRON_XIELU_DATA_OWNER"  # process whose end ends the local tasks
+_BATCH = 100  # documents: the library's results take about 100 times their text's memory
+
+
+class SplitTokenizer(MegatronDocumentTokenizer):
+    """Writes a task's documents into its train and valid shard.
+
+    Args:
+        output: the output folder.
+        eod_token: appended to every document.
+        valid_fraction: share of documents for validation.
+        language: write a sequence a sentence, found by Punkt's model of that language.
+        limits: by task, training tokens after which it stops; none for the others.
+        readers: the readers before it, for what they left out.
+        raise_errors: an error ends the process; otherwise it is only written down.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        eod_token: str,
+        valid_fraction: float,
+        language: str | None,
+        limits: dict[int, int],
+        readers: Sequence[Any],
+        raise_errors: bool,
+    ) -> None:
+        super().__init__(
+            str(output), None, str(output / "tokenizer" / "tokenizer.json"), eod_token, _BATCH
+        )
+        self.output = output
+        self.valid_below = int(valid_fraction * 2**64)
+        self.language = language
+        self.limits = limits
+        self.readers = readers
+        self.raise_errors = raise_errors
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = MegatronDocumentTokenizer.tokenizer.func(self)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @cached_property
+    def splitter(self) -> Any:
+        """nltk's sentence splitter, or None."""
+        return sentences.load(self.language) if self.language else None
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        """Do one task. What goes wrong stands in work/failures afterwards, in one line."""
+        failure = self.output / "work" / "failures" / f"{rank:05d}"
+        failure.unlink(missing_ok=True)
+        try:
+            with records.attempt(self.output, rank) as attempt:
+                record = self._write(data, attempt, self.limits.get(rank))
+                self._publish(attempt, record)
+        except Exception as error:
+            name = "" if "Error: " in str(error)[:40] else f"{type(error).__name__}: "
+            records.write_whole(failure, f"{name}{error}\n")
+            if self.raise_errors:
+                raise
+            logger.error(f"task {rank} failed: {error}")
+
+    def _write(self, data: Any, attempt: Attempt, limit: int | None) -> Record:
+        out = {
+            split: MegatronTokenizedFile(
+                self.output_folder,
+                str((attempt.folder / split).relative_to(self.output)),
+                token_size=self.token_size,
+            )
+            for split in records.SPLITS
+        }
+        counts = {split: [0, 0, 0] for split in records.SPLITS}  # tokens, documents, text bytes
+        owner = int(os.environ.get(OWNER, "0"))
+        left_out, stopped = 0, False
+        for batch in batched(data, self.batch_size):
+            if owner and not records.is_alive(owner):
+                raise SystemExit("the process that started this task has ended")
+            with self.track_time(unit="batch"):
+                for document, sequences in zip(batch, self._encode(batch), strict=True):
+                    if not sequences:
+                        left_out += 1
+                        continue
+                    text = document.text.encode()
+                    split = "valid" if self._is_valid(text) else "train"
+                    write_document(out[split], sequences)
+                    tokens = sum(map(len, sequences))
+                    count = counts[split]
+                    count[0] += tokens
+                    count[1] += 1
+                    count[2] += len(text)
+                    self.stat_update("tokens", value=tokens)
+                    if limit is not None and counts["train"][0] >= limit:
+                        stopped = True
+                        break
+            attempt.report(counts["train"][0])
+            if stopped:
+                break
+        for file in out.values():
+            file.close()
+        return Record(
+            {
+                split: _finish(attempt.folder / split, file, *counts[split])
+                for split, file in out.items()
+            },
+            empty_rows=left_out + sum(reader.empty_rows for reader in self.readers),
+            bad_rows=sum(reader.bad_rows for reader in self.readers),
+            limit=limit if stopped else None,
+        )
+
+    def _encode(self, documents: list[Document]) -> list[list[list[int]]]:
+        """Sequences of every document, the last with its end-of-document token."""
+        if self.splitter is None:
+            encoded = self.tokenizer.encode_batch_fast([document.text for document in documents])
+            return [[ids] if len(ids := one.ids) > 1 else [] for one in encoded]
+        eod = self.tokenizer.token_to_id(self.eos_token)
+        result = []
+        for document in documents:
+            parts = sentences.split(self.splitter, document.text)
+            encoded = self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+            sequences = [ids for one in encoded if (ids := one.ids)]
+            if sequences:
+                sequences[-1].append(eod)
+            result.append(sequences)
+        return result
+
+    def _is_valid(self, text: bytes) -> bool:
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.valid_below
+
+    def _publish(self, attempt: Attempt, record: Record) -> None:
+        """Rename the shards to their place, then write the record that vouches for them."""
+        for split, shard in record.shards.items():
+            places = records.files(self.output, split, attempt.task)
+            for place in places:
+                written = attempt.folder / f"{split}{place.suffix}"
+                if shard.documents:
+                    place.parent.mkdir(exist_ok=True)
+                    os.replace(written, place)
+                else:  # Megatron cannot map an empty file
+                    place.unlink(missing_ok=True)
+        records.save(self.output, attempt.task, record)
+
+
+def write_document(file: MegatronTokenizedFile, sequences: list[list[int]]) -> None:
+    """Write a document of one or more sequences; datatrove's file makes each a document."""
+    for sequence in sequences:
+        file.write(sequence)
+    if len(sequences) > 1:
+        del file.document_indices[-len(sequences) : -1]
+
+
+def _finish(
+    prefix: Path, file: MegatronTokenizedFile, tokens: int, documents: int, text_bytes: int
+) -> Shard:
+    paths = (prefix.with_suffix(".bin"), prefix.with_suffix(".idx"))
+    for path in paths:
+        records.sync(path)
+    return Shard(
+        tokens=tokens,
+        documents=documents,
+        sequences=len(file.sequence_lengths),
+        text_bytes=text_bytes,
+        sizes=(paths[0].stat().st_size, paths[1].stat().st_size),
+        sha256=(records.hash_file(paths[0]), records.hash_file(paths[1])),
+    )
