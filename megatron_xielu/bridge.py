@@ -52,16 +52,10 @@ from transformers import ApertusForCausalLM, ArceeForCausalLM
 
 from megatron_xielu import fp32_parameters, layer_specs
 from megatron_xielu.activations import DEFAULT_BETA, XIELU, ActivationBuilder
+from megatron_xielu.convert.architecture import LLAMA3_ROPE
+from megatron_xielu.convert.tensors import XIELU_EPS
 
 _ACTIVATION = "model.layers.{}.mlp.act_fn"
-# Hugging Face's clamp on xIELU's negative side; the closed form does without.
-_EPS = -1e-6
-# What Megatron's llama3 RoPE scaling takes as given; only the factor is a setting there.
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def activation_layer_spec(config: XIELUModelProvider) -> Any:
@@ -138,7 +132,7 @@ class _Bridge(MegatronModelBridge):
         provider.add_bias_linear = False
         rope = getattr(config, "rope_scaling", None) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "llama3" and all(rope[key] == value for key, value in _LLAMA3_ROPE.items()):
+        if kind == "llama3" and all(rope[key] == value for key, value in LLAMA3_ROPE.items()):
             provider.rope_scaling = True
             provider.rope_scaling_factor = rope["factor"]
         elif kind != "default":
@@ -159,7 +153,7 @@ class _Bridge(MegatronModelBridge):
         config = super().megatron_to_hf_config(provider)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": provider.rotary_base}
         if provider.rope_scaling:
-            rope |= {"rope_type": "llama3", "factor": provider.rope_scaling_factor, **_LLAMA3_ROPE}
+            rope |= {"rope_type": "llama3", "factor": provider.rope_scaling_factor, **LLAMA3_ROPE}
         return {**config, "rope_parameters": rope}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
@@ -209,7 +203,7 @@ class _Bridge(MegatronModelBridge):
         for name, value in converted_weights_dict.items():
             prefix, _, last = name.rpartition(".")
             if last == "alpha_p":
-                for buffer, default in (("beta", DEFAULT_BETA), ("eps", _EPS)):
+                for buffer, default in (("beta", DEFAULT_BETA), ("eps", XIELU_EPS)):
                     key = f"{prefix}.{buffer}"
                     stored = hf_state_dict.get(key)
                     added[key] = value.new_tensor(default) if stored is None else stored

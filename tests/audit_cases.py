@@ -6,7 +6,7 @@ Run by tests/test_layer_specs.py in a process of its own, since CPU mode changes
 import contextlib
 import json
 
-import torch
+import one_rank
 
 from megatron_xielu import cpu
 
@@ -16,7 +16,6 @@ def main() -> None:
     with contextlib.suppress(ModuleNotFoundError):
         import transformer_engine.pytorch  # noqa: F401  (before torch.cuda is redirected)
     cpu.activate()
-    from megatron.core import parallel_state
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
@@ -25,32 +24,19 @@ def main() -> None:
         get_gpt_mtp_block_spec,
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     forward = MLP.forward
 
     from megatron_xielu.activations import XIELU, ActivationBuilder, XIPReLU
     from megatron_xielu.layer_specs import audit, with_activation
 
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    one_rank.start()
     xielu = ActivationBuilder(XIELU)
 
     def build(spec, mtp_layer=None, **options):
-        settings = {
-            "num_layers": 2,
-            "hidden_size": 8,
-            "num_attention_heads": 2,
-            "use_cpu_initialization": True,
-            "use_te_activation_func": True,
-            "add_bias_linear": False,
-            **options,
-        }
-        config = TransformerConfig(**settings)
+        config = one_rank.config(**options)
         spec = spec if isinstance(spec, ModuleSpec) else spec(config)
         mtp = None
         if config.mtp_num_layers:

@@ -6,7 +6,9 @@ case that fails ends it with an AssertionError.
 
 import dataclasses
 
+import one_rank
 import torch
+from one_rank import config
 
 from megatron_xielu import cpu
 
@@ -16,7 +18,6 @@ TOKENS = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(1))
 def main() -> None:
     """Build, audit, and run a forward and a backward pass of each model."""
     cpu.activate()
-    from megatron.core import parallel_state
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -28,32 +29,16 @@ def main() -> None:
         get_t5_decoder_with_local_block_spec,
         get_t5_encoder_with_local_block_spec,
     )
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
     from megatron.core.transformer.moe.experts import TEGroupedMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_xielu.activations import ActivationBuilder, XIPReLU
     from megatron_xielu.layer_specs import audit, with_activation
 
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    one_rank.start()
     builder = ActivationBuilder(XIPReLU)
-
-    def config(**options) -> TransformerConfig:
-        settings = {
-            "num_layers": 2,
-            "hidden_size": 8,
-            "num_attention_heads": 2,
-            "use_cpu_initialization": True,
-            "use_te_activation_func": True,
-            "add_bias_linear": False,
-            **options,
-        }
-        return TransformerConfig(**settings)
 
     def check(model, mlps, *inputs, **named) -> None:
         """It has that many MLPs, all with the activation, and all alphas get a gradient."""

@@ -6,6 +6,7 @@ case that fails ends it with an AssertionError.
 
 from functools import partial
 
+import one_rank
 import torch
 from torch.nn.functional import rms_norm
 
@@ -19,18 +20,12 @@ SHAPE = (4, 2, HIDDEN)
 def main() -> None:
     """Build one MLP twice, install the recomputation in the second, compare."""
     cpu.activate()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import (
-        CheckpointWithoutOutput,
-        model_parallel_cuda_manual_seed,
-    )
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     from megatron_xielu import recompute
     from megatron_xielu.activations import XIELU, ActivationBuilder
 
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    one_rank.start()
     # With linear biases: fc2 then returns its own beside the output.
     kept, recomputed = (
         build_mlp(HIDDEN, FFN, ActivationBuilder(XIELU), add_bias_linear=True) for _ in range(2)

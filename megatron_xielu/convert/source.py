@@ -13,11 +13,18 @@ from typing import Protocol
 
 import torch
 
+from megatron_xielu.cluster.events import first_line
+
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class Refused(ValueError):
     """A conversion that cannot be done; one line that names the field or file, and the fix."""
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in one line for a `Refused`."""
+    return first_line(str(error)) or type(error).__name__
 
 
 class Source(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.convert.source import Refused
+from megatron_xielu.convert.source import Refused, reason
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -46,8 +46,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # a wrong folder makes it raise whatever comes first
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Refused(f"--tokenizer {name} cannot be loaded: {line}") from error
+        raise Refused(f"--tokenizer {name} cannot be loaded: {reason(error)}") from error
     if len(tokenizer) > vocabulary:
         raise Refused(
             f"--tokenizer {name} has {len(tokenizer)} tokens, the model {vocabulary} rows; it is "

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_xielu.convert.source import Refused
+from megatron_xielu.convert.source import Refused, reason
 
 # Data classes and enumerations; Megatron keeps the plans of the save there, too.
 _METADATA_CLASSES = {
@@ -151,7 +151,7 @@ class TorchDist:
         try:
             self._reader.read_data(LoadPlan(items), _Slices(target)).wait()
         except Exception as error:  # whatever wrong bytes make torch.load raise
-            raise Refused(f"{self.folder}: {key} cannot be read: {_first_line(error)}") from error
+            raise Refused(f"{self.folder}: {key} cannot be read: {reason(error)}") from error
 
     def _read_arguments(self) -> Namespace:
         common = self.folder / _COMMON_FILE
@@ -206,7 +206,7 @@ def load_inert(data: io.BytesIO | Path, what: str) -> Any:
     except Refused:
         raise
     except Exception as error:  # whatever wrong bytes make torch.load raise
-        raise Refused(f"{what} cannot be read: {_first_line(error)}") from error
+        raise Refused(f"{what} cannot be read: {reason(error)}") from error
 
 
 def _read_metadata(path: Path) -> Metadata:
@@ -214,11 +214,7 @@ def _read_metadata(path: Path) -> Metadata:
         with path.open("rb") as file:
             content = _MetadataUnpickler(file).load()
     except Exception as error:  # whatever wrong bytes make a pickle raise
-        raise Refused(f"{path} cannot be read: {_first_line(error)}") from error
+        raise Refused(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(content, Metadata):
         raise Refused(f"{path} is not that of a checkpoint")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

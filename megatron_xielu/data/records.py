@@ -23,7 +23,6 @@ from pathlib import Path
 
 SPLITS = ("train", "valid")
 _PROGRESS_INTERVAL = 1.0  # seconds
-_HASH_BLOCK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,12 @@ def files(output: Path, split: str, task: int) -> tuple[Path, Path]:
     return path.with_suffix(".bin"), path.with_suffix(".idx")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside the file and rename: it is never there in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with unfinished.open("wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(unfinished, path)
@@ -122,11 +121,8 @@ def missing_or_truncated(output: Path, task: int, record: Record) -> str | None:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

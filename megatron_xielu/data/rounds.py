@@ -53,14 +53,13 @@ def missing(plan: Plan, done: dict[int, Record], expected_tokens: float) -> Miss
     if plan.max_tokens is None:
         tasks = [task for task in range(plan.tasks) if task not in done]
         return Missing(tasks, {}, plan.tasks)
-    left, known, needed = plan.max_tokens, 0, []
+    left = plan.max_tokens
     for task in range(plan.tasks):
         record = done.get(task)
         if record is None or (record.limit is not None and record.limit != left):
             break
         if record.tokens >= left and record.limit != left:
             return Missing([task], {task: left}, task + 1)
-        known += record.tokens
         left -= record.tokens
         if left <= 0:
             return Missing([], {}, task + 1)

@@ -6,14 +6,13 @@ Tasks read the copy, so that they need no Hub. It is also what to train a model 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
 
 
@@ -93,7 +92,7 @@ def inspect(name: str, eod_token: str | None) -> tuple[TokenizerInfo, Path, dict
     entries = max(tokenizer.get_vocab().values()) + 1
     info = TokenizerInfo(
         name=name if not is_local(name) else path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=records.hash_file(path),
         vocab_size=entries,
         eod_token=eod,
         eod_id=eod_id,
@@ -107,11 +106,5 @@ def inspect(name: str, eod_token: str | None) -> tuple[TokenizerInfo, Path, dict
 
 def keep(path: Path, config: dict, folder: Path) -> None:
     """Copy the tokeniser into the output."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("tokenizer.json", path.read_bytes()),
-        ("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()),
-    ):
-        unfinished = folder / f"{name}.unfinished"
-        unfinished.write_bytes(content)
-        os.replace(unfinished, folder / name)
+    records.write_whole(folder / "tokenizer.json", path.read_bytes())
+    records.write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
