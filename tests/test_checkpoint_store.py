@@ -446,10 +446,18 @@ def test_asynchronous_saves_write_the_same(trained, tmp_path):
 
 
 def test_full_disk_in_an_asynchronous_save(small_disk, tmp_path):
-    """The failure comes back from the writer process, and the tracker stays where it was."""
-    flags = [*SAVES.split(), *ASYNC.split()]
-    run_ = train(tmp_path, flags, succeeds=False, command=("-c", ASYNC_ENTRY))
-    assert run_.returncodes == [1] and "Worker failure" in run_.output
+    """The failure comes back from the writer process, and the tracker stays where it was.
+
+    The writer waits, so that the trainer has closed iteration 4 before 6 takes the space for it.
+    """
+    run_ = train(
+        tmp_path,
+        [*SAVES.split(), *ASYNC.split()],
+        succeeds=False,
+        command=("-c", ASYNC_ENTRY),
+        environment={"WRITER_SLEEPS": "2"},
+    )
+    assert run_.returncodes == [1] and "Worker failure" in run_.output, run_.output[-3000:]
     assert (small_disk / TRACKER).read_text() == "4"
     assert repair(small_disk) == 4
 
