@@ -48,7 +48,9 @@ esac
 [[ -n ${MIN_DISK_MBPS:-} ]] && flags+=(--min-disk-mbps "$MIN_DISK_MBPS")
 [[ -n ${MIN_BANDWIDTH:-} ]] && flags+=(--min-bandwidth "$MIN_BANDWIDTH")
 [[ -n ${TOKENIZER:-} && $TOKENIZER != null ]] && flags+=(--tokenizer-model "$TOKENIZER")
-if [[ -n ${DATA_ARGS:-} ]]; then
+if [[ ${DATA_ARGS:-} == *.json ]]; then
+    flags+=(--per-split-data-args-path "$DATA_ARGS")
+elif [[ -n ${DATA_ARGS:-} ]]; then
     flags+=(--data-args-path "$DATA_ARGS")
 elif [[ -n ${DATA:-} ]]; then
     read -ra prefixes <<<"$DATA"

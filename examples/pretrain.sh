@@ -15,8 +15,9 @@
 #   MODEL        llama_1b, llama_3b, debug, or a file like those in models/   [llama_1b]
 #   ACTIVATION   xielu, xiprelu, relu2, swiglu, gelu, at equal parameters and FLOPs   [xielu]
 #   TOKENS       tokens to train on, 125e9 for example   [the model file's]
-#   DATA_ARGS    a file for --data-args-path; or DATA, prefixes for --data-path; or MOCK_DATA=1
-#   SPLIT        train, validation, test shares   [990,10,0]
+#   DATA_ARGS    a file for --data-args-path or (*.json) --per-split-data-args-path;
+#                or DATA, prefixes for --data-path; or MOCK_DATA=1
+#   SPLIT        train, validation, test shares, without such a *.json   [990,10,0]
 #   TOKENIZER    Hugging Face name or folder, or null   [mistralai/Mistral-Nemo-Base-2407]
 #   LR, SEQ_LENGTH, GATED_FFN_SIZE, ...   every value of the model file
 #   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
@@ -166,7 +167,9 @@ else
     megatron+=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER")
 fi
 no_data=0
-if [[ -n $DATA_ARGS ]]; then
+if [[ $DATA_ARGS == *.json ]]; then
+    megatron+=(--per-split-data-args-path "$DATA_ARGS")
+elif [[ -n $DATA_ARGS ]]; then
     megatron+=(--data-args-path "$DATA_ARGS" --split "$SPLIT")
 elif [[ -n $DATA ]]; then
     read -ra prefixes <<<"$DATA"

@@ -6,6 +6,7 @@ do not. Standard library only; see `plan`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -123,8 +124,14 @@ def _flags(plan: Plan) -> Iterator[str]:
             )
     else:
         name, excluded = "this entry", OTHER_SCRIPTS
-        if args.xielu_recompute_output:
-            yield "--xielu-recompute-output needs --xielu or --xiprelu"
+        for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
+            if f"--xielu-{flag}" in given:
+                yield f"--xielu-{flag} needs --xielu or --xiprelu"
+    if args.xielu_shared_alphas and plan.pipeline > 1:
+        yield (
+            "--xielu-shared-alphas does not work with --pipeline-model-parallel-size above 1; drop "
+            "one of them"
+        )
     for flag in excluded:
         if flag in given:
             yield f"{name} does not work with {flag}; drop one of them"
@@ -351,6 +358,15 @@ def _files(plan: Plan) -> Iterator[str]:
     }
     if _is_local(args.data_args_path) and Path(args.data_args_path).is_file():
         prefixes["--data-args-path"] = Path(args.data_args_path).read_text().split()
+    splits = args.per_split_data_args_path
+    if _is_local(splits) and Path(splits).is_file():
+        try:
+            listed = json.loads(Path(splits).read_text())
+            prefixes["--per-split-data-args-path"] = [
+                x for each in listed.values() for x in each or ()
+            ]
+        except (ValueError, AttributeError, TypeError):
+            yield f"--per-split-data-args-path {splits} is not a JSON object of lists"
     for flag, words in prefixes.items():
         for prefix in filter(_is_local, words):
             for suffix in (".bin", ".idx"):

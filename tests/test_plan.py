@@ -438,6 +438,17 @@ def test_data_of_a_list_must_exist(tmp_path):
     assert plan_checks.problems(plan, environment={}, check_files=False) == []
 
 
+def test_data_listed_by_split_must_exist(tmp_path):
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"train": [f"{tmp_path}/more"], "valid": None}))
+    plan = plan_1b(f"--per-split-data-args-path {listed}")
+    found = plan_checks.problems(plan, environment={})
+    assert [Path(problem.split()[-4]).name for problem in found] == ["more.bin", "more.idx"]
+    listed.write_text("[]")
+    [problem] = plan_checks.problems(plan, environment={})
+    assert "is not a JSON object of lists" in problem
+
+
 def test_secrets_are_named_and_not_printed():
     secret = "abcdefgh-1234"
     for flags in (f"--wandb-api-key {secret}", f"--wandb-api-key={secret}"):

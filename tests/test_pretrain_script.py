@@ -162,6 +162,18 @@ def test_environment_and_trailing_flags_override():
     assert flag(text, "--save") == "/r/checkpoints"
 
 
+def test_data_in_one_list_or_by_split(tmp_path):
+    for name, flags in (
+        ("list.txt", "--data-args-path {} --split 7"),
+        ("splits.json", "--per-split-data-args-path {}"),
+    ):
+        (tmp_path / name).write_text("{}" if name.endswith("json") else "")
+        text = output(LAUNCHER, DATA_ARGS=str(tmp_path / name), SPLIT="7")
+        text = re.sub(r"[\\\s]+", " ", text)
+        assert flags.format(tmp_path / name) in text
+        assert ("--split" in text) == (name == "list.txt")
+
+
 def test_other_scripts_get_the_layer_spec():
     text = output(LAUNCHER, ENTRY="/opt/megatron-lm/pretrain_gpt.py")
     assert "--spec megatron_xielu.layer_specs xielu_layer_spec" in text.replace(" \\\n   ", "")
