@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from warm_python import Process, WarmPython
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -59,6 +59,9 @@ class Run:
         ]
 
 
+_warm_python = functools.cache(WarmPython)
+
+
 def start(
     arguments: Sequence[str],
     *,
@@ -66,39 +69,35 @@ def start(
     log: Path,
     command: Sequence[str] = ("-m", "megatron_xielu.pretrain_gpt"),
     environment: dict[str, str] | None = None,
-) -> list[subprocess.Popen]:
+) -> list[Process]:
     """Start one process per rank; all write to ``log``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    with log.open("ab") as output:
-        for rank in range(ranks):
-            variables = {
-                **os.environ,
-                "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                **(environment or {}),
-            }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command, *arguments],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=variables,
-                    cwd=log.parent,
-                )
-            )
-    return processes
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        **(environment or {}),
+    }
+    log.touch()
+    python = _warm_python()
+    return [
+        python.start(
+            [*command, *arguments],
+            environment={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            folder=log.parent,
+            output=log,
+        )
+        for rank in range(ranks)
+    ]
 
 
-def wait(processes: list[subprocess.Popen], *, timeout: float = 180) -> list[int]:
+def wait(processes: list[Process], *, timeout: float = 180) -> list[int]:
     """Wait for all ranks; when one fails, end the others, as torchrun does."""
     end = time.monotonic() + timeout
     while any(p.poll() is None for p in processes):
