@@ -258,7 +258,7 @@ rm -f "$MEGATRON_XIELU_FINISHED"
 event() { # name, reason: as megatron_xielu/cluster/events.py
     local line
     line="$(date -u +%Y-%m-%dT%H:%M:%SZ) node=$MEGATRON_XIELU_NODE rank=- event=$1 reason=\"$2\""
-    echo "[event] $line" >&2
+    echo "[event] $line" >&2 || true
     echo "$line" >>"$MEGATRON_XIELU_EVENTS" || true
 }
 
@@ -290,6 +290,7 @@ stop() { # signal
     stopping=$1
     [[ -z $agent ]] || pkill -TERM -P "$agent" || true
 }
+trap '' PIPE # whoever read the output may have ended by the same signal; the ranks must still be stopped
 trap 'stop TERM' TERM
 trap 'stop USR1' USR1
 

@@ -1,10 +1,12 @@
-"""One node's job through a full disk, a NaN and a crash: an intact checkpoint, and the same run."""
+"""One node's job through a full disk, a NaN and a stop: an intact checkpoint, and the same run."""
 
 import shutil
+import subprocess
 
 from launch import load_checkpoint
+from namespaces import environment, until
 from small_disk import small_disk
-from trajectory import assert_same_run, count, events, latest, pretrain
+from trajectory import PRETRAIN, SETTINGS, assert_same_run, count, events, latest, pretrain
 
 RANKS = {"GPUS_PER_NODE": "2", "PREFLIGHT": "0", "STEP_TIME": "0"}
 
@@ -37,3 +39,25 @@ def test_nan_in_one_step(reference, tmp_path):
     assert any("a loss was rejected" in line for line in events(run))
     assert count(run, "restart") >= 1
     assert_same_run(run, reference)
+
+
+def test_stopped_when_nobody_reads_its_output(tmp_path):
+    """As in ``pretrain.sh | tee log`` when one signal ends both: the ranks still save and end."""
+    run = tmp_path / "run"
+    settings = {**SETTINGS, "RUN_DIR": str(run), **RANKS, "STEP_TIME": "0.3"}
+    reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [PRETRAIN], env=environment(settings), stdout=reader.stdin, stderr=subprocess.STDOUT
+    )
+    reader.stdin.close()
+    try:
+        until("a checkpoint", lambda: latest(run), timeout=120)
+        reader.kill()
+        job.terminate()
+        assert job.wait(60) == 75
+        assert count(run, "stopping") == count(run, "stopped") == 1
+    finally:
+        job.kill()
+        reader.kill()
+    assert latest(run) > 10
+    assert not subprocess.run(["pgrep", "-f", run], capture_output=True).stdout
