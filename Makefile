@@ -4,7 +4,7 @@
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
 # make test-gpu      the kernels on a GPU: correctness, graphs, memory
 # make lint          ruff, mypy
-# make demo          pretrain a small Llama with four activations on text that needs no download
+# make demo          pretrain a small Llama with five activations on text that needs no download
 # make bench         the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
 # make bench-gpu     the same on a GPU, at the sizes of real models: runs/bench/cuda.{txt,csv,png}
 
@@ -48,7 +48,7 @@ lint: setup
 	$(BIN)/mypy
 
 demo: setup
-	$(BIN)/python examples/demo/run.py
+	$(BIN)/python tools/compare_activations.py tiny --out runs/demo
 
 bench: setup
 	$(BIN)/python tools/bench_activation.py --device cpu

@@ -13,6 +13,8 @@ The formulas are in `megatron_xielu.functional`. This file owns what a module ad
 * **Experts.** Each expert has a pair of its own. The columns of a routed expert are split over the
   expert-tensor-parallel ranks, and its copies are elsewhere than those of the other layers; see
   ``docs/moe.md``.
+* **Ablations.** Frozen alphas need no gradient: DDP and the optimizer pass them over, checkpoints
+  hold them as ever. One pair for all layers: `megatron_xielu.shared_alphas`.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class TrainableActivation(MegatronModule):
             tensor-parallel group (for an expert its expert-tensor-parallel group) if Megatron is
             initialised, else none.
         is_expert: for a routed expert: the alphas are marked as Megatron marks its weights.
+        frozen_alphas: the alphas are not trained.
 
     Raises:
         ValueError: an initial value or beta is out of range.
@@ -92,6 +95,7 @@ class TrainableActivation(MegatronModule):
         beta: float = DEFAULT_BETA,
         tp_group: ProcessGroup | None = None,
         is_expert: bool = False,
+        frozen_alphas: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.check_settings(alpha_p_init=alpha_p_init, alpha_n_init=alpha_n_init, beta=beta)
@@ -102,8 +106,10 @@ class TrainableActivation(MegatronModule):
             else parallel_state.get_tensor_model_parallel_group
         )
         self.tp_group = megatron_group(check_initialized=False) if tp_group is None else tp_group
-        self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=torch.float32))
-        self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.alpha_p, self.alpha_n = (
+            torch.nn.Parameter(torch.empty(1, dtype=torch.float32), not frozen_alphas)
+            for _ in range(2)
+        )
         if is_expert:
             for alpha in (self.alpha_p, self.alpha_n):
                 alpha.allreduce = not _has_expert_groups(config)  # type: ignore[attr-defined]
@@ -232,13 +238,19 @@ class ActivationBuilder:
     alpha_n_init: float = DEFAULT_ALPHA_INIT
     beta: float = DEFAULT_BETA
     is_expert: bool = False
+    frozen_alphas: bool = False
 
     def __post_init__(self) -> None:
         self.activation.check_settings(**self._settings())
 
     def __call__(self, *, config: Any) -> TrainableActivation:
         """Build the module for one MLP."""
-        return self.activation(config=config, is_expert=self.is_expert, **self._settings())
+        return self.activation(
+            config=config,
+            is_expert=self.is_expert,
+            frozen_alphas=self.frozen_alphas,
+            **self._settings(),
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {

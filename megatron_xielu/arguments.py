@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu import fp32_parameters, recompute, versions
+from megatron_xielu import checkpoint_arguments, fp32_parameters, recompute, shared_alphas, versions
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
@@ -57,6 +57,12 @@ _CHECKPOINT_ARGUMENTS = (
     "xielu_beta",
 )
 
+_FROZEN_FLAG = "--xielu-frozen-alphas"
+
+# Which alphas there are to be trained, and to have an optimizer state: argument: flag. Restored
+# too, unless given.
+_TRAINED_ALPHAS = {"xielu_frozen_alphas": _FROZEN_FLAG, "xielu_shared_alphas": shared_alphas.FLAG}
+
 
 def add_activation_arguments(parser: ArgumentParser) -> Any:
     """Add the flags that choose and configure an activation; returns their argument group."""
@@ -93,6 +99,18 @@ def add_activation_arguments(parser: ArgumentParser) -> Any:
         action="store_true",
         help="Free the activation's output after the forward pass of fc2 and compute it again in "
         "the backward pass: almost half of the MLP's saved activations, the same numbers.",
+    )
+    group.add_argument(
+        _FROZEN_FLAG,
+        action="store_true",
+        help="An ablation: do not train alphas; they keep their initial values, or those of the "
+        "checkpoint that is loaded.",
+    )
+    group.add_argument(
+        shared_alphas.FLAG,
+        action="store_true",
+        help="An ablation: all MLPs of the model share one pair of alphas. Not with pipeline "
+        "parallelism.",
     )
     return group
 
@@ -142,7 +160,9 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
         if hasattr(args, f"xielu_{setting}")  # absent when an unmodified script parsed the flags
     }
     try:
-        return ActivationBuilder(ACTIVATIONS[name], **settings)
+        return ActivationBuilder(
+            ACTIVATIONS[name], frozen_alphas=getattr(args, "xielu_frozen_alphas", False), **settings
+        )
     except ValueError as error:
         message = re.sub(
             r"^\w+", lambda setting: f"--xielu-{setting[0].replace('_', '-')}", str(error)
@@ -162,8 +182,10 @@ def validate(args: Namespace) -> None:
     if args.xielu_check_tp_sync < 0:
         raise ValueError("--xielu-check-tp-sync must be 0 or more")
     if activation_builder(args) is None:
-        if args.xielu_recompute_output:
-            raise ValueError(f"{recompute.FLAG} needs --xielu or --xiprelu")
+        flags = {"xielu_recompute_output": recompute.FLAG, **_TRAINED_ALPHAS}
+        for argument, given in flags.items():
+            if getattr(args, argument):
+                raise ValueError(f"{given} needs --xielu or --xiprelu")
         return
     flag = f"--{activation_name(args)}"
     for argument, excluded in _EXCLUDED.items():
@@ -188,6 +210,8 @@ def validate(args: Namespace) -> None:
     if args.xielu_recompute_output:
         recompute.check(args)
         recompute.build_extension()
+    if args.xielu_shared_alphas:
+        shared_alphas.check(args)
     args.use_te_activation_func = True
 
 
@@ -246,6 +270,28 @@ def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) ->
         raise ValueError(
             f"the checkpoint in {folder} was trained with --xielu-beta {saved_beta}, not {beta}"
         )
+    _refuse_other_alphas(args, saved, folder)
+
+
+def _refuse_other_alphas(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Refuse an optimizer state of other alphas than those that this run trains."""
+    starts_anew = (
+        getattr(args, "no_load_optim", None)
+        or getattr(args, "finetune", False)
+        or folder == getattr(args, "pretrained_checkpoint", None)
+    )
+    for argument, flag in _TRAINED_ALPHAS.items():
+        now, then = (getattr(a, argument, False) for a in (args, saved))
+        if now and not then and argument == "xielu_shared_alphas":
+            raise ValueError(
+                f"the checkpoint in {folder} has a pair of alphas for each layer; drop {flag}"
+            )
+        if now != then and not starts_anew:
+            raise ValueError(
+                f"the checkpoint in {folder} was trained with{'' if then else 'out'} {flag}, and "
+                f"so was its optimizer state; {'add' if then else 'drop'} it, or add "
+                "--no-load-optim (optimizer and learning rate schedule start anew)"
+            )
 
 
 def _describe(args: Namespace) -> str:
@@ -259,10 +305,14 @@ def _describe(args: Namespace) -> str:
 
 
 def restore_from_checkpoint(args: Namespace) -> None:
-    """Take the activation and its settings from the checkpoint (part of --use-checkpoint-args)."""
+    """What --use-checkpoint-args takes from the checkpoint beside Megatron's own list.
+
+    The activation with its settings, and the rest of what the model's function depends on.
+    """
     checkpoint = saved_arguments(args)
     if checkpoint is not None:
         restore(args, *checkpoint)
+        checkpoint_arguments.restore(args, checkpoint[0])
 
 
 def restore(args: Namespace, saved: Namespace, folder: str) -> None:
@@ -272,6 +322,8 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
         ValueError: a flag contradicts them.
     """
     found = activation_name(saved)
+    for name in _TRAINED_ALPHAS:
+        setattr(args, name, getattr(args, name, False) or getattr(saved, name, False))
     if activation_name(args) is not None:
         # A flag that contradicts the checkpoint is an error, not a choice.
         refuse_another_activation(args, saved, folder)

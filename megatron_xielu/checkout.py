@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_xielu import arguments
+from megatron_xielu import arguments, shared_alphas
 from megatron_xielu.activations import ActivationBuilder
 
 # What this process trains with, once `validate` has seen its arguments: Megatron hands no arguments
@@ -55,6 +55,11 @@ def validate(args: Namespace) -> None:
         return
     with _errors_in_one_line():
         arguments.validate(args)
+        if args.xielu_shared_alphas:  # `model_built` comes after DDP has laid out the gradients
+            raise ValueError(
+                f"{shared_alphas.FLAG} needs python -m megatron_xielu.pretrain_gpt: a patched "
+                "checkout cannot share alphas"
+            )
         _builder = arguments.activation_builder(args)
         if _builder is not None:
             arguments.check_checkpoint(args)

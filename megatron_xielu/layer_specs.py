@@ -28,7 +28,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_xielu import arguments, bias_fusion, fp32_parameters, recompute, versions
+from megatron_xielu import (
+    arguments,
+    bias_fusion,
+    fp32_parameters,
+    recompute,
+    shared_alphas,
+    versions,
+)
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
 
 # TransformerConfig fields that make Megatron build MLPs whose activation cannot be replaced, or run
@@ -235,6 +242,7 @@ def layer_spec(
     *,
     fuse_bias: bool = False,
     recompute_output: bool = False,
+    share_alphas: bool = False,
 ) -> Any:
     """The spec that Megatron would use for this model, with our activation, and the audit armed.
 
@@ -244,6 +252,7 @@ def layer_spec(
         vp_stage: virtual pipeline stage.
         fuse_bias: have the built model add the bias of fc1 inside the activation.
         recompute_output: have the built model recompute the activation's output in backward.
+        share_alphas: have the layers of the built model share one pair of alphas.
 
     Raises:
         ValueError: the configuration needs an MLP that is not supported; names the flag.
@@ -258,6 +267,8 @@ def layer_spec(
         hooks.append(bias_fusion.install)
     if recompute_output:
         hooks.append(recompute.install)
+    if share_alphas:
+        hooks.append(shared_alphas.install)
     config.pre_wrap_hooks += [hook for hook in hooks if hook not in config.pre_wrap_hooks]
     return with_activation(default_layer_spec(config, vp_stage), builder)
 

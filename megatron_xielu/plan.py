@@ -43,7 +43,8 @@ _INTEGERS_WITH_DEFAULTS = {
     "num-distributed-optimizer-instances": 1,
 }
 _SWITCHES = (
-    "xielu xiprelu xielu-recompute-output swiglu squared-relu quick-geglu bf16 fp16 "
+    "xielu xiprelu xielu-recompute-output xielu-frozen-alphas xielu-shared-alphas "
+    "swiglu squared-relu quick-geglu bf16 fp16 "
     "group-query-attention qk-layernorm untie-embeddings-and-output-weights disable-bias-linear "
     "add-qkv-bias sequence-parallel use-distributed-optimizer grad-reduce-in-bf16 "
     "use-rotary-position-embeddings recompute-activations distribute-saved-activations "
@@ -127,6 +128,7 @@ class Model:
     vocabulary: int  # as the tokenizer has it
     padded_vocabulary: int
     activation: str  # xielu, xiprelu, relu2, swiglu, geglu or gelu
+    shared_alphas: bool  # one pair for all layers
     tied_embeddings: bool
     bias: bool
     qkv_bias: bool
@@ -193,6 +195,7 @@ class Model:
             padded_vocabulary=args.padded_vocab_size
             or (vocabulary if args.no_pad_vocab_size else padded),
             activation=activation,
+            shared_alphas=args.xielu_shared_alphas,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             bias=not args.disable_bias_linear,
             qkv_bias=args.add_qkv_bias or not args.disable_bias_linear,
@@ -240,11 +243,15 @@ class Model:
     def layer_replicated(self) -> int:
         """Parameters of a layer that every tensor-parallel rank holds whole.
 
-        Norms, the biases of the output projection and of fc2, and the two alphas.
+        Norms, the biases of the output projection and of fc2, and the two alphas of its own.
         """
         norms = (2 * self.hidden + 2 * self.kv_channels * self.qk_layernorm) * self.norm_size
-        alphas = 2 if self.activation in ("xielu", "xiprelu") else 0
-        return norms + 2 * self.hidden * self.bias + alphas
+        return norms + 2 * self.hidden * self.bias + self.alphas * (not self.shared_alphas)
+
+    @property
+    def alphas(self) -> int:
+        """Of a layer, or of all that share them; frozen ones are parameters too."""
+        return 2 if self.activation in ("xielu", "xiprelu") else 0
 
     @property
     def norm_size(self) -> int:
@@ -252,8 +259,9 @@ class Model:
         return 1 if self.normalization == "RMSNorm" else 2
 
     def parameters(self, *, embeddings: bool = True) -> int:
-        """All trained parameters, or those without word and position embeddings."""
+        """All parameters, or those without word and position embeddings."""
         layers = self.layers * (self.layer_split + self.layer_replicated)
+        layers += self.alphas * self.shared_alphas
         final_norm = self.norm_size * self.hidden
         tables = self.embedding * (1 if self.tied_embeddings else 2)
         positions = self.learned_positions * self.hidden
@@ -512,6 +520,7 @@ class Plan:
         m, first, last = self.model, stage == 0, stage == self.pipeline - 1
         layers = m.layers / self.pipeline
         parameters = layers * (m.layer_split / self.tensor + m.layer_replicated)
+        parameters += m.alphas * m.shared_alphas
         tables = first + (last and not (m.tied_embeddings and first))
         parameters += tables * m.embedding / self.tensor
         return parameters + m.learned_positions * m.hidden * first + m.norm_size * m.hidden * last

@@ -43,6 +43,23 @@ _SPIKY_LOSS_FACTOR = 10
 
 def main() -> None:
     """Parse the command line and train."""
+    start()
+    from megatron_xielu import arguments
+
+    try:
+        args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
+        check_supported(args)
+    except ValueError as error:
+        raise SystemExit(f"megatron_xielu: error: {error}") from None
+    _train(args)
+
+
+def start() -> None:
+    """What comes before the flags: Megatron, imported, on a CPU where it has to be.
+
+    Raises:
+        SystemExit: it is missing, or of another release.
+    """
     _rendezvous_with_itself()
     try:
         versions.check_entry()
@@ -53,15 +70,6 @@ def main() -> None:
         raise SystemExit(f"megatron_xielu: error: {error}; {_MEGATRON_HINT}") from None
     except versions.UnsupportedRelease as error:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
-
-    from megatron_xielu import arguments
-
-    try:
-        args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
-        _check_supported(args)
-    except ValueError as error:
-        raise SystemExit(f"megatron_xielu: error: {error}") from None
-    _train(args)
 
 
 def _prepare_megatron() -> None:
@@ -93,7 +101,12 @@ def _rendezvous_with_itself() -> None:
         os.environ[name] = str(value)
 
 
-def _check_supported(args: Namespace) -> None:
+def check_supported(args: Namespace) -> None:
+    """Refuse what Megatron's own pretrain_gpt.py has code for and this entry has not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
     for argument, flag in _OTHER_SCRIPTS.items():
         if getattr(args, argument, None):
             raise ValueError(
@@ -107,34 +120,47 @@ def _check_supported(args: Namespace) -> None:
         )
 
 
-def _train(args: Namespace) -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import inprocess_restart, pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+def model_config(args: Namespace) -> Any:
+    """What Megatron builds the model from: its own configuration, with our activation in the spec.
 
-    from megatron_xielu import alpha_logging
+    Args:
+        args: validated.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
     from megatron_xielu.arguments import activation_builder
     from megatron_xielu.layer_specs import layer_spec
 
-    model_config = gpt_config_from_args(args)
+    config = gpt_config_from_args(args)
+    # Megatron 0.19 reads this flag and forgets it: any --rope-scaling-factor would be 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
     builder = activation_builder(args)
     if builder is not None:
-        model_config.transformer_layer_spec = partial(
+        config.transformer_layer_spec = partial(
             layer_spec,
             builder,
             fuse_bias=args.xielu_fuse_bias,
             recompute_output=args.xielu_recompute_output,
+            share_alphas=args.xielu_shared_alphas,
         )
-        if args.tensorboard_dir:
-            alpha_logging.install()
+    return config
+
+
+def _train(args: Namespace) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import inprocess_restart, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_xielu import alpha_logging
+    from megatron_xielu.arguments import activation_name
+
+    if activation_name(args) and args.tensorboard_dir:
+        alpha_logging.install()
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
     train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        pretrain_cfg_container_from_args(args, model_config(args)),
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
@@ -177,6 +203,13 @@ def _dataset_config(args: Namespace) -> Any:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
+    tokenizer = build_tokenizer(args)
+    if tokenizer.vocab_size > args.padded_vocab_size:
+        # A split embedding would take what it has no row for as zeros.
+        raise SystemExit(
+            f"megatron_xielu: error: --padded-vocab-size {args.padded_vocab_size} is less than the "
+            f"tokenizer's {tokenizer.vocab_size} entries; raise it or leave it out"
+        )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
@@ -192,7 +225,7 @@ def _dataset_config(args: Namespace) -> Any:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,

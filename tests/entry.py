@@ -78,7 +78,9 @@ def main() -> None:
         "alphas": {name: p.detach().double().tolist() for name, p in parameters.items()},
         "dtypes": {name: str(p.dtype) for name, p in parameters.items()},
         # What the last step left: summed over micro-batches, reduced over ranks.
-        "grads": {name: p.main_grad.double().tolist() for name, p in parameters.items()},
+        "grads": {
+            name: p.main_grad.double().tolist() for name, p in parameters.items() if p.requires_grad
+        },
         "alpha_collectives": calls["alphas"],
         # How often the activation was computed: in forward, in evaluation, in recomputation.
         "formula_calls": calls["formula"],

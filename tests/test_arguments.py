@@ -184,6 +184,12 @@ def test_the_entry_ends_with_one_line(tmp_path):
     assert "Traceback" not in run.output
 
 
+def test_a_vocabulary_that_is_too_small_for_the_tokenizer(tmp_path):
+    run = train(tmp_path, "--xielu --padded-vocab-size 64", succeeds=False)
+    assert "--padded-vocab-size 64 is less than the tokenizer's 127 entries" in run.output
+    assert "Traceback" not in run.output
+
+
 def test_the_entry_says_which_megatron_is_missing():
     code = (
         "import sys; sys.modules['megatron'] = None; "

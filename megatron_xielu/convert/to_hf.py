@@ -112,7 +112,9 @@ def _check_tensors(source: Source, architecture: Architecture) -> None:
         expected = part.shape if layer is None else (architecture.layers, *part.shape)
         if source.shape(key) != expected:
             raise Refused(f"{source.folder}: {key} is {source.shape(key)}, not {expected}")
-    left = sorted(key for key in keys - used if "_extra_state" not in key)
+    # The name under which alphas that all layers share stand once more (`shared_alphas`).
+    passed_over = ("_extra_state", "shared_activation.")
+    left = sorted(key for key in keys - used if not any(name in key for name in passed_over))
     if left:
         raise Refused(
             f"{source.folder} has {left[0]}, for which {architecture.family} has no place"

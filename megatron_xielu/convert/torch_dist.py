@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader, metadata, planner
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -36,7 +36,7 @@ _METADATA_CLASSES = {
     *((cls.__module__, name) for name, cls in vars(planner).items() if is_dataclass(cls)),
     (planner.__name__, "WriteItemType"),
     (metadata.__name__, "_MEM_FORMAT_ENCODING"),
-    (_StorageInfo.__module__, _StorageInfo.__name__),
+    *((cls.__module__, cls.__name__) for cls in (_StorageInfo, _StoragePrefix)),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),

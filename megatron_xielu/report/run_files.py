@@ -1,50 +1,76 @@
 """Reads what a training left: curves from event files, parameters and alphas from checkpoints.
 
-Alphas are effective ones, as they stand in the formula.
+Alphas are effective ones, as they stand in the formula. Neither Megatron nor a GPU is needed, and
+nothing in a checkpoint is executed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-_ALPHA_KEY = "decoder.layers.mlp.activation_func.alpha_{side}"  # global shape (layers, 1)
+from megatron_xielu.convert.source import Source
+from megatron_xielu.convert.torch_dist import TorchDist
+from megatron_xielu.reference import softplus
+from megatron_xielu.report import events
+
+# Of alphas in a checkpoint. Megatron stacks layers that are all alike, and routed experts: the
+# global shape is (layers or nothing, experts or nothing, 1).
+_ALPHA_KEY = re.compile(
+    r"(?P<stack>decoder|mtp)\.layers\.((?P<layer>\d+)\.)?(\w+\.)?"
+    r"mlp\.((?P<experts>experts)\.experts\.|(?P<shared>shared_experts)\.)?"
+    r"activation_func\.alpha_(?P<side>[pn])"
+)
+# What `megatron_xielu.activations` has, which needs Megatron.
+_DEFAULT_ALPHA_INIT, _DEFAULT_BETA = 0.8, 0.5
 
 Curve = list[tuple[int, float]]  # (iteration, value), iterations rising
 
 
 @dataclass(frozen=True)
 class Alphas:
-    """Effective alphas: ``positive[i][l]`` is αp of layer l after ``iterations[i]``."""
+    """Effective alphas: ``positive[i][l]`` is αp of activation l after ``iterations[i]``.
+
+    ``names[l]`` is what `megatron_xielu.alpha_logging` calls it: ``layer_00`` for a dense layer.
+    """
 
     iterations: list[int]
     positive: list[list[float]]
     negative: list[list[float]]
+    names: list[str] = field(default_factory=list)
 
 
 def read_events(folder: Path) -> dict[str, Curve]:
-    """All scalars by tag; the later value, where a resumed training repeated an iteration."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """All scalars by tag, as the last attempt of a resumed training has them.
 
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
+    See `megatron_xielu.report.events.read`.
+    """
+    scalars = events.read(list(folder.glob(events.PATTERN))).scalars
     return {
-        tag: sorted({event.step: event.value for event in accumulator.Scalars(tag)}.items())
-        for tag in accumulator.Tags()["scalars"]
+        tag: list(zip(series.steps.tolist(), series.values.tolist(), strict=True))
+        for tag, series in scalars.items()
     }
 
 
 def saved_iteration(checkpoints: Path) -> int | None:
     """The iteration of the last complete checkpoint, where a training resumes; None if none."""
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else None
+    text = tracker.read_text(errors="replace").strip() if tracker.exists() else ""
+    return int(text) if text.isdigit() else None
 
 
 def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Checkpoint folders by iteration, rising, without one that a crash left unfinished."""
     last = saved_iteration(checkpoints) or 0
-    found = {int(path.name.removeprefix("iter_")): path for path in checkpoints.glob("iter_*")}
+    found = {
+        int(path.name.removeprefix("iter_")): path
+        for path in checkpoints.glob("iter_*")
+        if path.name.removeprefix("iter_").isdigit()
+    }
     return {
         iteration: found[iteration]
         for iteration in sorted(found)
@@ -54,45 +80,68 @@ def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
 
 def count_parameters(checkpoint: Path) -> int:
     """How many numbers the model in a checkpoint has, over all ranks."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    return sum(
-        entry.size.numel()
-        for key, entry in _metadata(checkpoint).items()
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
-    )
+    source = TorchDist(checkpoint)
+    return sum(math.prod(source.shape(key)) for key in sorted(source.keys()))
 
 
 def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
-    """Effective alphas of every layer in every checkpoint; nothing else is loaded.
+    """Effective alphas of every layer in every checkpoint, and initial ones; nothing else is read.
 
     Args:
-        checkpoints: folders by iteration.
+        checkpoints: folders by iteration, at least one.
         name: ``"xielu"`` or ``"xiprelu"``.
+
+    Raises:
+        Refused: a checkpoint cannot be read; a line that names the file.
     """
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    from megatron_xielu.activations import ACTIVATIONS, DEFAULT_ALPHA_INIT, DEFAULT_BETA
-    from megatron_xielu.reference import softplus
-
-    floors = {"p": 0.0, "n": ACTIVATIONS[name].alpha_n_floor(DEFAULT_BETA)}
     history: dict[str, list[list[float]]] = {"p": [], "n": []}
+    names: list[str] = []
     for checkpoint in checkpoints.values():
-        raw = {
-            key: torch.empty(_metadata(checkpoint)[key].size, dtype=torch.float32)
-            for key in (_ALPHA_KEY.format(side=side) for side in floors)
-        }
-        dcp.load(raw, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        source = TorchDist(checkpoint)
+        floors = {"p": 0.0, "n": alpha_n_floor(name, beta(source.arguments))}
         for side, floor in floors.items():
-            alpha = raw[_ALPHA_KEY.format(side=side)].flatten()  # [layers]
-            history[side].append((softplus(alpha) + floor).tolist())
-    for values in history.values():
-        values.insert(0, [DEFAULT_ALPHA_INIT] * len(values[0]))
-    return Alphas([0, *checkpoints], history["p"], history["n"])
+            named = dict(_effective(source, side, floor))
+            names = sorted(named)
+            history[side].append([named[row] for row in names])
+        if len(history["p"]) == 1:
+            initial = initial_alphas(source.arguments)
+    for values, start in zip(history.values(), initial, strict=True):
+        values.insert(0, [start] * len(names))
+    return Alphas([0, *checkpoints], history["p"], history["n"], names)
 
 
-def _metadata(checkpoint: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
+def _effective(source: Source, side: str, floor: float) -> Iterator[tuple[str, float]]:
+    """(name, effective alpha) of every activation."""
+    for key in sorted(source.keys()):
+        match = _ALPHA_KEY.fullmatch(key)
+        if match is None or match["side"] != side:
+            continue
+        values = (softplus(source.read(key)) + floor).squeeze(-1)  # [layers?, experts?]
+        if match["layer"] is not None:
+            values = values.unsqueeze(0)
+        for row, of_layer in enumerate(values):
+            layer = row if match["layer"] is None else int(match["layer"])
+            label = f"mtp_{layer}" if match["stack"] == "mtp" else f"layer_{layer:02d}"
+            if match["experts"]:
+                for expert, value in enumerate(of_layer.tolist()):
+                    yield f"{label}.experts.{expert:03d}", value
+            else:
+                yield f"{label}.shared_experts" if match["shared"] else label, of_layer.item()
 
-    return FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+
+def beta(arguments: Namespace | None) -> float:
+    """The slope at 0 of a run with these arguments; the default where they do not say."""
+    return float(getattr(arguments, "xielu_beta", _DEFAULT_BETA))
+
+
+def initial_alphas(arguments: Namespace | None) -> tuple[float, float]:
+    """Effective (αp, αn) of a new model with these arguments."""
+    return (
+        float(getattr(arguments, "xielu_alpha_p_init", _DEFAULT_ALPHA_INIT)),
+        float(getattr(arguments, "xielu_alpha_n_init", _DEFAULT_ALPHA_INIT)),
+    )
+
+
+def alpha_n_floor(name: str, beta: float) -> float:
+    """What the effective αn of ``"xielu"`` or ``"xiprelu"`` is above: αn = floor + softplus."""
+    return beta if name == "xielu" else 0.0

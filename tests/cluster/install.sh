@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a Debian machine ready for the tests of this folder: Slurm, munge, ssh, iproute2. No service
-# is started. Exit status 77 where they cannot run, after a line "skipped: reason".
+# Makes a Debian machine ready for the tests of this folder: Slurm, munge, ssh, iproute2, Chromium.
+# No service is started. Exit status 77 where they cannot run, after a line "skipped: reason".
 # --check only says whether they can run here, and installs nothing.
 set -euo pipefail
 
@@ -14,6 +14,10 @@ missing() {
   for program in slurmctld slurmd sbatch munged sshd ssh ssh-keygen ip nsenter unshare setpriv; do
     command -v "$program" > /dev/null || echo "$program"
   done
+}
+
+apt_install() {
+  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "$@" > /dev/null
 }
 
 PATH=$PATH:/usr/sbin:/sbin
@@ -30,10 +34,13 @@ if [ -n "$(missing)" ]; then
     printf '#!/bin/sh\nexit 101\n' > $policy
     chmod +x $policy
   fi
-  export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
-  apt-get install -qq --no-install-recommends \
-    slurm-wlm munge iproute2 openssh-server openssh-client util-linux > /dev/null
+  apt_install slurm-wlm munge iproute2 openssh-server openssh-client util-linux
+fi
+# One test wants it, and skips itself where there is no such package (Ubuntu).
+if [ "${1-}" != --check ] && ! command -v chromium-headless-shell > /dev/null; then
+  apt-get update -qq && apt_install chromium-headless-shell ||
+    echo "chromium-headless-shell cannot be installed: no test of the report in a browser"
 fi
 
 problem=$(unshare --net --uts --mount --pid --fork --mount-proc bash -c '

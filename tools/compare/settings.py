@@ -1,8 +1,7 @@
-"""What the demo trains: the activations, the sizes, and the Megatron flags that say so.
+"""Sizes and lengths of a comparison, its presets, and the Megatron flags that say so.
 
-Every size is as small as it can be while the losses still fall visibly in a minute on two CPU
-cores; proportions and schedule follow the paper's runs (ungated ffn 6 × hidden, gated 2/3 of that,
-tied embeddings, warm-up, constant, 1-sqrt decay to 0).
+Proportions and schedule follow the paper's runs (ungated ffn 6 × hidden, gated 2/3 of that, tied
+embeddings, warm-up, constant, 1-sqrt decay to 0). `QUICK` and `TINY` are as small as they can be.
 """
 
 from __future__ import annotations
@@ -10,39 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prepare_text import VOCAB_SIZE
-
-# The vocabulary as Megatron pads it: the same for one and for two tensor-parallel ranks.
-_PADDED_VOCAB_SIZE = 264
+from compare.text import Text
+from compare.variants import Variant
 
 _CHECK_TP_SYNC_EVERY = 50
 
 
 @dataclass(frozen=True)
-class Activation:
-    """One of the compared activations.
-
-    ``label`` is what people read; ``flag`` selects it; ``gated`` MLPs have a third matrix;
-    ``trainable`` activations have two alphas per layer.
-    """
-
-    label: str
-    flag: str
-    gated: bool = False
-    trainable: bool = False
-
-
-ACTIVATIONS = {
-    "xielu": Activation("xIELU", "--xielu", trainable=True),
-    "xiprelu": Activation("xIPReLU", "--xiprelu", trainable=True),
-    "squared_relu": Activation("ReLU²", "--squared-relu"),
-    "swiglu": Activation("SwiGLU", "--swiglu", gated=True),
-}
-
-
-@dataclass(frozen=True)
 class Settings:
-    """Sizes and lengths of a run; the same for every activation."""
+    """The same for every activation and seed."""
 
     layers: int
     hidden: int
@@ -50,6 +25,7 @@ class Settings:
     ffn: int  # ungated; a multiple of 3, so that the gated one has as many parameters
     sequence: int
     batch: int
+    micro_batch: int
     iterations: int
     warmup: int
     decay: int
@@ -57,41 +33,19 @@ class Settings:
     save_every: int
     validate_every: int  # no divisor of `iterations`: after the last, Megatron validates anyway
     validation_batches: int
-    seed: int = 42
+    tokenizer: str  # "bytes", or "bpe" trained on the text
+    tensor_parallel: int  # ranks at most: on a CPU always, on GPUs as many as there are
+    bf16: bool = False
 
     @property
     def tokens_per_iteration(self) -> int:
         """Tokens in one global batch."""
         return self.batch * self.sequence
 
-    def ffn_of(self, activation: Activation) -> int:
+    def ffn_of(self, variant: Variant) -> int:
         """Width of the MLP: a gated one has three matrices in place of two."""
-        return self.ffn * 2 // 3 if activation.gated else self.ffn
+        return self.ffn * 2 // 3 if variant.activation.gated else self.ffn
 
-    def parameters_of(self, activation: Activation) -> int:
-        """Parameter count, by formula; what is reported is counted in the checkpoint."""
-        attention = 4 * self.hidden**2
-        mlp = (3 if activation.gated else 2) * self.hidden * self.ffn_of(activation)
-        norms, alphas = 2 * self.hidden, 2 * activation.trainable
-        layer = attention + mlp + norms + alphas
-        return _PADDED_VOCAB_SIZE * self.hidden + self.layers * layer + self.hidden
-
-
-FULL = Settings(
-    layers=4,
-    hidden=128,
-    heads=4,
-    ffn=768,
-    sequence=128,
-    batch=16,
-    iterations=240,
-    warmup=20,
-    decay=48,
-    learning_rate=2e-3,
-    save_every=24,
-    validate_every=70,
-    validation_batches=8,
-)
 
 # Exercises everything in a minute or two; its losses mean nothing at all.
 QUICK = Settings(
@@ -101,6 +55,7 @@ QUICK = Settings(
     ffn=288,
     sequence=64,
     batch=8,
+    micro_batch=8,
     iterations=30,
     warmup=4,
     decay=6,
@@ -108,19 +63,73 @@ QUICK = Settings(
     save_every=10,
     validate_every=16,
     validation_batches=2,
+    tokenizer="bytes",
+    tensor_parallel=2,
 )
+
+# Losses fall visibly, in about a minute a run on two CPU cores.
+TINY = Settings(
+    layers=4,
+    hidden=128,
+    heads=4,
+    ffn=768,
+    sequence=128,
+    batch=16,
+    micro_batch=16,
+    iterations=240,
+    warmup=20,
+    decay=48,
+    learning_rate=2e-3,
+    save_every=24,
+    validate_every=70,
+    validation_batches=8,
+    tokenizer="bytes",
+    tensor_parallel=2,
+)
+
+# 50M parameters on one GPU; 21M tokens are about one pass over the text.
+SMALL = Settings(
+    layers=10,
+    hidden=512,
+    heads=8,
+    ffn=3072,
+    sequence=1024,
+    batch=64,
+    micro_batch=16,
+    iterations=320,
+    warmup=30,
+    decay=64,
+    learning_rate=1e-3,
+    save_every=80,
+    validate_every=90,
+    validation_batches=4,
+    tokenizer="bpe",
+    tensor_parallel=1,
+    bf16=True,
+)
+
+PRESETS = {"quick": QUICK, "tiny": TINY, "small": SMALL}
 
 
 def megatron_flags(
-    settings: Settings, activation: Activation, *, tensor_parallel: int, text: Path, folder: Path
+    settings: Settings,
+    variant: Variant,
+    *,
+    seed: int,
+    ffn: int,
+    tensor_parallel: int,
+    text: Text,
+    folder: Path,
 ) -> list[str]:
     """Command-line flags of one training.
 
     Args:
         settings: sizes and lengths.
-        activation: what to train with.
+        variant: what to train with.
+        seed: of the initial weights and of the order of the data.
+        ffn: width of the MLP.
         tensor_parallel: ranks; must divide the heads and the padded vocabulary.
-        text: folder that `prepare_text` wrote.
+        text: what to train on.
         folder: where this training keeps its checkpoints and event files.
     """
     values = {
@@ -128,7 +137,7 @@ def megatron_flags(
         "num-layers": settings.layers,
         "hidden-size": settings.hidden,
         "num-attention-heads": settings.heads,
-        "ffn-hidden-size": settings.ffn_of(activation),
+        "ffn-hidden-size": ffn,
         "seq-length": settings.sequence,
         "max-position-embeddings": settings.sequence,
         "position-embedding-type": "rope",
@@ -139,7 +148,7 @@ def megatron_flags(
         "hidden-dropout": 0,
         "tensor-model-parallel-size": tensor_parallel,
         # optimizer and schedule
-        "micro-batch-size": settings.batch,
+        "micro-batch-size": settings.micro_batch,
         "global-batch-size": settings.batch,
         "train-iters": settings.iterations,
         "lr": settings.learning_rate,
@@ -153,14 +162,14 @@ def megatron_flags(
         "adam-beta2": 0.95,
         "weight-decay": 0.1,
         "clip-grad": 1.0,
-        "seed": settings.seed,
+        "seed": seed,
         # data
-        "train-data-path": text / "train",
-        "valid-data-path": text / "valid",
-        "data-cache-path": text / "cache",
+        "train-data-path": text.train,
+        "valid-data-path": text.valid,
+        "data-cache-path": text.cache,
         "tokenizer-type": "NullTokenizer",
-        "vocab-size": VOCAB_SIZE,
-        "make-vocab-size-divisible-by": _PADDED_VOCAB_SIZE // tensor_parallel,
+        "vocab-size": text.vocab_size,
+        "make-vocab-size-divisible-by": text.padded_vocab_size // tensor_parallel,
         # what is written
         "log-interval": 1,
         "eval-interval": settings.validate_every,
@@ -171,13 +180,16 @@ def megatron_flags(
         "save-interval": settings.save_every,
         "ckpt-format": "torch_dist",
     }
-    if activation.trainable:
+    # Where ranks hold one pair, or frozen ones, there is as much to check.
+    if variant.has_alphas and tensor_parallel > 1:
         values["xielu-check-tp-sync"] = _CHECK_TP_SYNC_EVERY
     pairs = [(f"--{name}", str(value)) for name, value in values.items()]
     return [
-        activation.flag,
+        *variant.flags,
         "--disable-bias-linear",
         "--log-timers-to-tensorboard",
+        "--log-memory-to-tensorboard",
         "--exit-signal-handler",
+        *(("--bf16", "--use-distributed-optimizer") if settings.bf16 else ()),
         *(word for pair in pairs for word in pair),
     ]

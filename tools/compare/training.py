@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ _WITHOUT_TRANSFORMER_ENGINE = [
     "--no-persist-layer-norm",
     "--no-rope-fusion",
 ]
-_WITHOUT_APEX = ["--no-gradient-accumulation-fusion"]
+_WITHOUT_APEX = ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
 
 
 class Stopped(BaseException):
@@ -69,7 +70,7 @@ def train(
     tokens_per_iteration: int,
     log: Path,
     keep_open: int,
-) -> None:
+) -> int:
     """Run ``megatron_xielu.pretrain_gpt`` to its end and show how it proceeds.
 
     Args:
@@ -81,49 +82,72 @@ def train(
         log: file that the output is appended to.
         keep_open: a file descriptor for the child to hold for as long as it lives.
 
+    Returns:
+        Bytes resident at most in any of its processes.
+
     Raises:
         Stopped: a stop signal came; the child has saved a checkpoint and ended.
         SystemExit: the training failed; the message ends with the log's last lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc-per-node", str(ranks)]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)),
-        *("-m", "megatron_xielu.pretrain_gpt", *flags, *(_gpu_flags() if on_gpu else ())),
+        *(sys.executable, *(launcher if ranks > 1 else ())),
+        *("-m", "megatron_xielu.pretrain_gpt", *flags, *(_gpu_flags() if on_gpu else ("--cpu",))),
     ]
     progress = _Progress(label, tokens_per_iteration)
+    position = log.stat().st_size if log.exists() else 0
+    child = start(command, environment=_environment(ranks), log=log, keep_open=keep_open)
+    try:
+        with log.open(errors="replace") as lines:
+            lines.seek(position)
+            while (peak := ended(child)) is None:
+                progress.read(lines.read())
+                time.sleep(_POLL_SECONDS)
+            progress.read(lines.read())
+    except BaseException:
+        progress.end("stopping (it may take half a minute)")
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    if child.returncode:
+        progress.end("failed")
+        with log.open(errors="replace") as lines:
+            lines.seek(position)
+            tail = last_words(lines.read())
+        raise SystemExit(
+            f"{tail}\ncompare: the training of {label} failed; its whole log: {log}\n"
+            "Run the same command again to go on from its last checkpoint."
+        )
+    progress.end("done")
+    return peak
+
+
+def start(
+    command: Sequence[str], *, environment: dict[str, str], log: Path, keep_open: int
+) -> subprocess.Popen:
+    """Start ``command`` with more environment, its output appended to ``log``."""
     with log.open("ab") as output:
-        position = output.tell()
-        child = subprocess.Popen(
+        return subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env={**os.environ, **_environment(ranks)},
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C reaches it once, from here
             pass_fds=(keep_open,),
         )
-    try:
-        with log.open(errors="replace") as lines:
-            lines.seek(position)
-            while child.poll() is None:
-                progress.read(lines.read())
-                time.sleep(_POLL_SECONDS)
-            progress.read(lines.read())
-    except BaseException:
-        progress.end("stopping (it may take half a minute)")
-        child.terminate()
-        raise
-    finally:
-        child.wait()
-    if child.returncode:
-        progress.end("failed")
-        with log.open(errors="replace") as lines:
-            lines.seek(position)
-            tail = last_words(lines.read())
-        raise SystemExit(f"{tail}\ndemo: the {label} training failed; its whole log: {log}")
-    progress.end("done")
+
+
+def ended(child: subprocess.Popen) -> int | None:
+    """Peak resident bytes of ``child`` and its own children, once it has ended; else None."""
+    pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+    if not pid:
+        return None
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def last_words(log: str) -> str:
@@ -147,7 +171,16 @@ def _environment(ranks: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # More threads than cores make every matrix product wait for the slowest.
     threads = max(1, (cores or 1) // ranks)
-    return {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    variables = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    if ranks == 1:  # what torchrun would say
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return variables
 
 
 class _Progress:
@@ -193,5 +226,5 @@ class _Progress:
             print(flush=True)
 
     def _show(self) -> None:
-        line = f"{self._label:8} {self._state}"
+        line = f"{self._label} {self._state}"
         print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)

@@ -1,4 +1,4 @@
-"""The demo's tokenization as a Hugging Face tokenizer: a token is a byte, 256 ends a document.
+"""Tokens of `byte_text` as a Hugging Face tokenizer: a token is a byte, 256 ends a document.
 
 A converted model generates text with it: ``python -m megatron_xielu.convert to-hf … --tokenizer
 runs/demo/text/tokenizer``. ``write`` needs the tokenizers package alone.

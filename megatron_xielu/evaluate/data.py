@@ -1,0 +1,240 @@
+"""All tokens of prepared data, once, in their order; and the bytes of their text.
+
+Dimensions: s sequence, b micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_MANIFEST = "manifest.json"  # what tools/prepare_data.py writes last
+
+
+def find(request: Namespace) -> list[Path]:
+    """The prefixes of the ``.bin``/``.idx`` files that the data flags name, each once.
+
+    Weights, which say how often training draws from a file, mean nothing here.
+
+    Raises:
+        ValueError: none is named, or a file is missing; names the flag.
+    """
+    given = {
+        "--data-path": request.data_path,
+        "--data-args-path": request.data_args_path,
+        "--per-split-data-args-path": request.per_split_data_args_path,
+    }
+    flags = [flag for flag, value in given.items() if value is not None]
+    if not flags:
+        raise ValueError(
+            "say what to evaluate on with --data-path, or --eval-iters N for the validation "
+            "samples of the training"
+        )
+    if len(flags) > 1:
+        raise ValueError(f"give one of {' and '.join(flags)}")
+    if request.per_split_data_args_path is not None:
+        words = _of_split(request.per_split_data_args_path, request.data_split or "valid")
+    elif request.data_args_path is not None:
+        words = _read(flags[0], request.data_args_path).split()
+    else:
+        words = request.data_path
+    whole = request.data_path is not None and len(words) == 1 and _manifest_of(Path(words[0]))
+    if whole:
+        words = _of_manifest(whole, request.data_split or "valid")
+    elif request.data_split and request.per_split_data_args_path is None:
+        raise ValueError("--data-split needs data that has parts; name the prefixes of one instead")
+    prefixes = [Path(word) for word in words if not _is_weight(word)]
+    for prefix in prefixes:
+        for suffix in (".idx", ".bin"):
+            if not prefix.with_name(prefix.name + suffix).is_file():
+                raise ValueError(f"{flags[0]}: no {prefix}{suffix}")
+    if not prefixes:
+        raise ValueError(f"{flags[0]}: no data in it, or not in this --data-split")
+    return list(dict.fromkeys(prefixes))
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _read(flag: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error}") from None
+
+
+def _of_split(path: Path, split: str) -> list[str]:
+    flag = "--per-split-data-args-path"
+    try:
+        parts = json.loads(_read(flag, path))
+        chosen = [parts[name] or [] for name in (parts if split == "all" else [split])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{flag} {path}: not a JSON file with {split}: {error!r}") from None
+    return [
+        str(word) for part in chosen for word in (part.split() if isinstance(part, str) else part)
+    ]
+
+
+def _manifest_of(path: Path) -> Path | None:
+    """The manifest that this names, itself or by its folder."""
+    path = path / _MANIFEST if path.is_dir() else path
+    return path if path.name == _MANIFEST and path.is_file() else None
+
+
+def _of_manifest(manifest: Path, split: str) -> list[str]:
+    shards = _shards(manifest)
+    if shards is None:
+        raise ValueError(f"--data-path {manifest}: tools/prepare_data.py has not written this file")
+    return [
+        str(manifest.parent / shard["prefix"])
+        for shard in shards
+        if split in ("all", shard["split"])
+    ]
+
+
+def _shards(manifest: Path) -> list[dict[str, Any]] | None:
+    try:
+        shards = json.loads(manifest.read_text())["shards"]
+        [(shard["prefix"], shard["split"], shard["text_bytes"]) for shard in shards]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # some other file of this name
+    return shards
+
+
+def described_text_bytes(prefixes: list[Path]) -> int | None:
+    """Bytes of text, by the manifests that the files were written with; None if one has none."""
+    total = 0
+    for prefix in prefixes:
+        shards = _shards(prefix.parent.parent / _MANIFEST) or []
+        found = [s for s in shards if s["prefix"] == f"{prefix.parent.name}/{prefix.name}"]
+        if not found:
+            return None
+        total += found[0]["text_bytes"]
+    return total
+
+
+class Tokens:
+    """The tokens of ``.bin`` files end to end, cut into sequences without overlap.
+
+    Args:
+        prefixes: of the files.
+        sequence_length: s.
+
+    Raises:
+        ValueError: a file is damaged or there is no token; names the file.
+    """
+
+    def __init__(self, prefixes: list[Path], sequence_length: int) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        self.files = [IndexedDataset(str(prefix)) for prefix in prefixes]
+        self.sequence_length = sequence_length
+        self._tokens = []
+        for prefix, file in zip(prefixes, self.files, strict=True):
+            path = prefix.with_name(prefix.name + ".bin")
+            expected = int(file.sequence_lengths.sum()) * np.dtype(file.index.dtype).itemsize
+            if path.stat().st_size != expected:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes where its .idx says {expected}"
+                )
+            if expected:  # an empty file cannot be mapped
+                self._tokens.append(np.memmap(path, dtype=file.index.dtype, mode="r"))
+        self._starts = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
+        if not len(self):
+            raise ValueError(f"no token in {', '.join(map(str, prefixes))}")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def sequences(self) -> int:
+        """How many there are; the last may be a part of one."""
+        return -(-len(self) // self.sequence_length)
+
+    def valid_tokens(self, sequence: int) -> int:
+        """How many tokens a sequence predicts: s, less in the last one, none after it."""
+        return min(max(len(self) - sequence * self.sequence_length, 0), self.sequence_length)
+
+    def largest(self, part: int, parts: int) -> int:
+        """The largest token in one of several parts of the data."""
+        bounds = np.linspace(0, len(self), parts + 1).astype(np.int64)[part : part + 2]
+        step = 1 << 24
+        return max(
+            (
+                int(self._read(start, min(start + step, int(bounds[1]))).max())
+                for start in range(int(bounds[0]), int(bounds[1]), step)
+            ),
+            default=0,
+        )
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens from start to before stop, of int64."""
+        parts = [
+            tokens[max(start - begin, 0) : max(stop - begin, 0)]
+            for tokens, begin in zip(self._tokens, self._starts[:-1], strict=True)
+            if begin < stop and begin + len(tokens) > start
+        ]
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+
+    def sample(self, sequence: int, masks: Callable[[torch.Tensor], tuple]) -> dict[str, Any]:
+        """A sequence as Megatron's data sets give it: each tensor of shape [s].
+
+        Args:
+            sequence: its number; after the last one, all padding.
+            masks: makes attention mask and position ids of tokens.
+        """
+        length = self.valid_tokens(sequence)
+        start = sequence * self.sequence_length
+        padded = torch.zeros(self.sequence_length + 1, dtype=torch.int64)
+        if length:
+            before = start - 1 if start else len(self) - 1
+            text = [self._read(before, before + 1), self._read(start, start + length)]
+            padded[: length + 1] = torch.from_numpy(np.concatenate(text))
+        tokens, labels = padded[:-1].contiguous(), padded[1:].contiguous()
+        attention_mask, position_ids = masks(tokens)
+        loss_mask = (torch.arange(self.sequence_length) < length).float()
+        sample = {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": position_ids,
+        }
+        return sample if attention_mask is None else {**sample, "attention_mask": attention_mask}
+
+    def micro_batch(self, number: int, *, size: int, dp_rank: int, dp_size: int) -> range:
+        """The sequences of a data-parallel rank's micro-batch, as Megatron's sampler deals them."""
+        first = (number * dp_size + dp_rank) * size
+        return range(first, first + size)
+
+    def micro_batches(
+        self, masks: Callable[[torch.Tensor], tuple], *, size: int, dp_rank: int, dp_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """One after the other, without end; tensors of shape [b, s]."""
+        number = 0
+        while True:
+            chosen = self.micro_batch(number, size=size, dp_rank=dp_rank, dp_size=dp_size)
+            yield torch.utils.data.default_collate([self.sample(i, masks) for i in chosen])
+            number += 1
+
+    def decoded_bytes(self, tokenizer: Any, part: int, parts: int) -> int:
+        """UTF-8 bytes of the text of every ``parts``-th sequence of the files, from ``part`` on.
+
+        End-of-document tokens are not text.
+        """
+        total = 0
+        for file in self.files:
+            for index in range(part, len(file.sequence_lengths), parts):
+                text = file[index]
+                total += len(tokenizer.detokenize(text[text != tokenizer.eod].tolist()).encode())
+        return total

@@ -1,0 +1,116 @@
+"""What an evaluation found: as a table, and as ``evaluation.json`` for other programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Pre-activations of one layer's MLP: what goes into its activation."""
+
+    layer: int  # from 1
+    negative_share: float
+    mean: float
+    std: float
+    histogram: dict[str, list]  # "edges" (n + 1) and "counts" (n); the end bins are open
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that ``evaluation.json`` holds but what follows from it."""
+
+    checkpoint: str
+    iteration: int
+    activation: str
+    loss: float  # nats per token
+    tokens: int  # in the loss
+    bytes: int | None  # of their text
+    why_no_bytes: str
+    data: list[str]
+    eval_iters: int | None  # None: every token once
+    sequence_length: int
+    layers: list[Layer] | None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None where the bytes are not known."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As written."""
+        content = asdict(self)
+        del content["why_no_bytes"]
+        if self.layers is None:
+            del content["layers"]
+        return {
+            **content,
+            "perplexity": math.exp(self.loss),
+            "bits_per_byte": self.bits_per_byte,
+        }
+
+
+def output_file(asked: Path | None, load: Path) -> Path | None:
+    """Where to write: as asked, else ``RUN/evaluation.json`` for ``RUN/checkpoints``, else nowhere.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
+    if asked is None:
+        run = load.absolute()
+        return run.with_name("evaluation.json") if run.name == "checkpoints" else None
+    if not asked.parent.is_dir():
+        raise ValueError(f"--evaluation-output {asked}: no folder {asked.parent}")
+    if asked.is_dir():
+        raise ValueError(f"--evaluation-output {asked} is a folder; name a file in it")
+    if load.resolve() in asked.resolve().parents:
+        raise ValueError(f"--evaluation-output {asked} is among the checkpoints; name another file")
+    return asked
+
+
+def report(evaluation: Evaluation, output: Path | None) -> None:
+    """Print the table and write the file, whole or not at all."""
+    where = "not written: name a file with --evaluation-output"
+    if output is not None:
+        unfinished = output.with_name(f".{output.name}.{socket.gethostname()}.{os.getpid()}")
+        unfinished.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n")
+        os.replace(unfinished, output)
+        where = str(output)
+    print(_table(evaluation, where), flush=True)
+
+
+def _table(evaluation: Evaluation, where: str) -> str:
+    e = evaluation
+    first, more = e.data[0], len(e.data) - 1
+    how = (
+        "every token once"
+        if e.eval_iters is None
+        else f"Megatron's validation at iteration {e.iteration}, --eval-iters {e.eval_iters}"
+    )
+    bits = e.bits_per_byte
+    rows = [
+        ("checkpoint", f"{e.checkpoint}, iteration {e.iteration}, {e.activation}"),
+        ("data", f"{first}{f' and {more} more' if more else ''}"),
+        ("tokens", f"{e.tokens:,} ({how}; sequences of {e.sequence_length})"),
+        ("loss", f"{e.loss:.6f} nats per token"),
+        ("perplexity", f"{math.exp(e.loss):.6g}"),
+        (
+            "bits per byte",
+            f"{bits:.6f} ({e.bytes:,} bytes)" if bits is not None else f"none: {e.why_no_bytes}",
+        ),
+        ("result", where),
+    ]
+    lines = [f"{name:<14} {value}" for name, value in rows]
+    if e.layers is not None:
+        lines += ["", "pre-activations of the MLP", " layer  negative       mean        std"]
+        lines += [
+            f"{entry.layer:6d}  {entry.negative_share:7.2%}  {entry.mean:9.4f}  {entry.std:9.4f}"
+            for entry in e.layers
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,6 @@
+"""Runs `megatron_xielu.report.command`."""
+
+from megatron_xielu.report.command import main
+
+if __name__ == "__main__":
+    main()

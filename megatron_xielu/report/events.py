@@ -1,0 +1,168 @@
+"""Reads TensorBoard event files as a training of several attempts leaves them.
+
+TensorBoard's own reader verifies checksums in Python and keeps an object a number: for the alphas
+of 24 layers over 100,000 iterations that is minutes and gigabytes. Here a file is walked record by
+record, numbers go into arrays, and of the many alphas a caller may ask for fewer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from array import array
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PATTERN = "*tfevents*"
+
+_LOSS, _LOSS_BY_SAMPLES = "lm loss", "lm loss vs samples"
+_BY_SAMPLES = " vs samples"
+# A record is its length (8 bytes), the length's checksum (4), the event, and its checksum (4).
+_LENGTH, _HEADER, _FOOTER = struct.Struct("<Q"), 12, 4
+_LARGEST_EVENT = 2**28  # a longer length is no length
+_WIDE = 500  # bytes; longer events are those of `alpha_logging`, with the numbers of every layer
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve, [t] each: iterations rising, values, and when they were written (seconds, Unix)."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+    times: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Events:
+    """What event files hold.
+
+    Attributes:
+        scalars: by tag. Tags on Megatron's second axis (``… vs samples``) are left out.
+        samples: consumed samples by iteration; empty if the files do not say.
+        texts: by tag; Megatron writes its arguments there.
+        problems: one line for every file that could not be read to its end.
+    """
+
+    scalars: dict[str, Series]
+    samples: Series
+    texts: dict[str, str]
+    problems: list[str]
+
+
+def read(
+    files: Collection[Path], *, wide_limit: int | None = None, keep: Collection[int] = ()
+) -> Events:
+    """Read the event files of one run.
+
+    Where a resumed training repeats iterations, what an earlier attempt wrote from there on is
+    dropped. Megatron writes the loss on the test set under the tag of the validation loss, after
+    it and at the same iteration: the first of them is kept.
+
+    Args:
+        files: in any order.
+        wide_limit: about how many of a file's events with the alphas of many layers are read,
+            evenly spaced, with the last; None for all.
+        keep: iterations whose alphas are read all the same.
+    """
+    columns: dict[str, tuple[array, array, array]] = defaultdict(
+        lambda: (array("q"), array("d"), array("d"))
+    )
+    samples = columns["consumed samples"]
+    texts: dict[str, str] = {}
+    problems: list[str] = []
+
+    for path in sorted(files, key=_started):
+        passed_over, last_loss = _passed_over(path, wide_limit), -1
+        for start, event in _events(path, problems):
+            step, time = event.step, event.wall_time
+            if start in passed_over and step not in keep:
+                continue
+            for value in event.summary.value:
+                tag = value.tag
+                if not value.HasField("simple_value"):
+                    if value.tensor.string_val:
+                        text = value.tensor.string_val[0].decode(errors="replace")
+                        texts[tag.removesuffix("/text_summary")] = text
+                    continue
+                if tag == _LOSS:
+                    last_loss = step
+                elif tag == _LOSS_BY_SAMPLES and last_loss >= 0:
+                    _append(samples, last_loss, step, time)
+                    continue
+                if tag.endswith(_BY_SAMPLES):
+                    continue
+                column = columns[tag]
+                if " validation" in tag and column[0] and column[0][-1] == step:
+                    continue  # the test set
+                _append(column, step, value.simple_value, time)
+
+    scalars = {tag: _last_attempt(column) for tag, column in columns.items()}
+    return Events(scalars, scalars.pop("consumed samples"), texts, problems)
+
+
+def _append(column: tuple[array, array, array], step: int, value: float, time: float) -> None:
+    column[0].append(step)
+    column[1].append(value)
+    column[2].append(time)
+
+
+def _last_attempt(column: tuple[array, array, array]) -> Series:
+    """Without what a later attempt, which began at or before it, repeats or has not reached."""
+    steps = np.array(column[0], dtype=np.int64)
+    following = np.append(steps[1:], np.iinfo(np.int64).max)
+    kept = steps < np.minimum.accumulate(following[::-1])[::-1]
+    return Series(steps[kept], np.array(column[1])[kept], np.array(column[2])[kept])
+
+
+def _frames(content: Any) -> Iterator[tuple[int, int]]:
+    """(start, length) of every whole record; the last may still be being written."""
+    at, size = 0, len(content)
+    while at + _HEADER <= size:
+        (length,) = _LENGTH.unpack_from(content, at)
+        if length > _LARGEST_EVENT:
+            raise ValueError(at)
+        if at + _HEADER + length + _FOOTER > size:
+            return
+        yield at + _HEADER, length
+        at += _HEADER + length + _FOOTER
+
+
+def _open(path: Path) -> Any:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def _events(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """(where its record starts, event)."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    content, start = _open(path), 0
+    try:
+        for start, length in _frames(content):
+            yield start, Event.FromString(content[start : start + length])
+    except (DecodeError, ValueError):
+        problems.append(f"{path} is damaged after byte {start}; what follows is not read")
+
+
+def _passed_over(path: Path, limit: int | None) -> set[int]:
+    """Places of the wide events in a file that need not be read."""
+    wide = []
+    with suppress(ValueError):  # `_events` says it
+        for start, length in _frames(_open(path)):
+            if length > _WIDE:
+                wide.append(start)
+    stride = max(1, -(-len(wide) // limit)) if limit else 1
+    return set(wide) - set(wide[::stride]) - set(wide[-1:])
+
+
+def _started(path: Path) -> tuple[float, str]:
+    first = next((event.wall_time for _, event in _events(path, [])), 0.0)
+    return first, path.name

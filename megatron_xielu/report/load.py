@@ -1,0 +1,328 @@
+"""Reads a run folder into a `Run`.
+
+What cannot be read, or contradicts itself, becomes a note of the run, and the rest is shown.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_xielu import plan
+from megatron_xielu.cluster.events import describe
+from megatron_xielu.convert.source import Refused
+from megatron_xielu.convert.torch_dist import TorchDist
+from megatron_xielu.report import events, run_files
+from megatron_xielu.report.errors import NoReport
+from megatron_xielu.report.events import Series
+from megatron_xielu.report.nonlinearity import Inputs, Shape, nonlinearity
+from megatron_xielu.report.run import History, Layer, Measured, Run, depth
+
+EVALUATION = "evaluation.json"
+SHAPED = ("xielu", "xiprelu")  # activations that have alphas
+
+_EVENT_FOLDERS, _CHECKPOINT_FOLDERS = (".", "tensorboard", "events"), (".", "checkpoints")
+_SHOWN_ALPHAS = 1000  # points in time: as many as a picture is wide
+_READ_CHECKPOINTS = 50
+_AGREEMENT = 1e-5  # event files hold 24 bits, checkpoints too, and softplus rounds between
+
+
+def load(folder: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        NoReport: the folder is none.
+    """
+    event_files = _event_files(folder)
+    saves = {path.resolve(): path for path in map(folder.joinpath, _CHECKPOINT_FOLDERS)}
+    checkpoints: dict[int, Path] = {}
+    for path in saves.values():
+        checkpoints |= run_files.complete_checkpoints(path)
+    evaluation_file = folder / EVALUATION
+    if not event_files and not checkpoints and not evaluation_file.exists():
+        raise NoReport(_why_no_run(folder))
+
+    notes: list[str] = []
+    found = events.read(event_files, wide_limit=_SHOWN_ALPHAS, keep=set(checkpoints))
+    notes += found.problems
+    if not event_files:
+        notes.append("no event files: no curves over time (train with --tensorboard-dir)")
+    arguments, parameters = _read_checkpoint(checkpoints, notes)
+    if arguments is None:
+        arguments = _arguments_of(found.texts)
+    if arguments is None:
+        notes.append("neither a checkpoint nor its event files have the arguments of the run")
+    model = _model(arguments, notes)
+    if parameters is None and model is not None:
+        parameters = model.parameters()
+    evaluation = _read_evaluation(evaluation_file, notes)
+    run = Run(
+        folder=folder,
+        name=folder.resolve().name,
+        arguments=arguments,
+        scalars=found.scalars,
+        samples=found.samples,
+        model=model,
+        activation=_activation(arguments, model),
+        parameters=parameters,
+        evaluation=evaluation,
+        measured=_measured(evaluation, notes),
+        notes=notes,
+    )
+    if run.train is not None and not np.isfinite(run.train.values).all():
+        count = int((~np.isfinite(run.train.values)).sum())
+        notes.append(f"the training loss was not finite in {count} logged iterations")
+    if run.activation in SHAPED or _rows(run.scalars, "alpha_p"):
+        _add_alphas(run, checkpoints)
+    return run
+
+
+def _event_files(folder: Path) -> list[Path]:
+    places = {path.resolve(): path for path in map(folder.joinpath, _EVENT_FOLDERS)}
+    return [file for place in places.values() for file in place.glob(events.PATTERN)]
+
+
+def _why_no_run(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    inside = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_dir()
+        and (_event_files(path) or run_files.complete_checkpoints(path / "checkpoints"))
+    ]
+    if inside and {path.name for path in inside} - set(_EVENT_FOLDERS):
+        return f"{folder} holds runs but is none; name them: {' '.join(map(str, inside))}"
+    return (
+        f"{folder} is no run: it has neither event files (in tensorboard/ or events/), nor a "
+        f"complete checkpoint (in checkpoints/), nor {EVALUATION}"
+    )
+
+
+def _read_checkpoint(
+    checkpoints: dict[int, Path], notes: list[str]
+) -> tuple[Namespace | None, int | None]:
+    """(arguments, parameters) of the last one."""
+    if not checkpoints:
+        notes.append("no complete checkpoint in the torch_dist format")
+        return None, None
+    try:
+        last = checkpoints[max(checkpoints)]
+        return TorchDist(last).arguments, run_files.count_parameters(last)
+    except (Refused, OSError) as error:
+        notes.append(str(error))
+        return None, None
+
+
+def _arguments_of(texts: dict[str, str]) -> Namespace | None:
+    """The arguments that Megatron wrote into event files, each as ``str(value)``."""
+    if "num_layers" not in texts:
+        return None
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return Namespace(**values)
+
+
+def _model(arguments: Namespace | None, notes: list[str]) -> plan.Model | None:
+    if arguments is None:
+        return None
+    for name in ("num_experts", "mtp_num_layers", "multi_latent_attention", "hybrid_layer_pattern"):
+        if getattr(arguments, name, None):
+            notes.append(f"FLOPs are counted for dense GPT models; this one has {name}")
+            return None
+    try:
+        return plan.Model.from_arguments(_command_line(arguments))
+    except plan.PlanError as error:
+        notes.append(f"FLOPs are not known: {error.problems[0]}")
+        return None
+
+
+def _command_line(arguments: Namespace) -> list[str]:
+    """The part of Megatron's command line that says what model it is."""
+    values = vars(arguments)
+    argv = []
+    for name in (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels num_query_groups "
+        "seq_length max_position_embeddings vocab_size padded_vocab_size normalization "
+        "position_embedding_type tensor_model_parallel_size"
+    ).split():
+        if values.get(name) is not None:
+            argv += [f"--{name.replace('_', '-')}", str(values[name])]
+    for name in (
+        "xielu xiprelu swiglu squared_relu quick_geglu group_query_attention qk_layernorm "
+        "untie_embeddings_and_output_weights add_qkv_bias use_rotary_position_embeddings"
+    ).split():
+        if values.get(name):
+            argv.append(f"--{name.replace('_', '-')}")
+    if not values.get("add_bias_linear", True):
+        argv.append("--disable-bias-linear")
+    if values.get("spec"):
+        argv += ["--spec", *map(str, values["spec"])]
+    return argv
+
+
+def _activation(arguments: Namespace | None, model: plan.Model | None) -> str | None:
+    if model is not None:
+        return model.activation
+    if arguments is None:
+        return None
+    with suppress(plan.PlanError):
+        argv = [*_command_line(arguments), "--padded-vocab-size", "1"]
+        return plan.Model.from_arguments(argv).activation
+    return None
+
+
+def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        notes.append(f"{path} cannot be read: {error}")
+        return None
+
+
+# Alphas
+
+
+def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
+    name = str(run.activation)
+    written = {side: _rows(run.scalars, f"alpha_{side}") for side in "pn"}
+    saved = _saved_alphas(checkpoints, name, run.notes) if name in SHAPED else None
+    names = sorted(written["p"]) or (saved.names if saved else [])
+    if not names:
+        run.notes.append("no alphas: neither in event files nor in checkpoints")
+        return
+    histories = {side: _history(written[side], names) for side in "pn"}
+    if saved is not None and saved.names == names:
+        for side, values in (("p", saved.positive), ("n", saved.negative)):
+            of_checkpoints = History(np.array(saved.iterations[1:]), np.array(values[1:]))
+            histories[side] = _merged(histories[side], of_checkpoints, run.notes, f"alpha_{side}")
+    elif saved is not None:
+        run.notes.append("event files and checkpoints have alphas of different layers")
+    trained_here = run.arguments is not None and not (
+        getattr(run.arguments, "finetune", False)
+        or getattr(run.arguments, "pretrained_checkpoint", None)
+    )
+    start = run_files.initial_alphas(run.arguments) if trained_here else None
+    if start is not None:
+        for side, value in zip("pn", start, strict=True):
+            old = histories[side]
+            histories[side] = History(
+                np.concatenate([[0], old.iterations]),
+                np.concatenate([np.full((1, len(names)), value), old.values]),
+            )
+    run.alpha_names, run.alpha_p, run.alpha_n = names, histories["p"], histories["n"]
+    norms = _rows(run.scalars, "alpha_grad_norm")
+    if set(names) <= set(norms):
+        run.alpha_grad_norm = _history(norms, names)
+    if run.activation in SHAPED:
+        run.layers = _layers(run, start)
+
+
+def _rows(scalars: dict[str, Series], tag: str) -> dict[str, Series]:
+    return {
+        name.removeprefix(f"{tag}/"): series
+        for name, series in scalars.items()
+        if name.startswith(f"{tag}/")
+    }
+
+
+def _saved_alphas(
+    checkpoints: dict[int, Path], name: str, notes: list[str]
+) -> run_files.Alphas | None:
+    """Of at most `_READ_CHECKPOINTS`, evenly spaced, with the last."""
+    chosen = list(checkpoints)
+    stride = -(-len(chosen) // _READ_CHECKPOINTS) or 1
+    readable = {i: checkpoints[i] for i in chosen[::-stride][::-1]}
+    if not readable:
+        return None
+    try:
+        alphas = run_files.read_alphas(readable, name)
+    except (Refused, OSError) as error:
+        notes.append(f"alphas of checkpoints are left out: {error}")
+        return None
+    return alphas if alphas.names else None
+
+
+def _history(rows: dict[str, Series], names: Sequence[str]) -> History:
+    """The iterations that every row has."""
+    if not rows:
+        return History(np.zeros(0, np.int64), np.zeros((0, len(names))))
+    iterations = rows[names[0]].steps
+    for name in names[1:]:
+        if not np.array_equal(rows[name].steps, iterations):
+            iterations = np.intersect1d(iterations, rows[name].steps)
+    columns = [rows[name].values[np.isin(rows[name].steps, iterations)] for name in names]
+    return History(iterations, np.stack(columns, axis=1))
+
+
+def _merged(written: History, saved: History, notes: list[str], what: str) -> History:
+    """Event files, and checkpoints at iterations that those lack; told where they differ."""
+    both, here, there = np.intersect1d(
+        written.iterations, saved.iterations, assume_unique=True, return_indices=True
+    )
+    expected = saved.values[there]
+    apart = ~np.isclose(written.values[here], expected, rtol=_AGREEMENT, atol=0).all(axis=1)
+    if apart.any():
+        notes.append(
+            f"{what} at iteration {', '.join(map(str, both[apart][:3]))} is another in the event "
+            "files than in the checkpoint: are they of one run?"
+        )
+    new = ~np.isin(saved.iterations, both)
+    iterations = np.concatenate([written.iterations, saved.iterations[new]])
+    order = np.argsort(iterations, kind="stable")
+    return History(iterations[order], np.concatenate([written.values, saved.values[new]])[order])
+
+
+def _layers(run: Run, start: tuple[float, float] | None) -> list[Layer]:
+    assert run.alpha_p is not None and run.alpha_n is not None
+    normal, beta = Inputs.standard_normal(), run_files.beta(run.arguments)
+    last = getattr(run.arguments, "num_layers", 0)
+    layers = []
+    for column, name in enumerate(run.alpha_names):
+        alpha_p, alpha_n = (float(h.values[-1, column]) for h in (run.alpha_p, run.alpha_n))
+        shape = Shape(str(run.activation), alpha_p, alpha_n, beta)
+        measured = run.measured.get(name)
+        inputs = measured.inputs if measured else None
+        layers.append(
+            Layer(
+                name=name,
+                depth=depth(name, last),
+                shape=shape,
+                start=start,
+                by_normal=nonlinearity(shape.value, normal),
+                by_measured=None if inputs is None else nonlinearity(shape.value, inputs),
+            )
+        )
+    return layers
+
+
+def _measured(evaluation: dict[str, Any] | None, notes: list[str]) -> dict[str, Measured]:
+    found = {}
+    for entry in (evaluation or {}).get("layers") or []:
+        try:
+            depth = int(entry["layer"]) - 1
+            histogram = entry.get("histogram")
+            found[f"layer_{depth:02d}"] = Measured(
+                depth,
+                float(entry["negative_share"]),
+                Inputs.histogram(histogram["edges"], histogram["counts"]) if histogram else None,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            notes.append(f"{EVALUATION}: a layer cannot be read ({describe(error)})")
+    return found

@@ -1,0 +1,135 @@
+"""The numbers of a report as text, a row for a run or a layer: for the page and the terminal."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from megatron_xielu.report.run import Layer, Run
+
+MISSING = "–"
+_SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+_SIZES = [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")]
+
+RUN_COLUMNS = (
+    "run",
+    "activation",
+    "iterations",
+    "parameters",
+    "tokens",
+    "FLOPs",
+    "train loss",
+    "valid. loss",
+    "valid. PPL",
+    "bits/byte",
+    "tokens/s",
+)
+
+
+def run_row(run: Run) -> list[str]:
+    """The texts under `RUN_COLUMNS`."""
+    valid = run.final_validation_loss
+    return [
+        run.name,
+        run.label,
+        _progress(run),
+        size(run.parameters),
+        size(run.total_tokens),
+        scientific(run.total_flops),
+        decimal(run.final_train_loss, 4),
+        decimal(valid, 4),
+        decimal(math.exp(min(valid, 700.0)) if valid is not None else None, 3),
+        decimal(_number(run, "bits_per_byte"), 4),
+        size(run.tokens_per_second),
+    ]
+
+
+def evaluated(run: Run) -> str | None:
+    """What ``megatron_xielu.evaluate`` found, in a line; None if it was not run."""
+    loss, iteration = _number(run, "loss"), _number(run, "iteration")
+    if loss is None:
+        return None
+    text = f"evaluated after iteration {decimal(iteration, 0)}: loss {decimal(loss, 4)}"
+    text += f", perplexity {decimal(math.exp(min(loss, 700.0)), 3)}"
+    bits = _number(run, "bits_per_byte")
+    return text + (f", {decimal(bits, 4)} bits per byte" if bits is not None else "")
+
+
+def layer_columns(run: Run) -> list[str]:
+    """The heads of `layer_row`."""
+    columns = ["layer", "αp", "αn", "nonlinearity"]
+    return columns + (["on measured x", "negative x"] if run.measured else [])
+
+
+def layer_row(run: Run, layer: Layer) -> list[str]:
+    """The texts under `layer_columns`."""
+    ends = (layer.shape.alpha_p, layer.shape.alpha_n)
+    starts = layer.start or (None, None)
+    row = [re.sub(r"^layer_0*(?=\d)", "", layer.name)]
+    row += [
+        decimal(end, 4) if start is None else f"{decimal(start, 2)} → {decimal(end, 4)}"
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    row.append(decimal(layer.by_normal, 3))
+    if run.measured:
+        measured = run.measured.get(layer.name)
+        row += [
+            decimal(layer.by_measured, 3),
+            f"{100 * measured.negative_share:.1f} %" if measured else MISSING,
+        ]
+    return row
+
+
+def size(number: float | None) -> str:
+    """1.1 B, 350 M, 12.3 k."""
+    if number is None:
+        return MISSING
+    for unit, letter in _SIZES:
+        if abs(number) >= unit:
+            return f"{number / unit:.4g} {letter}"
+    return f"{number:.4g}"
+
+
+def scientific(number: float | None) -> str:
+    """8.10·10²⁰."""
+    if not number:
+        return MISSING
+    mantissa, exponent = f"{number:.2e}".split("e")
+    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def decimal(number: float | None, places: int) -> str:
+    """With a fixed number of places; large ones without, tiny ones in powers of ten."""
+    if number is None:
+        return MISSING
+    if not math.isfinite(number):
+        return str(number)
+    if number and abs(number) < 0.5 * 10**-places:
+        return scientific(number)
+    return f"{number:,.{places}f}" if abs(number) < 1e6 else scientific(number)
+
+
+def _number(run: Run, key: str) -> float | None:
+    value = (run.evaluation or {}).get(key)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _progress(run: Run) -> str:
+    if not run.iterations:
+        return MISSING
+    planned = run.planned_iterations
+    if planned and planned != run.iterations:
+        return f"{run.iterations:,} of {planned:,}"
+    return f"{run.iterations:,}"
+
+
+def missing_statistics(runs: Sequence[Run]) -> str | None:
+    """How to get what the runs lack; None if they lack nothing."""
+    lacking = [run for run in runs if not run.measured]
+    if not lacking:
+        return None
+    return (
+        f"python -m megatron_xielu.evaluate --load {lacking[0].folder}/checkpoints "
+        "--data-path DATA --activation-statistics"
+    )

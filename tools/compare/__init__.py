@@ -1,0 +1,1 @@
+"""What ``tools/compare_activations.py`` is made of."""

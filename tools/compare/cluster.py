@@ -1,0 +1,112 @@
+"""The presets that run on a cluster: the commands to submit, with what each will take.
+
+Nothing is run here. Each line is ``examples/slurm/pretrain.sbatch`` around examples/pretrain.sh,
+which puts the Megatron command together; the numbers are those of its plan.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compare import equal_cost
+from compare.variants import Variant
+from megatron_xielu.plan import Cluster, Plan
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_LAUNCHER = _REPOSITORY / "examples" / "pretrain.sh"
+_GPUS_PER_NODE = 8
+_ENTRY = "megatron_xielu.pretrain_gpt"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model file of examples/models, and the nodes of the authors' run."""
+
+    model: str
+    nodes: int
+
+
+PRESETS = {"paper-1b": Preset("llama_1b", 11), "paper-3b": Preset("llama_3b", 32)}
+
+
+def show(
+    preset: Preset, variants: Sequence[Variant], seeds: Sequence[int], out: Path, baseline: str
+) -> str:
+    """The commands and the plan, as text.
+
+    Raises:
+        SystemExit: the variants are not at equal cost.
+    """
+    plans = {variant.name: _plan(preset, variant) for variant in variants}
+    costs = {name: equal_cost.Cost(plan.model) for name, plan in plans.items()}
+    equal_cost.check(costs, baseline)
+    any_plan = plans[baseline]
+    schedule = any_plan.schedule()
+    hours = schedule.steps * any_plan.seconds_per_step() / 3600
+    gpus = any_plan.cluster.gpus
+    lines = [
+        equal_cost.table(costs, {variant.name: variant.label for variant in variants}, baseline),
+        "",
+        f"a run: {schedule.steps:,} steps of {any_plan.tokens_per_step():,} tokens, "
+        f"{any_plan.flops():.3g} FLOPs; on {preset.nodes} nodes of {_GPUS_PER_NODE} H100 "
+        f"{hours:.1f} hours, {hours * gpus:,.0f} GPU-hours at an assumed MFU of "
+        f"{any_plan.cluster.mfu:.0%}",
+        f"all {len(variants) * len(seeds)} runs: {len(variants) * len(seeds) * hours * gpus:,.0f} "
+        "GPU-hours",
+        "",
+        "# Prepare the data (docs/data.md) and set DATA_ARGS first; then, on a login node:",
+    ]
+    folders = []
+    for seed in seeds:
+        for variant in variants:
+            folder = out / variant.name / f"seed_{seed}"
+            folders.append(str(folder))
+            lines.append(_command(preset, variant, seed, folder))
+    lines += [
+        "",
+        "# and afterwards:",
+        f"python -m megatron_xielu.report {shlex.join(folders)} --output {out}/report",
+    ]
+    return "\n".join(lines)
+
+
+def _changes(variant: Variant) -> list[str]:
+    """The flags that make an ablation of an activation."""
+    return [flag for flag in variant.flags if flag not in variant.activation.flags]
+
+
+def _command(preset: Preset, variant: Variant, seed: int, folder: Path) -> str:
+    activation = variant.name.partition("-")[0]
+    what = f"MODEL={preset.model} ACTIVATION={activation} SEED={seed}"
+    where = f'DATA_ARGS="$DATA_ARGS" RUN_DIR={shlex.quote(str(folder))}'
+    nodes = f"--nodes {preset.nodes} --gpus-per-node {_GPUS_PER_NODE} --time 24:00:00"
+    words = ["sbatch", nodes, "examples/slurm/pretrain.sbatch", *_changes(variant)]
+    return f"{what} {where} {' '.join(words)}"
+
+
+def _plan(preset: Preset, variant: Variant) -> Plan:
+    """The plan of the command that the launcher would run."""
+    activation = variant.name.partition("-")[0]
+    environment = {
+        **{"PATH": os.environ["PATH"], "MODEL": preset.model, "ACTIVATION": activation},
+        **{"NNODES": str(preset.nodes), "GPUS_PER_NODE": str(_GPUS_PER_NODE)},
+    }
+    done = subprocess.run(
+        [str(_LAUNCHER), "--dry-run", *_changes(variant)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    command, _, _ = done.stdout.partition("\n\n")
+    words = shlex.split(command)
+    if _ENTRY not in words:
+        raise SystemExit(f"compare: {_LAUNCHER} --dry-run failed:\n{done.stdout}{done.stderr}")
+    return Plan(
+        words[words.index(_ENTRY) + 1 :],
+        cluster=Cluster(nodes=preset.nodes, gpus_per_node=_GPUS_PER_NODE),
+    )

@@ -1,0 +1,83 @@
+"""Parameters and FLOPs of every variant, and the refusal to compare where they are not equal.
+
+Both are those of ``python -m megatron_xielu.plan``, computed from the command line that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_xielu.plan import Model
+
+TOLERANCE = 0.001
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one variant: ``parameters`` of the model, ``flops`` of training on a token."""
+
+    model: Model
+
+    @property
+    def parameters(self) -> int:
+        """All of the model, alphas included."""
+        return self.model.parameters()
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward."""
+        return self.model.flops_per_token()
+
+    def ffn_matching(self, other: Cost) -> int:
+        """The ffn width with which this model has as many parameters as ``other``."""
+        slope = replace(self.model, ffn=self.model.ffn + 1).parameters() - self.parameters
+        return self.model.ffn + round((other.parameters - self.parameters) / slope)
+
+
+def costs(flags: Mapping[str, list[str]]) -> dict[str, Cost]:
+    """Costs by variant, from Megatron's flags by variant."""
+    return {name: Cost(Model.from_arguments(words)) for name, words in flags.items()}
+
+
+def check(found: Mapping[str, Cost], baseline: str) -> None:
+    """Refuse a comparison at unequal cost.
+
+    Raises:
+        SystemExit: parameters or FLOPs differ from the baseline's by more than `TOLERANCE`;
+            names the variant and the width that would match.
+    """
+    wanted, problems = found[baseline], []
+    for name, cost in found.items():
+        for what, here, there in (
+            ("parameters", cost.parameters, wanted.parameters),
+            ("FLOPs per token", cost.flops, wanted.flops),
+        ):
+            if abs(here / there - 1) > TOLERANCE:
+                problems.append(
+                    f"  {name} has {here:,} {what}, {100 * (here / there - 1):+.2f} % of "
+                    f"{baseline}'s {there:,}"
+                )
+        if problems and problems[-1].startswith(f"  {name} "):
+            problems.append(
+                f"  --ffn {name}={cost.ffn_matching(wanted)} would match (now {cost.model.ffn})"
+            )
+    if problems:
+        allowed = f"compare: not at equal cost, {100 * TOLERANCE:g} % at most is allowed:"
+        raise SystemExit("\n".join([allowed, *problems]))
+
+
+def table(found: Mapping[str, Cost], labels: Mapping[str, str], baseline: str) -> str:
+    """The costs for the terminal."""
+    wanted, width = found[baseline], max(len(label) for label in labels.values())
+    lines = [
+        f"{'':{width}} {'ffn':>6} {'parameters':>14} {'':9} {'FLOPs per token':>16} {'':9}",
+    ]
+    for name, cost in found.items():
+        parameters = 100 * (cost.parameters / wanted.parameters - 1)
+        flops = 100 * (cost.flops / wanted.flops - 1)
+        lines.append(
+            f"{labels[name]:{width}} {cost.model.ffn:6,} {cost.parameters:14,} "
+            f"{parameters:+8.4f}% {cost.flops:16,} {flops:+8.4f}%"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""What a finished training left: losses by iteration, speed, memory, parameters, alphas over time.
+
+From the event files that Megatron writes, its checkpoint and its log. Alphas are effective ones,
+as they stand in the formula.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compare.settings import Settings
+from compare.variants import Variant
+from megatron_xielu.report.run_files import (
+    Alphas,
+    Curve,
+    complete_checkpoints,
+    count_parameters,
+    read_events,
+)
+
+_TRAIN, _VALID = "lm loss", "lm loss validation"
+_MEMORY = "mem-max-allocated-bytes"
+_ALPHA_POINTS = 25  # kept of an alpha's history
+
+# Events reach the disk every two minutes only: of a training that was killed, the log knows more.
+_IN_LOG = {
+    _TRAIN: re.compile(r"iteration +(\d+)/.*\| lm loss: ([\d.E+-]+) \|"),
+    _VALID: re.compile(r"validation loss at iteration (\d+) .*\| lm loss value: ([\d.E+-]+) \|"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished training. Losses are in nats per token.
+
+    ``memory``: bytes, of the process that takes most, or of the GPU (``memory_of``).
+    """
+
+    variant: str
+    seed: int
+    parameters: int
+    tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    memory: float
+    memory_of: str
+    train: Curve
+    valid: Curve
+    alphas: Alphas | None
+
+    @property
+    def valid_loss(self) -> float:
+        """On held-out text after the last iteration."""
+        return self.valid[-1][1]
+
+    @property
+    def perplexity(self) -> float:
+        """Of the same."""
+        return math.exp(self.valid_loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, in plain types; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Record:
+        """The inverse of `to_json`."""
+        curves = {key: [(step, loss) for step, loss in content[key]] for key in ("train", "valid")}
+        alphas = Alphas(**content["alphas"]) if content["alphas"] else None
+        return cls(**{**content, **curves, "alphas": alphas})
+
+
+def read_record(
+    folder: Path, settings: Settings, variant: Variant, seed: int, *, peak_rss: int, on_gpu: bool
+) -> Record:
+    """Collect the record of the training in ``folder``.
+
+    Args:
+        folder: holds ``events``, ``checkpoints`` and ``log.txt``.
+        settings: what it was trained with.
+        variant: the same.
+        seed: the same.
+        peak_rss: bytes of its largest process; what is reported without a GPU.
+        on_gpu: where it ran.
+
+    Raises:
+        SystemExit: a file is missing or ends early.
+    """
+    events = read_events(folder / "events")
+    for tag in (_TRAIN, _VALID):
+        if not events.get(tag) or events[tag][-1][0] != settings.iterations:
+            raise SystemExit(
+                f"compare: {folder / 'events'} has no '{tag}' at iteration {settings.iterations}; "
+                f"delete {folder} and run the same command again"
+            )
+    # The first iterations of a process are slower (memory, caches); a median does not see them.
+    seconds = statistics.median(value for _, value in events["iteration-time"])
+    checkpoint = complete_checkpoints(folder / "checkpoints")[settings.iterations]
+    return Record(
+        variant=variant.name,
+        seed=seed,
+        parameters=count_parameters(checkpoint),
+        tokens=settings.iterations * settings.tokens_per_iteration,
+        step_seconds=seconds,
+        tokens_per_second=settings.tokens_per_iteration / seconds,
+        memory=max(value for _, value in events[_MEMORY]) if on_gpu else peak_rss,
+        memory_of="GPU, allocated" if on_gpu else "largest process, resident",
+        train=complete(events, folder / "log.txt", _TRAIN),
+        valid=complete(events, folder / "log.txt", _VALID),
+        alphas=read_alphas(events, variant) if variant.has_alphas else None,
+    )
+
+
+def complete(events: dict[str, Curve], log: Path, tag: str) -> Curve:
+    """The curve of ``tag``; iterations that the events lack are as the log has them (7 digits)."""
+    with log.open(errors="replace") as lines:
+        matches = [match for line in lines if (match := _IN_LOG[tag].search(line))]
+    logged = {int(match[1]): float(match[2]) for match in matches}
+    return sorted({**logged, **dict(events[tag])}.items())
+
+
+def read_alphas(events: dict[str, Curve], variant: Variant) -> Alphas:
+    """Effective alphas of every layer: where they start, and some of every iteration's."""
+    layers = sorted(tag.partition("/")[2] for tag in events if tag.startswith("alpha_p/"))
+    curves = {
+        side: [dict(events[f"alpha_{side}/{layer}"]) for layer in layers] for side in ("p", "n")
+    }
+    steps = sorted(curves["p"][0])
+    every = max(1, len(steps) // _ALPHA_POINTS)
+    steps = [*steps[every - 1 : -1 : every], steps[-1]]
+    return Alphas(
+        [0, *steps],
+        *(
+            [[start] * len(layers), *([curve[step] for curve in curves[side]] for step in steps)]
+            for side, start in zip(("p", "n"), variant.init, strict=True)
+        ),
+    )

@@ -1,0 +1,244 @@
+"""The results of a comparison: tables for the terminal and Markdown, ``results.json``, pictures.
+
+What is written is small enough to be committed: ``results.md``, ``results.json``, ``loss.png``,
+``differences.png`` and ``alphas.png``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compare import paired, plots
+from compare.equal_cost import Cost
+from compare.paired import Comparison, Spread
+from compare.plots import Records
+from compare.text import write_json, write_text
+from compare.variants import Variant
+
+TINY_NOTE = (
+    "These are tiny models on very little text: no evidence for or against the paper's claim."
+)
+ONE_SEED_NOTE = "One seed shows no noise: whether a difference is one cannot be said (--seeds 3)."
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a comparison was: for the captions, and to do it again.
+
+    ``unit`` is what a token is; ``context`` lines say what, where and when.
+    """
+
+    preset: str
+    unit: str
+    baseline: str
+    notes: tuple[str, ...]
+    context: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def caption(self) -> str:
+        """Under every picture's title."""
+        return f"{self.preset}, {self.context['device']}, {self.context['date']}"
+
+
+def write(
+    out: Path,
+    records: Records,
+    variants: Sequence[Variant],
+    costs: Mapping[str, Cost],
+    setup: Setup,
+) -> str:
+    """Write everything to ``out``; returns the Markdown.
+
+    Args:
+        out: a folder, made if it is missing.
+        records: by variant and seed; a variant with no record is left out.
+        variants: in the order to show them.
+        costs: by variant.
+        setup: what to say of it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    variants = [variant for variant in variants if records.get(variant.name)]
+    comparisons = _compare(records, setup.baseline)
+    shown = markdown(records, variants, costs, comparisons, setup)
+    write_json(out / "results.json", _json(records, variants, costs, comparisons, setup))
+    plots.plot_losses(records, variants, out / "loss.png", caption=setup.caption, unit=setup.unit)
+    if comparisons:
+        plots.plot_differences(
+            comparisons,
+            variants,
+            out / "differences.png",
+            caption=setup.caption,
+            unit=setup.unit,
+        )
+    if any(variant.has_alphas for variant in variants):
+        plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
+    write_text(out / "results.md", shown)
+    return shown
+
+
+def _compare(records: Records, baseline: str) -> list[Comparison]:
+    if not records.get(baseline):
+        return []
+    losses = {
+        name: {seed: record.valid_loss for seed, record in of_seed.items()}
+        for name, of_seed in records.items()
+        if of_seed
+    }
+    return paired.compare(losses, baseline)
+
+
+def spreads(records: Records, name: str) -> dict[str, Spread]:
+    """Of every quantity that is reported, over the seeds of a variant."""
+    found = list(records[name].values())
+    return {
+        "validation_loss": Spread.of([record.valid_loss for record in found]),
+        "perplexity": Spread.of([record.perplexity for record in found]),
+        "step_seconds": Spread.of([record.step_seconds for record in found]),
+        "tokens_per_second": Spread.of([record.tokens_per_second for record in found]),
+        "memory_bytes": Spread.of([record.memory for record in found]),
+    }
+
+
+def markdown(
+    records: Records,
+    variants: Sequence[Variant],
+    costs: Mapping[str, Cost],
+    comparisons: Sequence[Comparison],
+    setup: Setup,
+) -> str:
+    """The report, for people."""
+    labels = {variant.name: variant.label for variant in variants}
+    seeds = sorted({seed for of_seed in records.values() for seed in of_seed})
+    memory = next(iter(next(iter(records[v.name].values())) for v in variants)).memory_of
+    several = len(seeds) > 1
+    lines = [f"# Activations at equal cost: {setup.preset}", ""]
+    lines += [f"- {key}: {value}" for key, value in setup.context.items()]
+    lines += [f"- seeds: {', '.join(map(str, seeds))}", ""]
+    lines += [f"**{note}**\n" for note in setup.notes]
+    spread = ", mean ± sample standard deviation over n seeds" if several else ""
+    lines += [
+        f"Held-out loss in nats per {setup.unit} after the last iteration{spread}. "
+        f"Memory: {memory}. Step time: the median over a run's iterations.",
+        "",
+        "| | n | ffn | parameters | FLOPs per token | held-out loss | perplexity | step [ms] | "
+        f"{setup.unit}s/s | memory [MiB] |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        found, cost = spreads(records, variant.name), costs[variant.name]
+        step, peak = found["step_seconds"], found["memory_bytes"]
+        lines.append(
+            f"| {variant.label} | {step.n} | {cost.model.ffn:,} | {cost.parameters:,} | "
+            f"{cost.flops:,} | {found['validation_loss'].show('.4f')} | "
+            f"{found['perplexity'].show('.3f')} | {_scaled(step, 1e3).show(',.1f')} | "
+            f"{found['tokens_per_second'].show(',.0f')} | {_scaled(peak, 2**-20).show(',.0f')} |"
+        )
+    if comparisons:
+        lines += ["", *_comparison_lines(comparisons, labels, setup)]
+    lines += ["", "![losses](loss.png)"]
+    lines += ["", "![paired differences](differences.png)"] if comparisons else []
+    if any(variant.has_alphas for variant in variants):
+        lines += ["", *_alpha_lines(records, variants), "", "![alphas](alphas.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_lines(
+    comparisons: Sequence[Comparison], labels: Mapping[str, str], setup: Setup
+) -> list[str]:
+    baseline = labels[setup.baseline]
+    lines = [
+        f"Paired with {baseline}: the same seed has the same data in the same order. Negative is "
+        f"better than {baseline}.",
+        "",
+        "| | differences by seed | mean | 95 % interval | p | p, Holm | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in comparisons:
+        by_seed = ", ".join(f"{value:+.4f}" for value in one.differences.values())
+        interval = "–" if one.interval is None else "{:+.4f} to {:+.4f}".format(*one.interval)
+        p, p_holm = ("–" if p is None else f"{p:.3g}" for p in (one.p, one.p_holm))
+        lines.append(
+            f"| {labels[one.variant]} | {by_seed} | {one.mean:+.4f} | {interval} | {p} | "
+            f"{p_holm} | {one.verdict} |"
+        )
+    if all(one.interval for one in comparisons):
+        number = max(len(one.differences) for one in comparisons)
+        lines += [
+            "",
+            f"Student's t with n − 1 degrees of freedom, n = {number} seeds. An interval stands "
+            f"for one comparison alone. The verdict is about all {len(comparisons)}: a difference "
+            "is one where Holm's adjusted p is below 0.05, so that the chance of any false one "
+            "here is at most 5 %. Few seeds find large differences only, and “within noise” does "
+            "not say that two are equal. Seeds vary the initial weights and the order of the "
+            "data; another text or size is not covered.",
+        ]
+    return lines
+
+
+def _alpha_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
+    lines = ["Effective alphas after the last iteration, mean over seeds, first layer to last:", ""]
+    for variant in variants:
+        alphas = [record.alphas for record in records[variant.name].values() if record.alphas]
+        for symbol, side in (("αp", "positive"), ("αn", "negative")) if alphas else ():
+            by_layer = zip(*(getattr(one, side)[-1] for one in alphas), strict=True)
+            shown = "  ".join(f"{sum(layer) / len(layer):.3f}" for layer in by_layer)
+            lines.append(f"- {variant.label} {symbol}: {shown}")
+    return lines
+
+
+def _scaled(spread: Spread, by: float) -> Spread:
+    sd = None if spread.sd is None else spread.sd * by
+    return Spread(spread.mean * by, sd, spread.n)
+
+
+def _json(
+    records: Records,
+    variants: Sequence[Variant],
+    costs: Mapping[str, Cost],
+    comparisons: Sequence[Comparison],
+    setup: Setup,
+) -> dict[str, Any]:
+    return {
+        "preset": setup.preset,
+        "notes": list(setup.notes),
+        "unit": f"nats per {setup.unit}",
+        "context": setup.context,
+        "settings": setup.settings,
+        "variants": {
+            variant.name: {
+                "label": variant.label,
+                "ffn": costs[variant.name].model.ffn,
+                "parameters": costs[variant.name].parameters,
+                "flops_per_token": costs[variant.name].flops,
+                **{key: asdict(spread) for key, spread in spreads(records, variant.name).items()},
+                "seeds": {
+                    str(seed): _run_json(record)
+                    for seed, record in sorted(records[variant.name].items())
+                },
+            }
+            for variant in variants
+        },
+        "baseline": setup.baseline,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+
+
+def _run_json(record: Any) -> dict[str, Any]:
+    found = {
+        "parameters": record.parameters,
+        "tokens": record.tokens,
+        "validation": record.valid,
+        "perplexity": record.perplexity,
+        "step_seconds": record.step_seconds,
+        "tokens_per_second": record.tokens_per_second,
+        "memory_bytes": record.memory,
+        "memory_of": record.memory_of,
+    }
+    if record.alphas:
+        found["alpha_p"] = record.alphas.positive[-1]
+        found["alpha_n"] = record.alphas.negative[-1]
+    return found

@@ -1,0 +1,104 @@
+"""What can be compared: five activations, and xIELU and xIPReLU with one thing changed.
+
+    xielu   xiprelu   relu2   swiglu   gelu
+    xielu-frozen            alphas stay where they start
+    xielu-shared            one pair for all layers
+    xielu-init-0.4          αp starts at 0.4 (0.8 is the default), αn as ever
+    xielu-init-0.4-1.2      αp starts at 0.4, αn at 1.2
+    xielu-beta-0.3          β is 0.3 (0.5 is the default)
+
+and the same with xiprelu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_INIT = 0.8
+DEFAULT_BETA = 0.5
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``gated`` MLPs have a third matrix; ``trainable`` activations have alphas."""
+
+    label: str
+    flags: tuple[str, ...]
+    gated: bool = False
+    trainable: bool = False
+
+
+ACTIVATIONS = {
+    "xielu": Activation("xIELU", ("--xielu",), trainable=True),
+    "xiprelu": Activation("xIPReLU", ("--xiprelu",), trainable=True),
+    "relu2": Activation("ReLU²", ("--squared-relu",)),
+    "swiglu": Activation("SwiGLU", ("--swiglu",), gated=True),
+    # Megatron's default; its fused form wants the linear biases that these models do not have.
+    "gelu": Activation("GELU", ("--no-bias-gelu-fusion",)),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An activation as it is trained: ``flags`` choose it, ``init`` is where αp and αn start."""
+
+    name: str
+    label: str
+    activation: Activation
+    flags: tuple[str, ...]
+    init: tuple[float, float] = (DEFAULT_INIT, DEFAULT_INIT)
+
+    @property
+    def has_alphas(self) -> bool:
+        """Whether there are alphas to show."""
+        return self.activation.trainable
+
+
+def parse(name: str) -> Variant:
+    """The variant of a name as above.
+
+    Raises:
+        ValueError: there is none; the message says what there is.
+    """
+    key, dash, change = name.partition("-")
+    activation = ACTIVATIONS.get(key)
+    if activation is None:
+        raise ValueError(f"{name!r}: no such activation; there are {', '.join(ACTIVATIONS)}")
+    label, flags = activation.label, activation.flags
+    if not dash:
+        return Variant(name, label, activation, flags)
+    what, *values = change.split("-")
+    if activation.trainable:
+        if what in ("frozen", "shared") and not values:
+            said = "alphas frozen" if what == "frozen" else "one pair for all layers"
+            flags = (*flags, f"--xielu-{what}-alphas")
+            return Variant(name, f"{label}, {said}", activation, flags)
+        numbers = _numbers(values)
+        if what == "beta" and len(numbers) == 1:
+            flags = (*flags, "--xielu-beta", values[0])
+            return Variant(name, f"{label}, β {values[0]}", activation, flags)
+        if what == "init" and len(numbers) in (1, 2):
+            return _with_inits(name, activation, key, numbers)
+    raise ValueError(
+        f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, -init-P, "
+        "-init-P-N and -beta-B with numbers for P, N and B: xielu-init-0.4"
+    )
+
+
+def _with_inits(name: str, activation: Activation, key: str, numbers: list[float]) -> Variant:
+    positive, negative = (*numbers, DEFAULT_INIT)[:2]
+    if key == "xielu" and negative <= DEFAULT_BETA:
+        raise ValueError(f"{name!r}: αn of xIELU starts above β = {DEFAULT_BETA}")
+    label, flags = f"{activation.label}, αp from {positive:g}", activation.flags
+    flags = (*flags, "--xielu-alpha-p-init", f"{positive:g}")
+    if len(numbers) == 2:
+        label += f", αn from {negative:g}"
+        flags = (*flags, "--xielu-alpha-n-init", f"{negative:g}")
+    return Variant(name, label, activation, flags, (positive, negative))
+
+
+def _numbers(values: list[str]) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return []

@@ -1,0 +1,456 @@
+"""Train activations at equal cost, on the same data in the same order, and say what differs.
+
+    tools/compare_activations.py tiny --seeds 3 --out runs/tiny
+
+trains xIELU, xIPReLU, ReLU², SwiGLU and GELU one after another with Megatron, each with every
+seed, and writes tables and pictures to ``OUT/results`` and a page to ``OUT/report``. Run it again
+after an interruption and it goes on: finished runs are kept, a started one resumes from its last
+checkpoint. The settings are kept with the results; a run with others is refused. Presets:
+
+    quick        exercises everything in minutes; its losses mean nothing
+    tiny         a small Llama on bytes of Python's standard library, on a CPU (``make demo``)
+    small        50M parameters on 99 MB of prose and code, on one GPU
+    paper-1b     the paper's models: prints the commands for a cluster, and runs nothing
+    paper-3b
+
+docs/compare.md has the rest; the code is in tools/compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compare import equal_cost, results
+from compare.records import Record, read_record
+from compare.settings import PRESETS, Settings, megatron_flags
+from compare.text import Text, write_json
+from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
+from compare.variants import ACTIVATIONS, Variant, parse
+
+from megatron_xielu.report.run_files import saved_iteration
+
+_FIRST_SEED = 42
+_DEFAULT_BASELINE = "swiglu"
+_CLUSTER_PRESETS = ("paper-1b", "paper-3b")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs: ``device`` is a GPU's name or ``"cpu"``."""
+
+    device: str
+    tensor_parallel: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the trainings use GPUs."""
+        return self.device != "cpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant with a seed, in a folder of its own."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+    flags: list[str]
+
+    @property
+    def label(self) -> str:
+        """What people read."""
+        return f"{self.variant.label}, seed {self.seed}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is not finished yet, then write the results of all that is."""
+    options = parse_options(argv)
+    out = options.out.resolve()
+    if options.preset in _CLUSTER_PRESETS:
+        from compare import cluster
+
+        preset, variants = cluster.PRESETS[options.preset], options.variants
+        print(cluster.show(preset, variants, options.seeds, options.out, options.baseline))
+        return
+    begin = time.monotonic()
+    raise_on_stop_signals()
+    try:
+        records = _compare(options, out)
+    except Stopped as stopped:
+        print(f"\nstopped; run the same command again to resume (kept in {out})", flush=True)
+        raise SystemExit(128 + stopped.signum) from None
+    folders = [folder_of(out, name, seed) for name, found in records.items() for seed in found]
+    write_page(folders, out / "report")
+    print(f"{_minutes(time.monotonic() - begin)}; written to {out}:")
+    print("  results/: results.md, results.json, pictures; a folder for every run")
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ``variants`` and ``seeds`` are ready to use."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="docs/compare.md says more."
+    )
+    parser.add_argument("preset", choices=[*PRESETS, *_CLUSTER_PRESETS])
+    parser.add_argument("--out", type=Path, help="folder for everything [runs/PRESET]")
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        choices=list(ACTIVATIONS),
+        default=list(ACTIVATIONS),
+        metavar="NAME",
+        help=f"which of {', '.join(ACTIVATIONS)} [all]",
+    )
+    parser.add_argument(
+        "--ablation",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also xielu-frozen, xielu-shared, xielu-init-0.4, xielu-beta-0.3, xiprelu-frozen, …",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=[_FIRST_SEED],
+        metavar="N",
+        help="how many, or which with a comma: 3, or 1,2,3 [1; 3 or more to tell noise]",
+    )
+    parser.add_argument(
+        "--baseline", help="what the others are compared with [swiglu, else the first]"
+    )
+    parser.add_argument(
+        "--ffn",
+        nargs="+",
+        type=_width,
+        default=[],
+        metavar="NAME=WIDTH",
+        help="another width of the MLP; refused where the cost is no longer equal",
+    )
+    parser.add_argument("--text", type=Path, help="folder of text files to use instead")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        help="ranks of a run [what the preset and machine have]",
+    )
+    options = parser.parse_args(argv)
+    names = list(dict.fromkeys([*options.activations, *options.ablation]))
+    try:
+        options.variants = [parse(name) for name in names]
+    except ValueError as error:
+        parser.error(f"--ablation {error}")
+    if options.baseline is None:
+        options.baseline = _DEFAULT_BASELINE if _DEFAULT_BASELINE in names else names[0]
+    for flag, name in [("--baseline", options.baseline), *(("--ffn", n) for n, _ in options.ffn)]:
+        if name not in names:
+            parser.error(f"{flag} {name}: not among what is compared, {', '.join(names)}")
+    if options.text and not options.text.is_dir():
+        parser.error(f"--text {options.text}: no such folder")
+    if options.tensor_parallel is not None and options.tensor_parallel not in (1, 2, 4):
+        parser.error("--tensor-parallel must be 1, 2 or 4")
+    home = Path() if options.preset in _CLUSTER_PRESETS else REPOSITORY
+    options.out = options.out or home / "runs" / options.preset
+    return options
+
+
+def _seeds(value: str) -> list[int]:
+    numbers = [int(word) for word in value.split(",") if word]
+    if "," not in value:
+        if numbers[0] < 1:
+            raise argparse.ArgumentTypeError("one seed at least")
+        return list(range(_FIRST_SEED, _FIRST_SEED + numbers[0]))
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{value} has a seed twice")
+    return numbers
+
+
+def _width(value: str) -> tuple[str, int]:
+    name, _, width = value.partition("=")
+    if not width.isdecimal() or int(width) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not NAME=WIDTH, xielu=768 for example")
+    return name, int(width)
+
+
+def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Record]]:
+    settings = PRESETS[options.preset]
+    lock = hold_lock(out)
+    machine = this_machine(settings, options.tensor_parallel)
+    if settings.bf16 and not machine.on_gpu:
+        print(f"{options.preset} is meant for a GPU: on this CPU it will take days", flush=True)
+    widths = dict(options.ffn)
+    # Before the text, which takes longest: neither depends on it.
+    check_settings(out, describe_run(settings, machine, options.text, widths))
+    text = prepare_text(settings, out / "text", options.text)
+    runs = plan_runs(options, out, settings, machine, text)
+    costs = equal_cost.costs({run.variant.name: run.flags for run in runs})
+    equal_cost.check(costs, options.baseline)
+    labels = {variant.name: variant.label for variant in options.variants}
+    print(
+        f"{text.tokens['train']:,} {text.unit}s of {text.documents['train']:,} documents to train "
+        f"on, {text.tokens['valid']:,} of {text.documents['valid']:,} held out\n"
+        f"{machine.tensor_parallel} tensor-parallel rank(s) on {machine.device}; "
+        f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} {text.unit}s a "
+        f"run, {len(runs)} runs\n\n{equal_cost.table(costs, labels, options.baseline)}\n",
+        flush=True,
+    )
+    for number, run in enumerate(runs, 1):
+        do_run(run, f"[{number}/{len(runs)}]", settings, machine, lock)
+    records = finished_records(out, options.variants, options.seeds)
+    setup = _setup(options, settings, machine, text)
+    print("\n" + results.write(out / "results", records, options.variants, costs, setup))
+    return records
+
+
+def this_machine(settings: Settings, ranks: int | None) -> Machine:
+    """The ranks of the preset, or what the user says; on GPUs no more than there are."""
+    import torch
+
+    wanted = ranks or settings.tensor_parallel
+    if not torch.cuda.is_available():
+        return Machine("cpu", wanted)
+    there = torch.cuda.device_count()
+    if ranks and ranks > there:
+        raise SystemExit(f"compare: --tensor-parallel {ranks}: there are {there} GPUs")
+    return Machine(torch.cuda.get_device_name(0), min(wanted, there))
+
+
+def prepare_text(settings: Settings, out: Path, folder: Path | None) -> Text:
+    """The text of the preset, or of ``folder``, as the preset tokenises it."""
+    if settings.tokenizer == "bpe":
+        from compare import bpe_text
+
+        return bpe_text.prepare(folder, out)
+    from compare import byte_text
+
+    what = folder or "this Python's standard library"
+    print(f"preparing the text: {what}, tokenised by bytes", flush=True)
+    return byte_text.prepare(folder or byte_text.stdlib_folder(), out)
+
+
+def plan_runs(
+    options: argparse.Namespace, out: Path, settings: Settings, machine: Machine, text: Text
+) -> list[Run]:
+    """All trainings, seed by seed, so that whole comparisons are there early."""
+    widths = dict(options.ffn)
+    return [
+        Run(
+            variant,
+            seed,
+            folder := folder_of(out, variant.name, seed),
+            megatron_flags(
+                settings,
+                variant,
+                seed=seed,
+                ffn=widths.get(variant.name, settings.ffn_of(variant)),
+                tensor_parallel=machine.tensor_parallel,
+                text=text,
+                folder=folder,
+            ),
+        )
+        for seed in options.seeds
+        for variant in options.variants
+    ]
+
+
+def folder_of(out: Path, variant: str, seed: int) -> Path:
+    """Where a run keeps everything."""
+    return out / variant / f"seed_{seed}"
+
+
+def hold_lock(out: Path) -> int:
+    """Lock ``out`` until this process and the training it started have ended.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        SystemExit: another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(
+            f"compare: another comparison is running in {out}, or its last training is still "
+            "stopping; wait for it, or choose another folder with --out"
+        ) from None
+    return lock
+
+
+def describe_run(
+    settings: Settings, machine: Machine, folder: Path | None, widths: dict[str, int]
+) -> dict[str, Any]:
+    """Everything that results must have in common to be shown together."""
+    from compare import byte_text, package_text
+
+    if settings.tokenizer == "bpe":
+        text = package_text.describe(folder)
+    else:
+        text = byte_text.describe(folder or byte_text.stdlib_folder()).to_json()
+    return {
+        "settings": asdict(settings),
+        "machine": asdict(machine),
+        "text": text,
+        "ffn": widths,
+        "megatron-core": version("megatron-core"),
+        "torch": version("torch"),
+    }
+
+
+def check_settings(out: Path, wanted: dict[str, Any]) -> None:
+    """Keep ``wanted`` in ``out/settings.json``, or refuse if that holds something else.
+
+    Raises:
+        SystemExit: it does; names what differs and what to do.
+    """
+    path = out / "settings.json"
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    there, here = _flatten(json.loads(path.read_text())), _flatten(wanted)
+    differing = [
+        f"  {key}: {there.get(key)} there, {here.get(key)} now"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differing:
+        raise SystemExit(
+            "\n".join([f"compare: {out} holds runs with other settings:", *differing])
+            + "\nDelete that folder to start over, or choose another with --out."
+        )
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def do_run(run: Run, place: str, settings: Settings, machine: Machine, lock: int) -> None:
+    """Train to the end and write the record, unless that is there already."""
+    if (run.folder / "record.json").exists():
+        print(f"{place} {run.label}: finished before", flush=True)
+        return
+    if iteration := saved_iteration(run.folder / "checkpoints"):
+        print(f"{place} {run.label}: resumes from iteration {iteration}", flush=True)
+    peak_rss = train(
+        f"{place} {run.label}:",
+        run.flags,
+        ranks=machine.tensor_parallel,
+        on_gpu=machine.on_gpu,
+        tokens_per_iteration=settings.tokens_per_iteration,
+        log=run.folder / "log.txt",
+        keep_open=lock,
+    )
+    record = read_record(
+        run.folder, settings, run.variant, run.seed, peak_rss=peak_rss, on_gpu=machine.on_gpu
+    )
+    write_json(run.folder / "record.json", record.to_json())
+    remove_old_checkpoints(run.folder / "checkpoints")
+
+
+def remove_old_checkpoints(checkpoints: Path) -> None:
+    """Keep the last one: the record has the rest."""
+    last = saved_iteration(checkpoints)
+    for path in checkpoints.glob("iter_*"):
+        if path.name != f"iter_{last:07}":
+            shutil.rmtree(path)
+
+
+def finished_records(
+    out: Path, variants: Sequence[Variant], seeds: Sequence[int]
+) -> dict[str, dict[int, Record]]:
+    """The records in ``out`` by variant and seed."""
+    found: dict[str, dict[int, Record]] = {}
+    for variant in variants:
+        for seed in seeds:
+            path = folder_of(out, variant.name, seed) / "record.json"
+            if path.exists():
+                record = Record.from_json(json.loads(path.read_text()))
+                found.setdefault(variant.name, {})[seed] = record
+    return found
+
+
+def _setup(
+    options: argparse.Namespace, settings: Settings, machine: Machine, text: Text
+) -> results.Setup:
+    tiny = options.preset in ("quick", "tiny")
+    notes = [results.TINY_NOTE] if tiny else []
+    notes += [results.ONE_SEED_NOTE] if len(options.seeds) == 1 else []
+    return results.Setup(
+        preset=options.preset,
+        unit=text.unit,
+        baseline=options.baseline,
+        notes=tuple(notes),
+        context={
+            "command": " ".join(["tools/compare_activations.py", *_words(options)]),
+            "date": time.strftime("%Y-%m-%d"),
+            "device": machine.device if machine.on_gpu else f"{_cores()} CPU cores",
+            "versions": f"Megatron-core {version('megatron-core')}, PyTorch {version('torch')}, "
+            f"Python {platform.python_version()}",
+            "run": f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} "
+            f"{text.unit}s, {settings.iterations * settings.tokens_per_iteration:,} in all, of "
+            f"{text.tokens['train']:,} there are; tensor parallel {machine.tensor_parallel}",
+        },
+        settings=describe_run(settings, machine, options.text, dict(options.ffn)),
+    )
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    """The options that give these results again."""
+    words = [options.preset, "--seeds", ",".join(map(str, options.seeds))]
+    if options.activations != list(ACTIVATIONS):
+        words += ["--activations", *options.activations]
+    words += ["--ablation", *options.ablation] if options.ablation else []
+    if options.baseline != _DEFAULT_BASELINE:
+        words += ["--baseline", options.baseline]
+    words += ["--ffn", *(f"{name}={width}" for name, width in options.ffn)] if options.ffn else []
+    words += ["--text", "FOLDER"] if options.text else []
+    if options.tensor_parallel:
+        words += ["--tensor-parallel", str(options.tensor_parallel)]
+    return words
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_page(folders: Sequence[Path], out: Path) -> None:
+    """Have ``megatron_xielu.report`` write its page of the runs; a failure is only a warning."""
+    command = [sys.executable, "-m", "megatron_xielu.report", *map(str, folders)]
+    command += ["--output", str(out)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        reason = said[-1] if said else f"exit status {done.returncode}"
+        print(f"warning: no page in {out}: {reason}", flush=True)
+    else:
+        print(f"the page: {out}", flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+if __name__ == "__main__":
+    # Megatron warns of every optional package at import, here and again in each log.
+    warnings.filterwarnings("ignore")
+    main()
