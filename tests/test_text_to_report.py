@@ -1,0 +1,44 @@
+"""docs/text-to-report.md: its commands, as they stand there, one after the other."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from launch import REPOSITORY
+
+
+def test_from_parquet_to_a_page(tmp_path):
+    """With fewer tokens, and without the checks of the nodes, which other tests cover."""
+    for name in ("tools", "examples"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    text = (REPOSITORY / "docs/text-to-report.md").read_text()
+    commands = re.findall(r"```sh\n(.*?)```", text, re.S)
+    assert len(commands) == 5
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-ec", command.replace("TOKENS=163840", "TOKENS=20480")],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PYTHONPATH": str(REPOSITORY),
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                "PREFLIGHT": "0",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run = tmp_path / "runs/first"
+    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "20"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert 1 < evaluation["bits_per_byte"] < 8 and len(evaluation["layers"]) == 4
+    assert "<html" in (run / "report/report.html").read_text()
