@@ -6,8 +6,7 @@
 : "${GATED_FFN_SIZE:=128}"
 : "${TIE_EMBEDDINGS:=0}"
 : "${SEQ_LENGTH:=64}" "${ROTARY_BASE:=10000}"
-: "${TOKENIZER:=null}" "${MOCK_DATA:=1}"
-[[ $TOKENIZER != null ]] || : "${VOCAB_SIZE:=255}" "${PADDED_VOCAB_SIZE:=256}"
+: "${TOKENIZER:=null}" "${VOCAB_SIZE:=255}" "${PADDED_VOCAB_SIZE:=256}" "${MOCK_DATA:=1}"
 
 : "${LR:=1e-3}"
 : "${GLOBAL_BATCH:=16}" "${MICRO_BATCH:=2}" "${TP:=1}" "${PP:=1}" "${CP:=1}"
