@@ -25,6 +25,7 @@ _ALPHA_KEY = re.compile(
     r"mlp\.((?P<experts>experts)\.experts\.|(?P<shared>shared_experts)\.)?"
     r"activation_func\.alpha_(?P<side>[pn])"
 )
+_SHARED_ALPHA_KEY = "shared_activation.alpha_p"  # see `megatron_xielu.shared_alphas`
 # What `megatron_xielu.activations` has, which needs Megatron.
 _DEFAULT_ALPHA_INIT, _DEFAULT_BETA = 0.8, 0.5
 
@@ -79,9 +80,15 @@ def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
 
 
 def count_parameters(checkpoint: Path) -> int:
-    """How many numbers the model in a checkpoint has, over all ranks."""
+    """How many numbers the model in a checkpoint has, over all ranks.
+
+    Alphas that all layers share count once, though every layer has its slot of them.
+    """
     source = TorchDist(checkpoint)
-    return sum(math.prod(source.shape(key)) for key in sorted(source.keys()))
+    keys = set(source.keys())
+    if _SHARED_ALPHA_KEY in keys:
+        keys = {key for key in keys if ".activation_func.alpha_" not in key}
+    return sum(math.prod(source.shape(key)) for key in keys)
 
 
 def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
