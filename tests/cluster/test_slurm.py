@@ -70,8 +70,11 @@ def test_time_limit_and_killed_rank(slurm, reference, tmp_path):
     watcher = threading.Thread(target=watch_process_list)
     watcher.start()
     try:
-        # Slurm may send the signal up to a minute early: 55 to 115 s after the start.
-        job = submit(slurm, run, "--time=3", "--signal=B:USR1@65", STEP_TIME="2")
+        job = submit(slurm, run, "--time=30", "--signal=B:USR1@65", STEP_TIME="2")
+        until("training", lambda: reached(run, 2), timeout=150)
+        # A limit in whole minutes, 60 to 120 s away: the signal comes at once, or up to 55 s later.
+        minutes = int(slurm.client("squeue", "-h", "-O", "TimeUsed", "-j", job).stdout.split(":")[0])
+        slurm.client("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")
         until("a stop before the time limit", lambda: count(run, "stopped") == 2, timeout=150)
         slurm.client("scontrol", "update", f"JobId={job}", "TimeLimit=30")
         (run / "step_time").write_text("0.5")
@@ -85,7 +88,7 @@ def test_time_limit_and_killed_rank(slurm, reference, tmp_path):
         seen.set()
         watcher.join()
 
-    assert slurm.show(job)["Restarts"] == "1"
+    assert slurm.show(job)["Restarts"] == "1", "\n".join(events(run))
     assert count(run, "restart") >= 1 and count(run, "finished") == 2
     killed = next(line for line in events(run) if "killed by SIGKILL" in line)
     assert "node=n2" in killed and " rank=" in killed and "exit=-9" in killed
