@@ -19,7 +19,8 @@ GRACE_TIME = 6  # from SIGTERM to SIGKILL of a preempted job
 KILL_WAIT = 5  # the same at the time limit, and for a cancelled job
 
 # cred_expire: a requeued job waits for it to pass, by default 2 minutes. linuxproc: cgroups are the
-# machine's own. SlurmdTimeout, MessageTimeout: until a lost node is given up.
+# machine's own. SlurmdTimeout, MessageTimeout: until a lost node is given up. PropagatePrioProcess:
+# jobs run at the priority of who submits them, not at slurmd's (see `_daemon`).
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=head({head})
@@ -41,8 +42,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,preempt_youngest_first
 ReturnToService=2
-SlurmdTimeout=10
-MessageTimeout=5
+SlurmdTimeout=15
+MessageTimeout=8
+PropagatePrioProcess=1
 KillWait={kill_wait}
 MinJobAge=86400
 JobRequeue=1
@@ -103,7 +105,9 @@ class SlurmCluster(Network):
             self._until_up(node)
 
     def _daemon(self, host: str, program: str, *options: str) -> None:
-        self.daemon(host, self.folder / "log" / f"{program}-{host}", program, *options)
+        # Before all the ranks on these few CPUs: a slurmd that answers late is taken for a lost node.
+        command = ("nice", "--adjustment=-10", program, *options)
+        self.daemon(host, self.folder / "log" / f"{program}-{host}", *command)
 
     def _until_up(self, node: str) -> None:
         try:
@@ -217,7 +221,7 @@ class SlurmCluster(Network):
         """Boot a killed node; returns when the controller knows it to be up.
 
         A boot takes longer than SlurmdTimeout: this first waits until the controller has missed
-        the node, 10 to 20 s. (It would otherwise take the job for running, with a task lost.)
+        the node, 15 to 25 s. (It would otherwise take the job for running, with a task lost.)
         """
         until(f"{node} is missed", lambda: "DOWN" in self.node_state(node), timeout=60)
         self.start(node)
