@@ -305,8 +305,16 @@ def test_repairs_at_the_same_time(save_dir):
 
 
 def test_lock_of_a_dead_process_is_taken_over(save_dir, monkeypatch):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, save_dir], cwd=REPOSITORY)
+    assert holder.wait(20) == -signal.SIGKILL
+    lock_file = save_dir / ".checkpoints.lock"
+    assert lock_file.read_text() == f"{os.uname().nodename} {holder.pid}"
+    begin = time.monotonic()
+    assert repair(save_dir) == 6  # the holder was on this node: at once
+    assert time.monotonic() - begin < 60 < checkpoint_folder._STALE_AFTER
+
     monkeypatch.setattr(checkpoint_folder, "_STALE_AFTER", 0.3)
-    (save_dir / ".checkpoints.lock").touch()
+    lock_file.write_text(f"another-node {holder.pid}")
     begin = time.monotonic()
     assert repair(save_dir) == 6
     assert time.monotonic() - begin > 0.3
@@ -320,6 +328,12 @@ def test_lock_of_a_dead_process_is_taken_over(save_dir, monkeypatch):
         assert waiting.poll() is None
     assert waiting.wait(10) == 0
 
+
+HOLDER = """
+import os, pathlib, signal, sys
+from megatron_xielu.cluster import checkpoint_folder
+with checkpoint_folder.lock(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 LOCKED = """
 import pathlib, sys
@@ -369,6 +383,27 @@ def test_watch(save_dir, tmp_path):
     for event in ("checkpoint iteration=12", "checkpoint-deleted iteration=6"):
         assert f" event={event} " in written
     assert run(save_dir, "repair") == "resume 12\n"
+
+
+def test_sigterm_leaves_no_lock(save_dir):
+    """Even when it comes between the lock's creation and its first use."""
+    done = subprocess.run([sys.executable, "-c", SIGTERM_IN_LOCK, save_dir], cwd=REPOSITORY)
+    assert done.returncode == 0
+    assert not (save_dir / ".checkpoints.lock").exists()
+    assert "iter_0000006" in (save_dir / RECORD).read_text()  # what the lock was for
+
+
+SIGTERM_IN_LOCK = """
+import os, pathlib, signal, sys, threading
+from megatron_xielu.cluster.checkpoint_watch import watch
+
+def start(thread, original=threading.Thread.start):
+    os.kill(os.getpid(), signal.SIGTERM)
+    original(thread)
+
+threading.Thread.start = start
+watch(pathlib.Path(sys.argv[1]), keep_last=1, keep_every=0, interval=0)
+"""
 
 
 def test_nothing_is_deleted_while_the_newest_is_damaged(save_dir, tmp_path, monkeypatch):

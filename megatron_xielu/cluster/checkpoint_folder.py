@@ -114,22 +114,26 @@ class Record:
 def lock(save_dir: Path) -> Iterator[None]:
     """One process at a time, on all nodes: a file that only one can create, renewed while held.
 
-    A lock that nobody renewed is taken over. Should its holder wake up again, no harm is done:
-    every step is a rename that happens once, or is repeated with the same result.
+    A lock whose holder was on this node and has ended, or that nobody renewed, is taken over.
+    Should its holder wake up again, no harm is done: every step is a rename that happens once, or
+    is repeated with the same result.
     """
     path = save_dir / _LOCK
     seen, since = None, time.monotonic()
     while True:
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             time.sleep(0.05)
+        else:
+            os.write(file, f"{os.uname().nodename} {os.getpid()}".encode())
+            os.close(file)
+            break
         with suppress(FileNotFoundError):
             stamp = path.stat().st_mtime_ns
             if stamp != seen:  # its own clock against itself: nodes' clocks differ
                 seen, since = stamp, time.monotonic()
-            elif time.monotonic() - since > _STALE_AFTER:
+            if time.monotonic() - since > _STALE_AFTER or _has_ended(path.read_text()):
                 path.unlink()
     done = threading.Event()
 
@@ -144,6 +148,20 @@ def lock(save_dir: Path) -> Iterator[None]:
     finally:
         done.set()
         path.unlink(missing_ok=True)
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the process that wrote this into its lock was on this node and is no more."""
+    node, _, pid = holder.partition(" ")
+    if node != os.uname().nodename or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def kept(save_dir: Path, record: Record) -> dict[int, str]:

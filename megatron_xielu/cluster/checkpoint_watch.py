@@ -11,7 +11,8 @@ import os
 import shutil
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,7 +76,7 @@ class Watcher:
                     self._damaged[folder.name] = stamp
                     events.write("checkpoint-damaged", str(error), iteration=iteration)
                 return
-            with lock(self._save_dir):
+            with _lock(self._save_dir):
                 record = Record(self._save_dir)
                 record.add(folder)
                 record.save()
@@ -87,7 +88,7 @@ class Watcher:
             )
 
     def _prune(self) -> None:
-        with lock(self._save_dir):
+        with _lock(self._save_dir):
             record = Record(self._save_dir)
             found = checkpoints(self._save_dir)
             changed, record.policy = record.policy != self._policy, self._policy
@@ -115,6 +116,17 @@ class Watcher:
                 f"{size_text(size)}: the next save will fail; make room, or keep fewer checkpoints",
                 iteration=tracker,
             )
+
+
+@contextmanager
+def _lock(save_dir: Path) -> Iterator[None]:
+    """`lock`, held for moments; a SIGTERM waits, or it could leave the lock to the next start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        with lock(save_dir):
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def watch(save_dir: Path, *, keep_last: int, keep_every: int, interval: float) -> NoReturn:

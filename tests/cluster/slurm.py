@@ -105,7 +105,7 @@ class SlurmCluster(Network):
             self._until_up(node)
 
     def _daemon(self, host: str, program: str, *options: str) -> None:
-        # Before all the ranks on these few CPUs: a slurmd that answers late is taken for a lost node.
+        # Before the ranks on these few CPUs: a slurmd that answers late is taken for a lost node.
         command = ("nice", "--adjustment=-10", program, *options)
         self.daemon(host, self.folder / "log" / f"{program}-{host}", *command)
 
