@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +68,18 @@ def one_rank(tmp_path_factory, start_checkpoint) -> tuple[Run, dict]:
     folder = tmp_path_factory.mktemp("one_rank")
     run = train(folder, f"--xielu --load {start_checkpoint} --save checkpoints")
     return run, load_checkpoint(folder / "checkpoints" / "iter_0000006")
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A folder of text with both splits populated."""
+    folder = tmp_path / "library"
+    for index in range(80):
+        path = folder / ("package" if index % 2 else ".") / f"module_{index}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"# é {index}\n".encode() * (index + 1))
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "module.py").write_text("not part of the text")
+    (folder / "picture.png").write_text("no text")
+    (folder / "empty.py").write_text("")
+    return folder

@@ -1,4 +1,4 @@
-"""tools/compare_activations.py: text, cost, statistics, resuming, refusals; real quick runs."""
+"""tools/compare_activations.py: cost, statistics, resuming, refusals; real quick runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +24,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
 import compare_activations as tool
 from compare import (
-    bpe_text,
     byte_text,
     cluster,
     equal_cost,
-    package_text,
     paired,
     plots,
     records,
@@ -45,177 +42,6 @@ from megatron_xielu.report import run_files
 CPU = tool.Machine("cpu", 2)
 ALL = [variants.parse(name) for name in variants.ACTIVATIONS]
 SETTINGS = settings.PRESETS
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Path:
-    """A folder of text with both splits populated."""
-    folder = tmp_path / "library"
-    for index in range(80):
-        path = folder / ("package" if index % 2 else ".") / f"module_{index}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(f"# é {index}\n".encode() * (index + 1))
-    (folder / ".hidden").mkdir()
-    (folder / ".hidden" / "module.py").write_text("not part of the text")
-    (folder / "picture.png").write_text("no text")
-    (folder / "empty.py").write_text("")
-    return folder
-
-
-def read_split(out: Path, split: str) -> list[list[int]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    return [document.tolist() for document in IndexedDataset(str(out / split))]
-
-
-class TestByteText:
-    def test_round_trip_through_megatrons_reader(self, library: Path, tmp_path: Path) -> None:
-        made = byte_text.prepare(library, tmp_path / "text")
-        paths = byte_text.find_documents(library)
-        assert len(paths) == 81
-        for split in text.SPLITS:
-            documents = read_split(tmp_path / "text", split)
-            expected = [
-                [*(library / path).read_bytes(), byte_text.END_OF_DOCUMENT]
-                for path in paths
-                if text.split_of(path.encode()) == split
-            ]
-            assert documents == expected
-            assert made.documents[split] == len(documents) > 0
-            assert made.tokens[split] == sum(map(len, documents))
-
-    def test_end_of_document_is_the_null_tokenizers(self) -> None:
-        from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
-
-        assert NullTokenizer(byte_text.VOCAB_SIZE).eod == byte_text.END_OF_DOCUMENT
-
-    def test_split_of_a_file_does_not_depend_on_the_others(self, library: Path) -> None:
-        def split() -> dict[str, str]:
-            return {
-                path: text.split_of(path.encode()) for path in byte_text.find_documents(library)
-            }
-
-        before = split()
-        (library / "aaa.py").write_text("new")
-        assert before.items() <= split().items()
-        assert set(before.values()) == set(text.SPLITS)
-
-    def test_is_written_once_and_again_when_the_source_changes(
-        self, library: Path, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "text"
-        first = byte_text.prepare(library, out)
-        (out / "cache").mkdir()
-        written = (out / "train.bin").stat().st_mtime_ns
-        assert byte_text.prepare(library, out) == first
-        assert (out / "train.bin").stat().st_mtime_ns == written
-        assert (out / "cache").exists()
-
-        before = (out / "manifest.json").read_text()
-        (library / "module_0.py").write_text("changed")
-        byte_text.prepare(library, out)
-        assert (out / "manifest.json").read_text() != before
-        assert not (out / "cache").exists()  # Megatron's indices into the old text
-        assert not list(out.glob("*.unfinished"))
-
-    def test_refuses_a_folder_without_text(self, tmp_path: Path) -> None:
-        with pytest.raises(SystemExit, match="no text in"):
-            byte_text.prepare(tmp_path, tmp_path / "text")
-
-    def test_the_running_pythons_library_has_enough(self) -> None:
-        manifest = byte_text.describe(byte_text.stdlib_folder())
-        tiny = settings.TINY
-        assert manifest.tokens["train"] > tiny.iterations * tiny.tokens_per_iteration
-        validations = tiny.iterations // tiny.validate_every + 1
-        held_out = validations * tiny.validation_batches * tiny.tokens_per_iteration
-        assert manifest.tokens["valid"] > held_out
-
-
-class TestPackageText:
-    def test_a_folder_becomes_documents_without_copies(self, library: Path, tmp_path: Path) -> None:
-        (library / "module_79_again.py").write_bytes(
-            (library / "package/module_79.py").read_bytes()
-        )
-        (library / "latin.txt").write_bytes(b"\xe9" * 500)
-        out = tmp_path / "corpus"
-        package_text.write_corpus(out, library)
-        documents = {
-            split: [json.loads(line) for line in (out / f"{split}.jsonl").open()]
-            for split in text.SPLITS
-        }
-        texts = [document["text"] for split in documents.values() for document in split]
-        long_enough = [(library / p).read_bytes() for p in byte_text.find_documents(library)]
-        expected = {t for t in long_enough if len(t) >= 200 and b"\xe9" * 2 not in t}
-        assert {one.encode() for one in texts} == expected and len(texts) == len(expected)
-        for split, found in documents.items():
-            assert found and all(text.split_of(d["text"].encode()) == split for d in found)
-        assert "--text" in (out / "SOURCES.md").read_text()
-
-        written = (out / "train.jsonl").stat().st_mtime_ns
-        package_text.write_corpus(out, library)
-        assert (out / "train.jsonl").stat().st_mtime_ns == written
-
-    @pytest.mark.parametrize(
-        ("code", "good"),
-        [
-            ("def f():\n    return 1\n", True),
-            ("// @generated by a tool\nint x;\n", False),
-            ("# This file is auto-generated. Do not edit.\n", False),
-            ("var a=1;" * 1000, False),
-        ],
-    )
-    def test_code_of_people(self, code: str, good: bool) -> None:
-        assert package_text._is_written(code) == good
-
-    def test_every_package_is_pinned_and_has_a_licence(self) -> None:
-        for package in package_text.PACKAGES:
-            assert re.fullmatch("[0-9a-f]{64}", package.sha256)
-            assert package.version and package.licence and re.compile(package.files)
-            assert package.label in package_text.describe(None)
-        assert {package.kind for package in package_text.PACKAGES} == {"prose", "code"}
-
-    def test_documentation_of_an_interface(self) -> None:
-        long = "A sentence of <code>f(x)</code> &amp; of y. " + "It is long enough to be kept. " * 2
-        long = long.strip()
-        node = {
-            "a": {"documentation": f"<p>{long}</p><p>short</p>"},
-            "b": [{"documentation": long}],
-        }
-        (found,) = package_text._documentation(node, set())
-        assert found == long.replace("<code>", "").replace("</code>", "").replace("&amp;", "&")
-
-    def test_another_file_of_the_same_name_and_no_network_are_refused(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        package = next(p for p in package_text.PACKAGES if p.name == "networkx")
-        shelf = tmp_path / "shelf"
-        shelf.mkdir()
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-        with pytest.raises(SystemExit, match=r"pip could not bring networkx-3.7: .*\n.*--text"):
-            package_text.fetch(package, tmp_path / "packages")
-        with zipfile.ZipFile(shelf / "networkx-3.7-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("networkx-3.7.dist-info/METADATA", "Name: networkx\nVersion: 3.7\n")
-            wheel.writestr(
-                "networkx-3.7.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
-            )
-        with pytest.raises(SystemExit, match=r"has sha256 .* it is not used"):
-            package_text.fetch(package, tmp_path / "packages")
-        assert not list((tmp_path / "packages").glob("networkx*"))
-
-    def test_tokenizer_ends_with_the_end_of_a_document(self, tmp_path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        corpus = tmp_path / "train.jsonl"
-        source = Path(dataclasses.__file__).read_text()
-        corpus.write_text(json.dumps({"text": source}) + "\n")
-        bpe_text.train_tokenizer(corpus, tmp_path / "tokenizer.json", 400)
-        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-        assert tokenizer.get_vocab_size() == 400
-        assert tokenizer.token_to_id(bpe_text.END_OF_DOCUMENT) == 399
-        assert tokenizer.decode(tokenizer.encode(source).ids) == source
-        with pytest.raises(SystemExit, match="give more text"):
-            bpe_text.train_tokenizer(corpus, tmp_path / "other.json", 1_000_000)
 
 
 def flags_of(name: str, size: str, *, ranks: int = 1, ffn: int | None = None) -> list[str]:

@@ -25,8 +25,9 @@ from typing import Any
 # Nothing of Megatron, whose import depends on the environment and the command line.
 _MODULES = """
     torch torch._dynamo torch._inductor.standalone_compile torch._inductor.test_operators
-    torch.distributed.checkpoint torch.utils.tensorboard torch.utils.cpp_extension
-    omegaconf transformers wandb
+    torch.distributed.checkpoint torch.distributed._tensor torch.utils.tensorboard
+    torch.utils.cpp_extension omegaconf transformers.models.auto.tokenization_auto
+    transformers.tokenization_utils_tokenizers tiktoken sentencepiece psutil wandb
 """.split()
 
 
