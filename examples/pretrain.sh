@@ -34,7 +34,7 @@
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
 #   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
-#   LOG_INTERVAL, EVAL_INTERVAL, EVAL_ITERS   in steps   [10, 1000, 20]
+#   LOG_INTERVAL (TensorBoard's too), EVAL_INTERVAL, EVAL_ITERS   in steps   [10, 1000, 20]
 #   WANDB_PROJECT  also log to Weights & Biases; its key belongs in WANDB_API_KEY
 # When something fails
 #   IN_JOB_RESTARTS  restarts of all ranks without leaving the job   [3]
@@ -143,7 +143,8 @@ megatron=(
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --ckpt-format torch_dist --ckpt-assume-constant-structure --exit-signal-handler
     --dist-ckpt-optim-fully-reshardable # a run may go on with other TP, PP and node counts
-    --log-interval "$LOG_INTERVAL" --log-throughput --tensorboard-dir "$RUN_DIR/tensorboard"
+    --log-interval "$LOG_INTERVAL" --log-throughput
+    --tensorboard-dir "$RUN_DIR/tensorboard" --tensorboard-log-interval "$LOG_INTERVAL"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
 )
 ((TIE_EMBEDDINGS)) || megatron+=(--untie-embeddings-and-output-weights)
