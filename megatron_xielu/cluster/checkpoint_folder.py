@@ -126,7 +126,8 @@ def lock(save_dir: Path) -> Iterator[None]:
         except FileExistsError:
             time.sleep(0.05)
         else:
-            os.write(file, f"{os.uname().nodename} {os.getpid()}".encode())
+            with suppress(OSError):  # a full disk
+                os.write(file, f"{os.uname().nodename} {os.getpid()}".encode())
             os.close(file)
             break
         with suppress(FileNotFoundError):
