@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 SHA = "5e1f" * 10
+REVISION = "(?:refs/convert/parquet|[^/]+)"  # all have the same files here
 
 
 @contextmanager
@@ -49,14 +50,14 @@ def serve(folder: Path, name: str, configs: list[dict]) -> Iterator[str]:
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
             everything = [entry(p) for p in sorted(folder.rglob("*")) if p.is_file()]
-            if match := re.fullmatch(rf"/api/datasets/{name}/tree/[^/]+(/.*)?", path):
+            if match := re.fullmatch(rf"/api/datasets/{name}/tree/{REVISION}(/.*)?", path):
                 below = (match[1] or "/").strip("/")
                 found = [e for e in everything if e["path"].startswith(below)]
                 self.answer(json.dumps(found).encode())
             elif re.fullmatch(rf"/api/datasets/{name}(/revision/.*)?", path):
                 info = {"id": name, "sha": SHA, "cardData": {"configs": configs}, "siblings": []}
                 self.answer(json.dumps(info).encode())
-            elif match := re.fullmatch(rf"(?:/datasets)?/{name}/resolve/[^/]+/(.*)", path):
+            elif match := re.fullmatch(rf"(?:/datasets)?/{name}/resolve/{REVISION}/(.*)", path):
                 content = (folder / match[1]).read_bytes()
                 etag = f'"{hashlib.sha1(content).hexdigest()}"'
                 asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

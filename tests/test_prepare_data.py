@@ -564,6 +564,8 @@ def test_hub_names(corpus: Corpus, tmp_path: Path):
     hub = tmp_path / "hub"
     (hub / "sample" / "10BT").mkdir(parents=True)
     (hub / "data").mkdir()
+    (hub / "plain" / "train").mkdir(parents=True)  # where the Hub's own conversion has it
+    write_parquet(hub / "plain" / "train" / "0.parquet", corpus.texts[:20])
     write_parquet(hub / "sample" / "10BT" / "0.parquet", corpus.texts[:30])
     write_parquet(hub / "data" / "0.parquet", corpus.texts)
     (hub / "tokenizer.json").write_bytes(corpus.tokenizer_path.read_bytes())
@@ -572,25 +574,28 @@ def test_hub_names(corpus: Corpus, tmp_path: Path):
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/*"}]},
         {"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]},
     ]
-    output = tmp_path / "data"
     command_line = [sys.executable, str(REPOSITORY / "tools" / "prepare_data.py")]
-    command_line += ["--source", "owner/edu", "--tokenizer", "owner/edu", "--output", str(output)]
+    command_line += ["--source", "owner/edu", "--tokenizer", "owner/edu"]
     command_line += ["--workers", "1", "--valid-fraction", "0", "--subset"]
-    with hub_server.serve(hub, "owner/edu", card) as endpoint:
-        environment = {
-            **corpus.environment,
-            "PYTHONPATH": str(REPOSITORY),
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "cache"),
-        }
-        for subset, expected in (
-            ("sample-9BT", "--subset sample-9BT: owner/edu has default, sample-10BT"),
-            ("sample-10BT", "training tokens in 30 documents"),
-        ):
+    environment = {
+        **corpus.environment,
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    for configs, subset, expected in (
+        (card, "sample-9BT", "--subset sample-9BT: owner/edu has default, sample-10BT"),
+        (card, "sample-10BT", "training tokens in 30 documents"),
+        ([], "plain", "training tokens in 20 documents"),
+    ):
+        with hub_server.serve(hub, "owner/edu", configs) as endpoint:
             done = subprocess.run(
-                [*command_line, subset], env=environment, capture_output=True, text=True
+                [*command_line, subset, "--output", str(tmp_path / subset)],
+                env={**environment, "HF_ENDPOINT": endpoint},
+                capture_output=True,
+                text=True,
             )
-            assert expected in done.stdout + done.stderr, done.stderr
+        assert expected in done.stdout + done.stderr, done.stderr
+    output = tmp_path / "sample-10BT"
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["tokenizer"]["name"] == "owner/edu"
     text = corpus.tokenizer.decode(documents(output, "train")[0])
