@@ -299,6 +299,23 @@ def test_node_that_does_not_join_is_named(checkout, tmp_path, port, present, abs
     assert time.monotonic() - begin < 30
 
 
+def test_rank_0_may_publish_and_end_between_two_questions():
+    """A rank that is slow to ask has its answer though rank 0 has given its verdict since."""
+
+    class Store(torch.distributed.HashStore):
+        def check(self, keys):
+            found = super().check(keys)
+            for key in ("last/all", "verdict"):
+                self.set(key, "0")
+            return found
+
+    board = object.__new__(preflight_board.Board)
+    board.rank, board.store, board._stopped_at = 1, Store(), None
+    assert board._get("last/all", time.monotonic() + 5) == b"0"
+    with pytest.raises(TimeoutError, match="has ended the preflight"):
+        board._get("one more/all", time.monotonic() + 5)
+
+
 def test_help_and_wrong_usage(checkout, tmp_path):
     script = str(checkout / "examples/preflight.sh")
     environment = {**os.environ, "PYTHON": sys.executable}

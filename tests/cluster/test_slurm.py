@@ -88,7 +88,7 @@ def test_time_limit_and_killed_rank(slurm, reference, tmp_path):
         seen.set()
         watcher.join()
 
-    assert slurm.show(job)["Restarts"] == "1", "\n".join(events(run))
+    assert slurm.show(job)["Restarts"] == "1", "\n".join([*events(run), slurm.log(job)])
     assert count(run, "restart") >= 1 and count(run, "finished") == 2
     killed = next(line for line in events(run) if "killed by SIGKILL" in line)
     assert "node=n2" in killed and " rank=" in killed and "exit=-9" in killed
