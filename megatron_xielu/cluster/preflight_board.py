@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -285,7 +286,8 @@ class Board:
         """Print the verdict and end this process, with 1 if anything failed on any rank."""
         if self.rank:
             verdict = json.loads(self._get("verdict", time.monotonic() + self.limit + _GRACE))
-            self.store.set(f"bye/{self.rank}", "")
+            with suppress(RuntimeError):  # rank 0 does not wait for ever
+                self.store.set(f"bye/{self.rank}", "")
             self.leave(verdict)
         verdict = int(bool(self._failures))
         seconds = time.monotonic() - self._start
