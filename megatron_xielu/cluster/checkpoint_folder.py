@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.cluster import events
+from megatron_xielu.data.records import is_alive
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "verified.json"
@@ -154,15 +155,7 @@ def lock(save_dir: Path) -> Iterator[None]:
 def _has_ended(holder: str) -> bool:
     """Whether the process that wrote this into its lock was on this node and is no more."""
     node, _, pid = holder.partition(" ")
-    if node != os.uname().nodename or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    return node == os.uname().nodename and pid.isdigit() and not is_alive(int(pid))
 
 
 def kept(save_dir: Path, record: Record) -> dict[int, str]:
