@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu import checkpoint_arguments, fp32_parameters, recompute, shared_alphas, versions
+from megatron_xielu import checkpoint_arguments, recompute, shared_alphas, versions
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
@@ -206,7 +206,6 @@ def validate(args: Namespace) -> None:
     # Megatron's own fusion of a bias and an activation knows only its own activations.
     args.xielu_fuse_bias = args.bias_gelu_fusion and args.add_bias_linear
     args.bias_gelu_fusion = False
-    fp32_parameters.check_optimizer(args)
     if args.xielu_recompute_output:
         recompute.check(args)
         recompute.build_extension()

@@ -50,7 +50,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import ApertusForCausalLM, ArceeForCausalLM
 
-from megatron_xielu import fp32_parameters, layer_specs
+from megatron_xielu import layer_specs
 from megatron_xielu.activations import DEFAULT_BETA, XIELU, ActivationBuilder
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
 from megatron_xielu.convert.tensors import XIELU_EPS
@@ -88,7 +88,6 @@ class XIELUModelProvider(GPTModelProvider):
 
     def provide(self, *args: Any, **kwargs: Any) -> GPTModel:
         """Build this rank's model, and check that every MLP has the activation."""
-        fp32_parameters.mend_distributed_optimizer()
         model = super().provide(*args, **kwargs)
         layer_specs.audit([model], XIELU)
         return model

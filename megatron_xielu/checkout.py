@@ -1,7 +1,8 @@
 """What a Megatron-LM checkout calls that has one of the patches in ``patches/``: a function a hunk.
 
 ``patches/README.md`` says where each is called from, and what happens without it. As long as
-neither a flag nor a checkpoint asks for one of our activations, none of them does anything.
+neither a flag nor a checkpoint asks for one of our activations, all that they do is to mend what
+Megatron's optimizers write into checkpoints: a baseline is compared with.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_xielu import arguments, shared_alphas
+from megatron_xielu import arguments, shared_alphas, workarounds
 from megatron_xielu.activations import ActivationBuilder
 
 # What this process trains with, once `validate` has seen its arguments: Megatron hands no arguments
@@ -102,7 +103,7 @@ def layer_specs(*specs: Any) -> tuple[Any, ...]:
 
 
 def model_built(args: Namespace, model: list) -> None:
-    """Audit a model that has just been built, and prepare its optimizer for fp32 alphas.
+    """Audit a model that has just been built, and mend the checkpoints of its optimizer.
 
     Args:
         args: Megatron's arguments.
@@ -111,12 +112,12 @@ def model_built(args: Namespace, model: list) -> None:
     Raises:
         RuntimeError: naming the MLPs that have another activation.
     """
+    workarounds.mend_optimizers()
     if _builder is None:
         return
-    from megatron_xielu import bias_fusion, fp32_parameters, layer_specs, recompute
+    from megatron_xielu import bias_fusion, layer_specs, recompute
 
     layer_specs.audit(model, _builder.activation)
-    fp32_parameters.mend_distributed_optimizer()
     if args.xielu_fuse_bias:
         bias_fusion.install(model)
     if args.xielu_recompute_output:

@@ -31,10 +31,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_xielu import (
     arguments,
     bias_fusion,
-    fp32_parameters,
     recompute,
     shared_alphas,
     versions,
+    workarounds,
 )
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
 
@@ -74,6 +74,7 @@ def with_activation(spec: Any, builder: ActivationBuilder) -> Any:
         ValueError: an MLP is of a kind whose activation cannot be replaced, or there is no place
             for one. A hybrid stack lists layers of all kinds: it raises when such a layer is built.
     """
+    workarounds.mend_optimizers()  # every way in leads here, before there is an optimizer
     if isinstance(spec, ModuleSpec):
         return dataclasses.replace(spec, submodules=with_activation(spec.submodules, builder))
     filled = {
@@ -260,7 +261,6 @@ def layer_spec(
     from megatron.training.models.gpt import default_layer_spec
 
     check_config(config.transformer)
-    fp32_parameters.mend_distributed_optimizer()
     # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
     hooks: list[Any] = [_PredictionHook(builder), _AuditHook(builder.activation)]
     if fuse_bias:
@@ -299,7 +299,6 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     args = get_args()
     if not vp_stage:  # Megatron asks once per virtual pipeline stage; the answer is the same
         arguments.check_upcycling(args)
-        fp32_parameters.check_optimizer(args)
         arguments.check_checkpoint(args)
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
     return layer_spec(builder, config, vp_stage)
@@ -323,10 +322,8 @@ def _older_script_layer_spec(name: str) -> Any:
 
     versions.check_spec()
     args = get_args()
-    fp32_parameters.check_optimizer(args)
     arguments.check_checkpoint(args)
     check_config(core_transformer_config_from_args(args))
-    fp32_parameters.mend_distributed_optimizer()
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
     return with_activation(versions.dense_layer_spec(args), builder)
 

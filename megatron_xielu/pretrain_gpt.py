@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_xielu import checkpoint_writer, pip_megatron, versions
+from megatron_xielu import checkpoint_writer, pip_megatron, versions, workarounds
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -87,6 +87,7 @@ def _prepare_megatron() -> None:
 
     pip_megatron.prepare()
     checkpoint_writer.watch()
+    workarounds.mend_optimizers()
 
 
 def _rendezvous_with_itself() -> None:

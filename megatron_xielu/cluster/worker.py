@@ -4,7 +4,8 @@
 
 What it adds to the script, whichever it is: before anything is loaded, rank 0 sets aside damaged
 checkpoints and points Megatron at the newest whole one (the other ranks wait for it in the
-rendezvous); at the end, the event log says how the rank ended; and a training that reached its last
+rendezvous); what Megatron's optimizers write into checkpoints is mended (`workarounds`), whatever
+the activation; at the end, the event log says how the rank ended; and a training that reached its last
 step is told from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from megatron_xielu import workarounds
 from megatron_xielu.cluster import checkpoints, events
 
 # Exit codes of Megatron's rerun state machine, which checks every loss for NaN, Inf and spikes.
@@ -50,6 +52,7 @@ def main() -> None:
         if save and os.environ.get("RANK", "0") == "0":
             iteration = checkpoints.repair(save)
             events.write("resume", iteration=iteration or 0)
+        workarounds.mend_optimizers_when_imported()
         sys.argv = [script, *arguments]
         if is_module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
