@@ -19,7 +19,7 @@
 #                or DATA, prefixes for --data-path; or MOCK_DATA=1
 #   SPLIT        train, validation, test shares, without such a *.json   [990,10,0]
 #   TOKENIZER    Hugging Face name or folder, or null   [mistralai/Mistral-Nemo-Base-2407]
-#   LR, SEQ_LENGTH, GATED_FFN_SIZE, ...   every value of the model file
+#   LR, SEQ_LENGTH, GATED_FFN_SIZE, BUCKET_SIZE, ...   every value of the model file
 #   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
 # Where
@@ -33,6 +33,8 @@
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
+#   OPTIMIZER_FORMAT  dp: each rank writes its part, and later jobs may change the node count; full: all
+#                  is gathered first, and they may change TP and PP too (docs/checkpoint-formats.md)   [dp]
 #   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
 #   LOG_INTERVAL (TensorBoard's too), EVAL_INTERVAL, EVAL_ITERS   in steps   [10, 1000, 20]
 #   WANDB_PROJECT  also log to Weights & Biases; its key belongs in WANDB_API_KEY
@@ -83,6 +85,7 @@ source "$model_file"
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${PREFLIGHT:=1}" "${PYTHON:=python3}" "${NETWORK:=}"
 : "${SAVE_INTERVAL:=1000}" "${KEEP_LAST:=3}" "${KEEP_EVERY:=5000}" "${LOG_INTERVAL:=10}"
 : "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=20}" "${TIMEOUT_MINUTES:=10}"
+: "${OPTIMIZER_FORMAT:=dp}" "${BUCKET_SIZE:=40000000}"
 : "${RENDEZVOUS_TIMEOUT:=600}"
 : "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${INPROCESS_RESTART:=0}"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
@@ -110,8 +113,8 @@ esac
 
 number='^[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?$'
 [[ $TOKENS =~ $number ]] || die 2 "TOKENS=$TOKENS is not a number such as 125e9"
-for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH SAVE_INTERVAL \
-    KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS; do
+for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH BUCKET_SIZE \
+    SAVE_INTERVAL KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS; do
     [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name=${!name} is not a whole number"
 done
 
@@ -139,10 +142,11 @@ megatron=(
     --seed "$SEED"
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --ddp-bucket-size "$BUCKET_SIZE" # Megatron's own changes with the node count, and checkpoints with it
     --distributed-timeout-minutes "$TIMEOUT_MINUTES"
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --ckpt-format torch_dist --ckpt-assume-constant-structure --exit-signal-handler
-    --dist-ckpt-optim-fully-reshardable # a run may go on with other TP, PP and node counts
+    --ckpt-fully-parallel-load
     --log-interval "$LOG_INTERVAL" --log-throughput
     --tensorboard-dir "$RUN_DIR/tensorboard" --tensorboard-log-interval "$LOG_INTERVAL"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
@@ -155,6 +159,11 @@ case $PRECISION in
     bf16) megatron+=(--bf16) ;;
     fp32) ;;
     *) die 2 "PRECISION=$PRECISION: choose bf16 or fp32" ;;
+esac
+case $OPTIMIZER_FORMAT in
+    dp) ;;
+    full) megatron+=(--dist-ckpt-optim-fully-reshardable) ;;
+    *) die 2 "OPTIMIZER_FORMAT=$OPTIMIZER_FORMAT: choose dp or full" ;;
 esac
 case $DEVICE in
     gpu) ;;

@@ -12,7 +12,13 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu import checkpoint_arguments, recompute, shared_alphas, versions
+from megatron_xielu import (
+    checkpoint_arguments,
+    optimizer_format,
+    recompute,
+    shared_alphas,
+    versions,
+)
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
@@ -39,10 +45,21 @@ _EXCLUDED = {
     "use_grouped_gemm_for_dense_mlp": "--use-grouped-gemm-for-dense-mlp",
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
-    # Untested with fp32 parameters beside 16-bit ones.
-    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "yaml_cfg": "--yaml-cfg",
+}
+
+# The same, where the reason is not plain.
+_EXCLUDED_BECAUSE = {
+    "use_precision_aware_optimizer": (
+        "--use-precision-aware-optimizer",
+        "Transformer Engine's optimizer then keeps the master weights, and fp32 alphas beside "
+        "16-bit weights are untested there",
+    ),
+    "optimizer_cpu_offload": (
+        "--optimizer-cpu-offload",
+        "loading a checkpoint it looks for a master copy of every parameter, and fp32 alphas have "
+        "none (mended in NVIDIA/Megatron-LM #5929, which is in no release)",
+    ),
 }
 
 # What is built from other specs before Megatron 0.19.
@@ -191,6 +208,9 @@ def validate(args: Namespace) -> None:
     for argument, excluded in _EXCLUDED.items():
         if getattr(args, argument, None):
             raise ValueError(f"{flag} does not work with {excluded}; drop one of them")
+    for argument, (excluded, reason) in _EXCLUDED_BECAUSE.items():
+        if getattr(args, argument, None):
+            raise ValueError(f"{flag} does not work with {excluded}: {reason}; drop one of them")
     if versions.release() < (0, 19):
         for argument, excluded in _EXCLUDED_BEFORE_0_19.items():
             if getattr(args, argument, None):
@@ -206,6 +226,7 @@ def validate(args: Namespace) -> None:
     # Megatron's own fusion of a bias and an activation knows only its own activations.
     args.xielu_fuse_bias = args.bias_gelu_fusion and args.add_bias_linear
     args.bias_gelu_fusion = False
+    optimizer_format.check_optimizer(args)
     if args.xielu_recompute_output:
         recompute.check(args)
         recompute.build_extension()
@@ -242,16 +263,17 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
 
 
 def check_checkpoint(args: Namespace) -> None:
-    """Refuse a checkpoint that was trained with another activation, or another β.
+    """Refuse a checkpoint of another activation or β, or an optimizer state of another layout.
 
-    Megatron would not: it ignores what a checkpoint has and the model lacks.
+    Megatron would not refuse the first: it ignores what a checkpoint has and the model lacks.
 
     Raises:
-        ValueError: naming both activations.
+        ValueError: naming what differs.
     """
     checkpoint = saved_arguments(args)
     if checkpoint is not None:
         refuse_another_activation(args, *checkpoint)
+        optimizer_format.check_resume(args, *checkpoint)
 
 
 def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) -> None:
@@ -353,6 +375,7 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
     # Megatron names an activation of its own by a flag, and --spec by a module: check both first.
+    optimizer_format.check_optimizer(args)
     validate(args)
     check_checkpoint(args)
     validate_args(args, args_defaults)

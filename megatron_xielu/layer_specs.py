@@ -31,6 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_xielu import (
     arguments,
     bias_fusion,
+    optimizer_format,
     recompute,
     shared_alphas,
     versions,
@@ -299,6 +300,7 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     args = get_args()
     if not vp_stage:  # Megatron asks once per virtual pipeline stage; the answer is the same
         arguments.check_upcycling(args)
+        optimizer_format.check_optimizer(args)
         arguments.check_checkpoint(args)
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
     return layer_spec(builder, config, vp_stage)
@@ -322,6 +324,7 @@ def _older_script_layer_spec(name: str) -> Any:
 
     versions.check_spec()
     args = get_args()
+    optimizer_format.check_optimizer(args)
     arguments.check_checkpoint(args)
     check_config(core_transformer_config_from_args(args))
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])

@@ -23,6 +23,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_xielu.optimizer_format import DP, FULL, Load, Save, load_of_rank, save_of_rank
+
 GIB = 1024**3
 MEMORY_MARGIN = 0.10  # of a GPU's memory, for what is not counted
 
@@ -32,7 +34,7 @@ _INTEGERS = (
     "lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples lr-wsd-decay-iters "
     "lr-wsd-decay-samples save-interval save-retain-interval vocab-size padded-vocab-size "
     "num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank "
-    "recompute-num-layers"
+    "recompute-num-layers ddp-bucket-size ddp-num-buckets"
 ).split()
 _INTEGERS_WITH_DEFAULTS = {
     "tensor-model-parallel-size": 1,
@@ -48,8 +50,9 @@ _SWITCHES = (
     "group-query-attention qk-layernorm untie-embeddings-and-output-weights disable-bias-linear "
     "add-qkv-bias sequence-parallel use-distributed-optimizer grad-reduce-in-bf16 "
     "use-rotary-position-embeddings recompute-activations distribute-saved-activations "
-    "cross-entropy-loss-fusion no-save-optim no-pad-vocab-size mock-data "
-    "no-overlap-p2p-communication"
+    "cross-entropy-loss-fusion no-save-optim no-load-optim finetune no-pad-vocab-size mock-data "
+    "no-overlap-p2p-communication overlap-grad-reduce dist-ckpt-optim-fully-reshardable "
+    "ckpt-fully-parallel-load"
 ).split()
 _STRINGS = {
     "normalization": "LayerNorm",
@@ -57,6 +60,7 @@ _STRINGS = {
     "lr-decay-style": "linear",
     "lr-wsd-decay-style": "exponential",
     "optimizer": "adam",
+    "ckpt-format": "torch_dist",
     "transformer-impl": "transformer_engine",
     "attention-backend": "auto",
     "cross-entropy-fusion-impl": "native",
@@ -291,13 +295,19 @@ def _activation(args: Namespace) -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs of a run. ``peak_tflops``: bf16 without sparsity; ``mfu``: an assumption."""
+    """The GPUs of a run. ``peak_tflops``: bf16 without sparsity; ``mfu``: an assumption.
+
+    ``node_network``, ``host_copy``: GB/s into a node, and of one thread that copies host memory.
+    The second is an assumption; torchrun gives a rank one thread.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 8
     gpu_memory_gib: float = 80.0
     peak_tflops: float = 989.0  # NVIDIA's data sheet of the H100 SXM
     mfu: float = 0.40
+    node_network: float = 400.0  # eight ConnectX-7 of 400 Gb/s: NVIDIA's data sheet of the DGX H100
+    host_copy: float = 5.0
 
     @property
     def gpus(self) -> int:
@@ -576,9 +586,7 @@ class Plan:
         args, steps, every = self.args, self.schedule().steps, self.args.save_interval
         if not args.save or not every:
             return None
-        optimizer = 4 * _MOMENTS.get(args.optimizer, 2)
-        optimizer += 4 * (self.half or args.use_distributed_optimizer)
-        per_parameter = (2 if self.half else 4) + (0 if args.no_save_optim else optimizer)
+        per_parameter = sum(self._saved_bytes())
         saved = [*range(every, steps + 1, every)] + ([steps] if steps % every else [])
         last, forever = self.keep_checkpoints, self.keep_every
         if last is None and args.save_retain_interval:
@@ -588,6 +596,65 @@ class Plan:
             old = saved[: max(0, len(saved) - last)]
             kept -= sum(1 for iteration in old if not forever or iteration % forever)
         return Checkpoints(math.ceil(per_parameter * self.model.parameters()), len(saved), kept)
+
+    def _saved_bytes(self) -> tuple[int, int]:
+        """(of weights, of optimizer state) a parameter in a checkpoint."""
+        optimizer = 4 * _MOMENTS.get(self.args.optimizer, 2)
+        optimizer += 4 * (self.half or self.args.use_distributed_optimizer)
+        return 2 if self.half else 4, 0 if self.args.no_save_optim else optimizer
+
+    @property
+    def optimizer_format(self) -> str | None:
+        """Of the checkpoints; None where there is no distributed optimizer to have one."""
+        if not self.args.use_distributed_optimizer or self.args.no_save_optim:
+            return None
+        full = self.args.dist_ckpt_optim_fully_reshardable
+        return FULL if full else DP
+
+    def save(self, kind: str) -> Save:
+        """What a save costs a rank of the stage that holds most, in either optimizer format."""
+        weights, state = self._saved_bytes()
+        # Tensor-parallel ranks are neighbours, and a node has those of one pipeline stage.
+        slices = min(self.tensor, self.cluster.gpus_per_node)
+        ranks = self.optimizer_shards()
+        return save_of_rank(
+            kind,
+            numel=self._largest_slice(),
+            weights=weights,
+            state=state,
+            ranks=ranks,
+            on_node=min(ranks, self.cluster.gpus_per_node // slices),
+            slices=slices,
+        )
+
+    def seconds_to_save(self, kind: str) -> float:
+        """How long training waits for a save, by estimate, in either optimizer format."""
+        cluster = self.cluster
+        return self.save(kind).seconds(
+            node_network=cluster.node_network * 1e9, host_copy=cluster.host_copy * 1e9
+        )
+
+    def load(self, kind: str, *, parallel: bool) -> Load:
+        """What a load costs a rank of the stage that holds most, at an unchanged layout."""
+        weights, state = self._saved_bytes()
+        return load_of_rank(
+            kind,
+            parallel=parallel,
+            numel=self._largest_slice(),
+            weights=weights,
+            state=state,
+            ranks=self.optimizer_shards(),
+        )
+
+    def read_by_all(self, kind: str, *, parallel: bool) -> float:
+        """Bytes that all ranks together read for a load."""
+        share = sum(map(self.parameters_on, range(self.pipeline))) / self._largest_slice()
+        ranks = self.tensor * self.data * self.context
+        return ranks * share * self.load(kind, parallel=parallel).read
+
+    def _largest_slice(self) -> float:
+        """Parameters of a rank of the pipeline stage that has most."""
+        return max(self.parameters_on(stage) for stage in {0, self.pipeline - 1})
 
 
 if __name__ == "__main__":

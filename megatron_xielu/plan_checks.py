@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_xielu import optimizer_format
 from megatron_xielu.plan import GIB, MEMORY_MARGIN, Plan
 
 # README, Limits. tests/test_plan.py compares these with the package's own lists.
@@ -116,12 +117,6 @@ def _flags(plan: Plan) -> Iterator[str]:
         excluded = [*EXCLUDED, *OTHER_SCRIPTS]
         if args.transformer_impl == "inference_optimized":
             yield f"{name} does not work with --transformer-impl inference_optimized"
-        if plan.half and not args.use_distributed_optimizer and (args.save or args.load):
-            yield (
-                f"{name} in --bf16 or --fp16 with --save or --load needs "
-                "--use-distributed-optimizer: Megatron's other optimizer writes wrong checkpoints "
-                "of fp32 alphas"
-            )
     else:
         name, excluded = "this entry", OTHER_SCRIPTS
         for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
@@ -146,6 +141,10 @@ def _flags(plan: Plan) -> Iterator[str]:
     for flag in _UNKNOWN:
         if flag in given and flag not in excluded:
             yield f"{flag} is not known to the plan, which counts dense GPT models; drop it"
+    try:
+        optimizer_format.check_optimizer(args)
+    except ValueError as error:
+        yield str(error)
     if args.bf16 and args.fp16:
         yield "give one of --bf16 and --fp16"
     if args.recompute_granularity == "full" and not (

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_xielu import plan_checks
+from megatron_xielu.optimizer_format import DP, FULL
 from megatron_xielu.plan import GIB, MEMORY_MARGIN, Cluster, Plan, PlanError
 
 _ACTIVATIONS = {"xielu": "xIELU", "xiprelu": "xIPReLU", "relu2": "ReLU²", "swiglu": "SwiGLU"}
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options.gpu_memory,
                 options.peak_tflops,
                 options.mfu,
+                options.node_network,
+                options.host_copy,
             ),
             vocab_size=options.vocab_size,
             keep_checkpoints=options.keep_checkpoints,
@@ -74,6 +77,20 @@ def _options() -> argparse.ArgumentParser:
         type=_above_0,
         default=default.mfu,
         help="share of the peak that the model's FLOPs reach; an assumption (default: %(default)s)",
+    )
+    add(
+        "--node-network",
+        type=_above_0,
+        default=default.node_network,
+        metavar="GB/S",
+        help="into a node (default: %(default)s, eight cards of 400 Gb/s)",
+    )
+    add(
+        "--host-copy",
+        type=_above_0,
+        default=default.host_copy,
+        metavar="GB/S",
+        help="that one thread copies in host memory; an assumption (default: %(default)s)",
     )
     add("--vocab-size", type=_positive, help="entries of the tokenizer, where Megatron reads them")
     add("--keep-checkpoints", type=_positive, metavar="K", help="the last K checkpoints are kept")
@@ -133,8 +150,26 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         },
         "memory": {**asdict(memory), "total": memory.total},
         "checkpoints": checkpoints and {**asdict(checkpoints), "disk": checkpoints.disk},
+        "optimizer_format": plan.optimizer_format and _formats(plan),
         "warnings": plan_checks.warnings(plan),
     }
+
+
+def _formats(plan: Plan) -> dict[str, Any]:
+    """Both optimizer formats of checkpoints: bytes of a rank, and seconds by estimate."""
+    formats: dict[str, Any] = {"chosen": plan.optimizer_format}
+    for kind in (DP, FULL):
+        formats[kind] = {
+            "save": {**asdict(plan.save(kind)), "seconds": plan.seconds_to_save(kind)},
+            "load": {
+                name: {
+                    **asdict(plan.load(kind, parallel=parallel)),
+                    "read_by_all": plan.read_by_all(kind, parallel=parallel),
+                }
+                for name, parallel in (("each_rank", False), ("fully_parallel", True))
+            },
+        }
+    return formats
 
 
 def text(plan: Plan) -> str:
@@ -266,7 +301,44 @@ def _checkpoints(plan: Plan) -> _Rows:
         ("written", f"{checkpoints.written:,}, every {plan.args.save_interval:,} steps"),
         ("kept", f"{checkpoints.kept:,}"),
         ("disk", f"{checkpoints.disk / GIB:,.1f} GiB at most, one being written"),
+        *(_optimizer_format(plan, plan.optimizer_format) if plan.optimizer_format else []),
     ]
+
+
+def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
+    """What a save and a load take in host memory, time and reading."""
+    c, parallel = plan.cluster, plan.args.ckpt_fully_parallel_load
+    node = min(c.gpus, c.gpus_per_node)
+
+    def memory(held: float) -> str:
+        return f"{held / GIB:,.2f} GiB of host memory a rank, {node * held / GIB:,.1f} a node"
+
+    def save(kind: str) -> str:
+        return f"{memory(plan.save(kind).host_memory)}; waits {plan.seconds_to_save(kind):.2g} s"
+
+    now, other = (plan.read_by_all(chosen, parallel=way) for way in (parallel, not parallel))
+    unless = f"{'without' if parallel else 'with'} --ckpt-fully-parallel-load"
+    keeps = "TP and PP" if _buckets_are_fixed(plan) else "TP, PP and the node count"
+    note = "a later job may change TP and PP" if chosen == FULL else f"later jobs keep {keeps}"
+    held = plan.load(chosen, parallel=parallel).host_memory
+    speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.node_network:g} GB/s into a node"
+    return [
+        ("optimizer state", f"{chosen}: {note}"),
+        ("  save", save(chosen)),
+        (
+            "  dp format" if chosen == FULL else "  full format",
+            save(DP if chosen == FULL else FULL),
+        ),
+        ("  waits", f"an estimate, at {speeds}"),
+        *([("  load", memory(held))] if held else []),
+        ("  read", f"{now / GIB:,.1f} GiB by all ranks; {other / GIB:,.1f} {unless}"),
+    ]
+
+
+def _buckets_are_fixed(plan: Plan) -> bool:
+    """Whether gradient buckets stay as they are when the data-parallel size changes."""
+    args = plan.args
+    return not args.overlap_grad_reduce or bool(args.ddp_bucket_size or args.ddp_num_buckets)
 
 
 def _amount(number: float) -> str:

@@ -2,9 +2,11 @@
 
 Run by tests/launch.py in place of ``python -m megatron_xielu.pretrain_gpt``; its command line is
 the same. Environment: ``DUMP_FOLDER`` receives ``dump_<rank>.json``; ``BREAK_TP_SUM=1`` takes the
-sum over tensor-parallel ranks out, to show what it prevents.
+sum over tensor-parallel ranks out, and ``WITHOUT_MENDS`` the workarounds that it names, to show
+what they prevent.
 """
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -65,6 +67,8 @@ def main() -> None:
         train(args)
 
     pretrain_gpt._train = observed_train
+    for name in os.environ.get("WITHOUT_MENDS", "").split():
+        importlib.import_module(f"megatron_xielu.workarounds.{name}").install = lambda: None
     pretrain_gpt.main()
     from megatron.core import mpu  # not before CPU mode, which main() turns on
 

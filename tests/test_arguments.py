@@ -67,8 +67,8 @@ def test_defaults(parse):
         ("--xielu --hybrid-layer-pattern M-", "--hybrid-layer-pattern"),
         ("--xielu --use-megatron-fsdp", "--use-megatron-fsdp"),
         ("--xielu --use-torch-fsdp2", "--use-torch-fsdp2"),
-        ("--xielu --use-precision-aware-optimizer", "--use-precision-aware-optimizer"),
-        ("--xielu --optimizer-cpu-offload", "--optimizer-cpu-offload"),
+        ("--xielu --use-precision-aware-optimizer", "keeps the master weights"),
+        ("--xielu --optimizer-cpu-offload", "master copy of every parameter"),
         ("--xielu --transformer-impl inference_optimized", "--transformer-impl"),
         ("--xielu --spec other.module spec", "with_activation"),
         ("--xielu --xielu-alpha-p-init 0", "--xielu-alpha-p-init must be a finite number above 0"),
@@ -79,8 +79,10 @@ def test_defaults(parse):
         ("--xielu --xielu-beta inf", "--xielu-beta must be"),
         ("--xielu --xielu-check-tp-sync -1", "--xielu-check-tp-sync must be 0 or more"),
         ("--squared-relu --xielu-recompute-output", "needs --xielu or --xiprelu"),
-        ("--xielu --bf16 --save x", "add --use-distributed-optimizer"),
-        ("--xiprelu --fp16 --load x", "add --use-distributed-optimizer"),
+        ("--xielu --optimizer soap --save x", "--optimizer soap cannot be resumed"),
+        ("--xielu --optimizer sgd --load x", "--optimizer sgd .*use --ckpt-format torch"),
+        ("--xielu --optimizer sgd --use-distributed-optimizer", "--use-distributed-optimizer"),
+        ("--xielu --optimizer adaptive_muon", "choose muon"),
     ],
 )
 def test_refused(parse, flags, message):

@@ -12,7 +12,8 @@ import plan_cases
 import pytest
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
 
-from megatron_xielu import plan_checks
+from megatron_xielu import plan_checks, plan_report
+from megatron_xielu.optimizer_format import DP, FULL
 from megatron_xielu.plan import GIB, Cluster, Model, Plan, PlanError
 
 SHARED = """
@@ -318,6 +319,8 @@ def test_proposed_fixes_fit():
 # Checks
 
 ERRORS = {
+    "--optimizer soap --save out --save-interval 5": "--optimizer soap cannot be resumed",
+    "--optimizer sgd": "--use-distributed-optimizer; drop it",
     "--num-attention-heads 12 --tensor-model-parallel-size 8": "--num-attention-heads 12",
     "--group-query-attention --num-query-groups 6 --tensor-model-parallel-size 4 "
     "--num-attention-heads 12": "--num-query-groups 6",
@@ -371,18 +374,6 @@ def test_problem_names_the_flag(flags):
     found = plan_checks.problems(plan_1b(flags), environment={})
     assert any(ERRORS[flags] in problem for problem in found), found
     assert not any("\n" in problem for problem in found)
-
-
-def test_16_bit_checkpoints_need_the_distributed_optimizer():
-    command = plan_1b("--save out --save-interval 5").argv
-    command.remove("--use-distributed-optimizer")
-    [problem] = plan_checks.problems(Plan(command, cluster=NODES_1B), environment={})
-    assert "--use-distributed-optimizer" in problem
-    command = [word for word in command if word != "--bf16"]
-    assert not any(
-        "--use-distributed-optimizer:" in problem
-        for problem in plan_checks.problems(Plan(command, cluster=NODES_1B), environment={})
-    )
 
 
 @pytest.mark.parametrize(
@@ -463,7 +454,8 @@ def test_secrets_are_named_and_not_printed():
 def test_refuses_what_the_package_refuses():
     from megatron_xielu import arguments, pretrain_gpt
 
-    assert set(plan_checks.EXCLUDED) == set(arguments._EXCLUDED.values())
+    because = {flag for flag, _ in arguments._EXCLUDED_BECAUSE.values()}
+    assert set(plan_checks.EXCLUDED) == {*arguments._EXCLUDED.values(), *because}
     assert set(plan_checks.OTHER_SCRIPTS) == set(pretrain_gpt._OTHER_SCRIPTS.values())
 
 
@@ -481,6 +473,73 @@ def test_checkpoints():
     assert checkpoints.bytes == 14 * plan_1b().model.parameters()
     assert checkpoints.disk == 3 * checkpoints.bytes
     assert plan_1b().checkpoints() is None
+
+
+def test_optimizer_formats():
+    """At 88 ranks of the 1.1B; test_optimizer_format.py counts the bytes of real trainings."""
+    plan = plan_1b("--save out --save-interval 1000")
+    parameters = plan.model.parameters()
+    part = 14 * parameters / 88
+    dp, full = plan.save(DP), plan.save(FULL)
+    assert (dp.received, dp.host_memory, dp.to_host, dp.written) == (0, part, part, part)
+    assert full.received == pytest.approx(12 * parameters * 87 / 88)
+    assert full.received_by_node == pytest.approx(12 * parameters * 10 / 11)
+    assert full.host_memory == 12 * parameters + part and full.written == part
+    # Four passes over host memory; the network is fast beside them.
+    assert plan.seconds_to_save(FULL) == pytest.approx(4 * 12 * parameters / 5e9, rel=0.01)
+    assert plan.seconds_to_save(DP) == pytest.approx(part / 5e9)
+    fast = plan_1b("--save out", Cluster(nodes=11, host_copy=50.0, node_network=4.0))
+    assert fast.seconds_to_save(FULL) == pytest.approx(
+        (full.received_by_node / 4 + (48 + 2 / 88) * parameters / 50) / 1e9
+    )
+    read = {
+        (kind, parallel): plan.read_by_all(kind, parallel=parallel) / parameters
+        for kind in (DP, FULL)
+        for parallel in (False, True)
+    }
+    assert read == pytest.approx(
+        {(DP, False): 2 * 88 + 12, (FULL, False): 14 * 88, (DP, True): 14, (FULL, True): 14}
+    )
+    assert plan.load(DP, parallel=True).host_memory == 0
+    assert plan.load(FULL, parallel=False).host_memory == 12 * parameters
+    assert plan.load(FULL, parallel=True).host_memory == 24 * parameters
+
+
+def test_optimizer_formats_under_model_parallelism():
+    """A node has all tensor-parallel slices of a stage, and fewer ranks of each."""
+    command = f"{PAPER_3B} --xielu --ffn-hidden-size 12288"
+    plan = Plan(command.split(), cluster=Cluster(nodes=32))
+    held = 12 * plan.parameters_on(0)
+    save = plan.save(FULL)
+    assert save.received == pytest.approx(held * 127 / 128)
+    assert save.received_by_node == pytest.approx(2 * held * 31 / 32)
+    assert plan.read_by_all(DP, parallel=True) == pytest.approx(2 * 14 * plan.parameters_on(0))
+    staged = Plan([*command.split(), "--pipeline-model-parallel-size", "4"], cluster=plan.cluster)
+    assert staged.read_by_all(FULL, parallel=True) == pytest.approx(
+        2 * 14 * sum(staged.parameters_on(stage) for stage in range(4))
+    )
+    # Alone on its node a rank receives nothing from others there.
+    wide = Plan([*command.split(), "--tensor-model-parallel-size", "8"], cluster=plan.cluster)
+    assert wide.save(FULL).received_by_node == pytest.approx(8 * wide.save(FULL).received)
+    assert plan_1b("--save out", Cluster(nodes=1)).save(FULL).received_by_node == 0
+
+
+def test_what_ties_a_run_to_its_layout_is_said():
+    def said(flags: str) -> str:
+        report = plan_report.text(plan_1b(f"--save out --save-interval 1000 {flags}"))
+        assert max(map(len, report.splitlines())) <= 100
+        return "".join(re.findall(r"optimizer state +(.*)", report))
+
+    assert said("") == "dp_reshardable: later jobs keep TP and PP"
+    assert said("--overlap-grad-reduce") == (
+        "dp_reshardable: later jobs keep TP, PP and the node count"
+    )
+    for fixed in ("--ddp-bucket-size 88000000", "--ddp-num-buckets 20"):
+        assert said(f"--overlap-grad-reduce {fixed}") == said("")
+    assert said("--dist-ckpt-optim-fully-reshardable") == (
+        "fully_reshardable: a later job may change TP and PP"
+    )
+    assert said("--no-save-optim") == ""
 
 
 # The command
@@ -502,6 +561,13 @@ def test_command():
     numbers = json.loads(run_plan("--nodes 11 --json", command).stdout)
     assert numbers["model"]["parameters"] == 1_107_371_568
     assert numbers["problems"] == numbers["warnings"] == []
+    formats = numbers["optimizer_format"]
+    assert formats["chosen"] == DP
+    assert formats[FULL]["save"]["seconds"] > 100 * formats[DP]["save"]["seconds"]
+    assert formats[FULL]["load"]["fully_parallel"]["host_memory"] == 24 * 1_107_371_568
+    slow = json.loads(run_plan("--nodes 11 --json --host-copy 2.5", command).stdout)
+    slow_save = slow["optimizer_format"][DP]["save"]["seconds"]
+    assert slow_save == pytest.approx(2 * formats[DP]["save"]["seconds"])
 
     done = run_plan("--nodes 11 --check", command)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -517,6 +583,6 @@ def test_runs_on_a_login_node():
         "sys.exit(bool({'torch', 'numpy', 'megatron'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
-    for name in ("__init__", "plan", "plan_checks", "plan_report"):
+    for name in ("__init__", "plan", "plan_checks", "plan_report", "optimizer_format"):
         source = (REPOSITORY / "megatron_xielu" / f"{name}.py").read_text()
         ast.parse(source, feature_version=(3, 9))

@@ -14,6 +14,8 @@ import pytest
 import test_kubernetes
 from launch import REPOSITORY
 
+from megatron_xielu.optimizer_format import default_bucket_size
+
 MODELS = ["llama_1b", "llama_3b", "debug"]
 ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
 EXPECTED = Path(__file__).parent / "dry_runs"
@@ -162,6 +164,28 @@ def test_environment_and_trailing_flags_override():
     assert flag(text, "--save") == "/r/checkpoints"
 
 
+@pytest.mark.parametrize("model, nodes", [("llama_1b", 11), ("llama_3b", 32)])
+def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nodes):
+    """A resume needs the same ones, and Megatron's own size changes with the node count."""
+    papers = output(LAUNCHER, MODEL=model, NNODES=str(nodes))
+    ranks = int(re.search(r"DP (\d+)", papers)[1])
+    assert int(flag(papers, "--ddp-bucket-size")) == default_bucket_size(ranks) > 40_000_000
+    fewer = output(LAUNCHER, MODEL=model)
+    assert flag(fewer, "--ddp-bucket-size") == flag(papers, "--ddp-bucket-size")
+    assert "later jobs keep TP and PP\n" in fewer
+    assert flag(output(LAUNCHER, BUCKET_SIZE="5"), "--ddp-bucket-size") == "5"
+
+
+def test_the_optimizer_state_is_gathered_only_on_request():
+    full = "--dist-ckpt-optim-fully-reshardable"
+    for variables, given in (({}, False), ({"OPTIMIZER_FORMAT": "full"}, True)):
+        text = output(LAUNCHER, **variables)
+        command, _, plan = text.partition("\n\n")
+        assert (full in command) is given
+        assert ("fully_reshardable: a later job" in plan) is given
+        assert "--ckpt-fully-parallel-load" in command
+
+
 def test_data_in_one_list_or_by_split(tmp_path):
     for name, flags in (
         ("list.txt", "--data-args-path {} --split 7"),
@@ -189,6 +213,8 @@ def test_other_scripts_get_the_layer_spec():
         ({"TP": "two"}, "TP=two is not a whole number"),
         ({"PRECISION": "fp8"}, "PRECISION=fp8: choose"),
         ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
+        ({"OPTIMIZER_FORMAT": "tp"}, "OPTIMIZER_FORMAT=tp: choose"),
+        ({"BUCKET_SIZE": "88M"}, "BUCKET_SIZE=88M is not a whole number"),
         ({"TOKENIZER": "null"}, "TOKENIZER=null needs VOCAB_SIZE"),
         ({}, "no data: set DATA_ARGS"),
         ({"MOCK_DATA": "1", "NNODES": "8"}, "--global-batch-size"),

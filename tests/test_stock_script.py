@@ -44,7 +44,10 @@ def test_trains_as_our_entry_does(script, activation, tmp_path):
             "--save x",
             "--moe-use-upcycling does not work with xIELU",
         ),
-        ("--use-te-activation-func --bf16 --save x", "add --use-distributed-optimizer"),
+        (
+            "--use-te-activation-func --optimizer soap --use-distributed-optimizer --save x",
+            "--optimizer soap cannot be resumed with --ckpt-format torch_dist",
+        ),
     ],
 )
 def test_refused(flags, message, tmp_path):

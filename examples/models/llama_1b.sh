@@ -12,6 +12,8 @@
 : "${LR:=8e-4}"                       # peak
 : "${GLOBAL_BATCH:=440}"              # 88 GPUs with 5 samples each, 1.802M tokens a step
 : "${MICRO_BATCH:=5}" "${TP:=1}" "${PP:=1}" "${CP:=1}"
+: "${BUCKET_SIZE:=88000000}"          # of gradients: Megatron's own at 88 data-parallel ranks,
+                                      # kept when the node count changes
 : "${TOKENS:=126156800000}"           # 70,000 steps; TOKENS=125e9 for a round number
 # Linear warm-up, constant, then 1 − sqrt to zero: shares of TOKENS, so that they scale with it.
 : "${STEPS:=70000}" "${WARMUP_STEPS:=2000}" "${DECAY_STEPS:=14500}"

@@ -12,6 +12,8 @@
 : "${LR:=7e-4}"                       # peak
 : "${GLOBAL_BATCH:=640}"              # 128 replicas with 5 samples each, 2.621M tokens a step
 : "${MICRO_BATCH:=5}" "${TP:=2}" "${PP:=1}" "${CP:=1}"  # 256 GPUs; TP=2 halves what one must hold
+: "${BUCKET_SIZE:=128000000}"         # of gradients: Megatron's own at 128 data-parallel ranks,
+                                      # kept when the node count changes
 : "${TOKENS:=125829120000}"           # 48,000 steps; TOKENS=125e9 for a round number
 # Linear warm-up, constant, then 1 − sqrt to zero: shares of TOKENS, so that they scale with it.
 : "${STEPS:=48000}" "${WARMUP_STEPS:=2000}" "${DECAY_STEPS:=10000}"

@@ -5,8 +5,8 @@
 What it adds to the script, whichever it is: before anything is loaded, rank 0 sets aside damaged
 checkpoints and points Megatron at the newest whole one (the other ranks wait for it in the
 rendezvous); what Megatron's optimizers write into checkpoints is mended (`workarounds`), whatever
-the activation; at the end, the event log says how the rank ended; and a training that reached its last
-step is told from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
+the activation; at the end, the event log says how the rank ended; and a training that reached its
+last step is told from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
 """
 
 from __future__ import annotations

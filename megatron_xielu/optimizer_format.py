@@ -1,0 +1,270 @@
+"""The two checkpoint formats of Megatron's distributed optimizer: what they cost, and tie a run to.
+
+``dp_reshardable``
+    Megatron's default. Each rank writes the part of every gradient bucket that it owns. A resume
+    may have another data-parallel size, but needs the same model-parallel layout and buckets.
+``fully_reshardable`` (``--dist-ckpt-optim-fully-reshardable``)
+    Every rank first gathers the whole state of its model-parallel slice
+    (`DistributedOptimizer.get_parameter_state_dp_zero`). A resume may have any layout.
+
+Of one rank, N parameters in its slice, D ranks that share them, g of these on its node, w bytes of
+weights and o of optimizer state a parameter (2 and 12 in 16 bits); docs/checkpoint-formats.md has
+them counted in real saves and loads:
+
+    save                       dp_reshardable      fully_reshardable
+    received                   0                   o·N·(1 − 1/D)
+    received by its node       0                   o·N·(1 − g/D), once a slice on the node
+    from the device to host    (w + o)·N/D         o·N·(1 + 1/D) + w·N/D
+    host memory                (w + o)·N/D         o·N + (w + o)·N/D
+    written                    (w + o)·N/D         (w + o)·N/D
+
+    load                       dp_reshardable      fully_reshardable
+    read                       w·N + o·N/D         (w + o)·N
+      fully parallel           (w + o)·N/D         (w + o)·N/D
+    exchanged, fully parallel  w·N                 (w + o)·N
+    host memory                –                   o·N; fully parallel 2·o·N
+
+Standard library only, until a checkpoint is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DP, FULL = "dp_reshardable", "fully_reshardable"
+
+# Passes of fully_reshardable over the state in host memory, by one thread: zeros, off the device,
+# concatenated, and copied to its place.
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Save:
+    """Bytes of a save on a rank; ``received_by_node``: by all ranks of a node."""
+
+    received: float
+    received_by_node: float
+    to_host: float
+    host_memory: float
+    written: float
+    host_copied: float  # passes over host memory, while training waits
+
+    def seconds(self, *, node_network: float, host_copy: float) -> float:
+        """An estimate of how long training waits.
+
+        The files are written beside the training, and not counted; neither are planning and
+        barriers.
+
+        Args:
+            node_network: bytes a second into a node.
+            host_copy: bytes a second that one thread copies.
+        """
+        return self.received_by_node / node_network + self.host_copied / host_copy
+
+
+@dataclass(frozen=True)
+class Load:
+    """Bytes of a load on a rank."""
+
+    read: float
+    exchanged: float
+    host_memory: float
+
+
+def save_of_rank(
+    kind: str, *, numel: float, weights: float, state: float, ranks: int, on_node: int, slices: int
+) -> Save:
+    """What a save costs a rank.
+
+    Args:
+        kind: `DP` or `FULL`.
+        numel, weights, state, ranks, on_node: N, w, o, D and g.
+        slices: model-parallel slices of which a node has ranks.
+    """
+    part = (weights + state) * numel / ranks
+    if kind == DP:
+        return Save(0.0, 0.0, part, part, part, part)
+    whole = state * numel
+    share = weights * numel / ranks
+    return Save(
+        received=whole * (1 - 1 / ranks),
+        received_by_node=slices * whole * (1 - on_node / ranks),
+        to_host=whole * (1 + 1 / ranks) + share,
+        host_memory=whole + part,
+        written=part,
+        host_copied=_PASSES * whole + share,
+    )
+
+
+def load_of_rank(
+    kind: str, *, parallel: bool, numel: float, weights: float, state: float, ranks: int
+) -> Load:
+    """What a load costs a rank, with or without ``--ckpt-fully-parallel-load``."""
+    every = weights * numel + (state * numel if kind == FULL else 0.0)  # that every rank needs
+    own = state * numel / ranks if kind == DP else 0.0
+    held = state * numel if kind == FULL else 0.0
+    if not parallel or ranks == 1:
+        return Load(every + own, 0.0, held)
+    return Load(every / ranks + own, every, 2 * held)
+
+
+# Resuming
+
+# Optimizers that Megatron 0.17 to 0.19 cannot resume in the format torch_dist, of whatever model.
+_NOT_IN_TORCH_DIST = {
+    "sgd": "loading its momentum fails",
+    "soap": "its preconditioners have other shapes than the weights, and saving them fails",
+}
+
+
+def check_optimizer(args: Namespace) -> None:
+    """Refuse an optimizer that Megatron would fail with at the first step, save or restart.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    flag = f"--optimizer {args.optimizer}"
+    if args.optimizer == "adaptive_muon":
+        raise ValueError(
+            f"{flag} fails at its first step with Megatron 0.19.2 and emerging-optimizers 0.3.0; "
+            "choose muon"
+        )
+    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+        raise ValueError(f"{flag} does not work with --use-distributed-optimizer; drop it")
+    is_saved = args.save and not args.no_save_optim
+    is_loaded = args.load and not (args.no_load_optim or args.finetune)
+    reason = _NOT_IN_TORCH_DIST.get(args.optimizer)
+    if reason and args.ckpt_format == "torch_dist" and (is_saved or is_loaded):
+        raise ValueError(
+            f"{flag} cannot be resumed with --ckpt-format torch_dist: {reason}; use --ckpt-format "
+            "torch, or --no-save-optim and --no-load-optim"
+        )
+
+
+# The model-parallel layout: argument, flag.
+_LAYOUT = {
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "expert_model_parallel_size": "--expert-model-parallel-size",
+}
+
+
+def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Refuse to resume a ``dp_reshardable`` optimizer state in a layout that cannot read it.
+
+    Megatron would end, too: with a traceback whose advice is another flag's, or an assertion.
+
+    Args:
+        args: of this run, whether or not Megatron has validated them.
+        saved: of the checkpoint.
+        folder: of the checkpoints.
+
+    Raises:
+        ValueError: what to do, in one line.
+    """
+    starts_anew = (
+        getattr(args, "no_load_optim", None)
+        or getattr(args, "finetune", False)
+        or folder == getattr(args, "pretrained_checkpoint", None)
+        or not _is_distributed(args)
+    )
+    if starts_anew or not _is_dp_reshardable(saved):
+        return
+    for argument, flag in _LAYOUT.items():
+        now, then = (getattr(a, argument, None) or 1 for a in (args, saved))
+        if now != then:
+            raise ValueError(
+                f"the checkpoint in {folder} was saved with {flag} {then}, and its optimizer state "
+                f"can only be read so ({DP}), not with {now}; go on with {then} and "
+                "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full) until "
+                "the next checkpoint, which any layout reads; or add --no-load-optim"
+            )
+    now_size, then_size = bucket_size(args), bucket_size(saved)
+    if now_size != then_size and not _in_one_bucket(args, folder, now_size):
+        raise ValueError(
+            f"the checkpoint in {folder} was saved with {_bucket_flags(saved)}, and its optimizer "
+            f"state can only be read so ({DP}), not with {_bucket_flags(args)}; "
+            f"give {_bucket_flags(saved)}, or add --no-load-optim"
+        )
+
+
+def _is_dp_reshardable(saved: Namespace) -> bool:
+    return (
+        _is_distributed(saved)
+        and getattr(saved, "ckpt_format", None) == "torch_dist"
+        and not getattr(saved, "dist_ckpt_optim_fully_reshardable", False)
+        and not getattr(saved, "no_save_optim", None)
+    )
+
+
+def _is_distributed(args: Namespace) -> bool:
+    # With Muon and the like Megatron exchanges the first for the second.
+    flags = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
+    return any(getattr(args, flag, False) for flag in flags)
+
+
+def bucket_size(args: Namespace) -> float | str:
+    """Elements at which a gradient bucket is closed; infinite for one bucket.
+
+    As `resolve_ddp_bucket_size` of megatron/training/training.py has it: one bucket without
+    ``--overlap-grad-reduce``; the default grows with the data-parallel size. What
+    ``--ddp-num-buckets`` makes of the model is not known here, and is named instead.
+    """
+    if not getattr(args, "overlap_grad_reduce", False):
+        return math.inf
+    if getattr(args, "ddp_num_buckets", None):
+        return f"--ddp-num-buckets {args.ddp_num_buckets}"
+    if getattr(args, "ddp_bucket_size", None):
+        return float(args.ddp_bucket_size)
+    tensor, pipeline = (getattr(args, name, None) or 1 for name in list(_LAYOUT)[:2])
+    return float(default_bucket_size(args.world_size // (tensor * pipeline)))
+
+
+def default_bucket_size(ranks: int) -> int:
+    """Megatron's, for so many data × context-parallel ranks."""
+    return max(40_000_000, 1_000_000 * ranks)
+
+
+def _bucket_flags(args: Namespace) -> str:
+    size = bucket_size(args)
+    if isinstance(size, str):
+        return size
+    if size == math.inf:
+        return "one gradient bucket (no --overlap-grad-reduce)"
+    return f"--ddp-bucket-size {size:.0f}" + (
+        "" if getattr(args, "ddp_bucket_size", None) else " (Megatron's default at that DP)"
+    )
+
+
+def _in_one_bucket(args: Namespace, folder: str, size: float | str) -> bool:
+    """Whether each buffer in the checkpoint is one bucket, and is one at this size."""
+    buckets: Counter[str] = Counter()
+    largest = 0
+    for key, entry in _tensors(args, folder).items():
+        found = re.search(r"(dp_group_idx_\d+\.gbuf_idx_\d+)\..*bucket_idx_\d+\.param$", key)
+        if found:
+            buckets[found[1]] += 1
+            largest = max(largest, entry.size.numel())
+    if not buckets:
+        return True  # no such checkpoint: Megatron's to say
+    return set(buckets.values()) == {1} and not isinstance(size, str) and size >= largest
+
+
+def _tensors(args: Namespace, folder: str) -> dict[str, Any]:
+    """The tensors of the checkpoint that would be loaded, by key; none where it is not found."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        step = getattr(args, "ckpt_step", None)
+        if step is None:
+            step = Path(folder, "latest_checkpointed_iteration.txt").read_text()
+        metadata = FileSystemReader(Path(folder, f"iter_{int(step):07d}")).read_metadata()
+    except (OSError, ValueError):
+        return {}
+    return metadata.state_dict_metadata
