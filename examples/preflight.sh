@@ -5,7 +5,9 @@
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 RUN_DIR=/shared/run1 examples/preflight.sh --min-bandwidth 100
 #
-# Flags go to megatron_xielu.cluster.preflight; --help shows them. Environment:
+# Flags go to megatron_xielu.cluster.preflight; --help shows them. The arguments of the training may
+# follow after --: then the first rank also checks that checkpoints of its layout keep the optimizer's
+# state. Environment:
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
 #   MASTER_ADDR   node 0   [localhost]    MASTER_PORT   one below the port used here   [29500]
 #   LOCAL_ADDR    this node's own address, where its name leads elsewhere
@@ -13,6 +15,7 @@
 #   DEVICE        gpu or cpu   [gpu]    TP   tensor parallel size   [1]    PYTHON   [python3]
 #   DATA_ARGS, DATA, TOKENIZER    as for pretrain.sh
 #   NEED_GIB, MIN_DISK_MBPS, MIN_BANDWIDTH   as --need-gib and so on
+#   LAYOUT_CHECK  0: not that   [1]
 #   NODE_LIST     names of all nodes, as MEGATRON_XIELU_NODE or their host names: those that do not
 #                 join are then named
 #   PREFLIGHT_TIMEOUT   seconds to wait for all nodes   [120]
@@ -27,7 +30,10 @@ export NODE_RANK
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
 
+own=()
 for argument in "$@"; do
+    [[ $argument == -- && ${LAYOUT_CHECK:-1} == 0 ]] && break
+    own+=("$argument")
     if [[ $argument == --help || $argument == -h ]]; then
         sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
         exec "$PYTHON" -m megatron_xielu.cluster.preflight --help
@@ -122,7 +128,7 @@ fi
 exec 3> >(exec awk "$filter" >&2)
 filter_pid=$!
 "$PYTHON" -m torch.distributed.run "${launcher[@]}" -m megatron_xielu.cluster.preflight \
-    "${flags[@]}" "$@" 2>&3 && code=0 || code=$?
+    "${flags[@]}" "${own[@]}" 2>&3 && code=0 || code=$?
 exec 3>&-
 wait "$filter_pid" && reason=0 || reason=$?
 ((reason == 3 && code)) && name_the_missing

@@ -30,6 +30,7 @@
 #   TIMEOUT_MINUTES     a collective that takes longer ends the ranks   [10]
 #   RENDEZVOUS_TIMEOUT  seconds that nodes wait for each other   [600]
 #   PREFLIGHT    0 skips the checks before training   [1]    PYTHON   [python3]
+#   LAYOUT_CHECK 0 skips one: that checkpoints of this layout keep the optimizer's state   [1]
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
@@ -305,7 +306,7 @@ trap 'stop TERM' TERM
 trap 'stop USR1' USR1
 
 if [[ $PREFLIGHT == 1 ]]; then
-    "$here/preflight.sh" && code=0 || code=$?
+    "$here/preflight.sh" -- "${megatron[@]}" "${trailing[@]}" && code=0 || code=$?
     ((code == 0)) || [[ -n $stopping ]] || finish 3 preflight-failed "preflight.sh ended with $code, and named the node above"
 fi
 

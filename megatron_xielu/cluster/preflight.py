@@ -20,10 +20,12 @@ data           .bin, .idx, tokenizer                                `preflight_d
 gpus           number, model, memory, health, results, speed        `preflight_gpus`
 collectives    all-reduce over all and inside nodes: sum, speed     `preflight_network`
 alphas         gradients and alphas over tensor-parallel ranks      `preflight_network`
+layout         do checkpoints keep the optimizer's state            `preflight_layout`
 =============  ===================================================  =======================
 
 A node is named by ``MEGATRON_XIELU_NODE`` if that is set, else by its host name. The image is known
-by ``MEGATRON_XIELU_IMAGE`` or the file ``/etc/megatron_xielu-image``.
+by ``MEGATRON_XIELU_IMAGE`` or the file ``/etc/megatron_xielu-image``. The layout is checked if the
+arguments of the training follow after ``--``.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cpu", action="store_true", help="no GPUs: gloo, and no check of GPUs")
     add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     add("--limit", type=float, default=60.0, metavar="S", help="seconds for one check (60)")
+    add("--layout-limit", type=float, default=300.0, metavar="S", help="for the layout (300)")
     add("--run-dir", metavar="DIR", help="where the run writes; shared by all nodes")
     add("--need-gib", type=float, default=0.0, metavar="GIB", help="free space that the run needs")
     add("--disk-mib", type=int, default=64, metavar="MIB", help="size of the write test (64)")
@@ -60,7 +63,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-args-path", metavar="FILE", help="as Megatron's")
     add("--per-split-data-args-path", metavar="FILE", help="as Megatron's")
     add("--tokenizer-model", metavar="NAME", help="file, folder or Hugging Face name")
-    args = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end])
+    args.training = words[end + 1 :]
     if "RANK" not in os.environ:
         parser.error("run it with torchrun (examples/preflight.sh does)")
     size, ranks = args.tensor_model_parallel_size, int(os.environ["WORLD_SIZE"])
@@ -83,17 +89,20 @@ def main() -> None:
     from megatron_xielu.cluster import preflight_network as network
     from megatron_xielu.cluster import preflight_nodes as nodes
     from megatron_xielu.cluster.preflight_board import Board
+    from megatron_xielu.cluster.preflight_layout import Layout
 
     try:
         board = Board(limit=args.limit, connect=max(args.limit, 60.0))
         names = ", ".join(board.leaders)
         board.done("ranks", f"{len(board.leaders)} nodes, {board.world_size} ranks: {names}")
+        layout = Layout(board, args)
         nodes.versions(board, args)
         nodes.clocks(board, args)
         nodes.run_directory(board, args)
         data.data(board, args)
         gpus.gpus(board, args)
         network.network(board, args)
+        layout.check(board)
         board.finish()
     except BaseException as error:  # rank 0 does not answer, or a check is broken
         print(f"preflight: rank {os.environ['RANK']}: {error}", file=sys.stderr)
