@@ -6,13 +6,14 @@ do not. Standard library only; see `plan`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_xielu import optimizer_format
+from megatron_xielu import optimizer_format, versions
 from megatron_xielu.plan import GIB, MEMORY_MARGIN, Plan
 
 # README, Limits. tests/test_plan.py compares these with the package's own lists.
@@ -46,6 +47,11 @@ _UNEVEN_STAGES = (
     "--account-for-loss-in-pipeline-split"
 ).split()
 _CHANGING_BATCH = ["--rampup-batch-size", "--step-batch-size-schedule"]
+# Optimizers whose checkpoints docs/checkpoint-walk.md does not cover, and the sizes that it does.
+_UNPROVEN = (
+    "--use-precision-aware-optimizer --optimizer-cpu-offload --fp8-param-gather --fp4-param-gather"
+).split()
+_WALKED = {"tensor": 8, "pipeline": 4, "data": 512}
 
 # TOKENIZER and TOKENS_… hold no secret.
 _SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZ|S)|SECRET|PASSWORD", re.IGNORECASE)
@@ -62,7 +68,7 @@ def problems(
         check_files: whether local files of the command must exist.
         environment: variables whose secrets must not be on the command line; ours by default.
     """
-    found = [*_flags(plan), *_layout(plan), *_batch(plan), *_schedule(plan)]
+    found = [*_flags(plan), *_layout(plan), *_batch(plan), *_schedule(plan), *_checkpoints(plan)]
     # Of a layout that cannot run there is no memory to speak of.
     found += [] if found else [*_memory(plan)]
     found += [*_secrets(plan, os.environ if environment is None else environment)]
@@ -100,6 +106,12 @@ def warnings(plan: Plan) -> list[str]:
         for flag in [*_UNEVEN_STAGES, *_CHANGING_BATCH]
         if flag in given
     ]
+    beyond = [name for name, size in _WALKED.items() if getattr(plan, name) > size]
+    if _saves_optimizer(plan) and beyond:
+        found.append(
+            f"{', '.join(beyond)} parallel sizes are beyond those whose checkpoints have been "
+            "walked (docs/checkpoint-walk.md); the preflight walks this layout before training"
+        )
     return found
 
 
@@ -156,6 +168,26 @@ def _flags(plan: Plan) -> Iterator[str]:
         )
     if args.save and not args.save_interval:
         yield "--save needs --save-interval"
+
+
+def _saves_optimizer(plan: Plan) -> bool:
+    return bool(plan.args.save) and not plan.args.no_save_optim
+
+
+def _checkpoints(plan: Plan) -> Iterator[str]:
+    """Where it is not proven that checkpoints keep the optimizer's state."""
+    if not _saves_optimizer(plan):
+        return
+    unproven = [flag for flag in _UNPROVEN if flag in _given(plan)]
+    with contextlib.suppress(ModuleNotFoundError):  # a login node need not have Megatron
+        root, version = versions.installed()
+        if versions.release(version) < versions.OLDEST_SPEC:
+            unproven.append(f"megatron-core {version} of {root}")
+    for what in unproven:
+        yield (
+            f"{what}: it is not proven that checkpoints keep the optimizer's state "
+            "(docs/checkpoint-walk.md); drop it, or add --no-save-optim"
+        )
 
 
 def _layout(plan: Plan) -> Iterator[str]:

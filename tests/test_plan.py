@@ -320,6 +320,7 @@ def test_proposed_fixes_fit():
 
 ERRORS = {
     "--optimizer soap --save out --save-interval 5": "--optimizer soap cannot be resumed",
+    "--save out --save-interval 5 --swiglu --fp8-param-gather": "--fp8-param-gather: it is not",
     "--optimizer sgd": "--use-distributed-optimizer; drop it",
     "--num-attention-heads 12 --tensor-model-parallel-size 8": "--num-attention-heads 12",
     "--group-query-attention --num-query-groups 6 --tensor-model-parallel-size 4 "
@@ -374,6 +375,16 @@ def test_problem_names_the_flag(flags):
     found = plan_checks.problems(plan_1b(flags), environment={})
     assert any(ERRORS[flags] in problem for problem in found), found
     assert not any("\n" in problem for problem in found)
+
+
+def test_layouts_beyond_those_walked_are_named():
+    def warnings(nodes, flags=""):
+        plan = plan_1b(f"--global-batch-size {40 * nodes} {flags}", Cluster(nodes))
+        return [w for w in plan_checks.warnings(plan) if "walked" in w]
+
+    assert warnings(64, "--save out --save-interval 5") == warnings(65) == []
+    [warning] = warnings(65, "--save out --save-interval 5")
+    assert warning.startswith("data parallel sizes")
 
 
 @pytest.mark.parametrize(
