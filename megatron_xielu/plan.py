@@ -606,9 +606,12 @@ class Plan:
     @property
     def optimizer_format(self) -> str | None:
         """Of the checkpoints; None where there is no distributed optimizer to have one."""
-        if not self.args.use_distributed_optimizer or self.args.no_save_optim:
+        args = self.args
+        if not args.use_distributed_optimizer or args.optimizer != "adam":
             return None
-        full = self.args.dist_ckpt_optim_fully_reshardable
+        if args.no_save_optim or args.ckpt_format != "torch_dist":
+            return None
+        full = args.dist_ckpt_optim_fully_reshardable
         return FULL if full else DP
 
     def save(self, kind: str) -> Save:

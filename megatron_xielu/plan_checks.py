@@ -106,6 +106,11 @@ def warnings(plan: Plan) -> list[str]:
         for flag in [*_UNEVEN_STAGES, *_CHANGING_BATCH]
         if flag in given
     ]
+    if _saves_optimizer(plan) and plan.args.optimizer != "adam":
+        found.append(
+            f"--optimizer {plan.args.optimizer}: later jobs keep the layout, and checkpoints are "
+            "not walked: the preflight needs LAYOUT_CHECK=0 (docs/checkpoints.md)"
+        )
     beyond = [name for name, size in _WALKED.items() if getattr(plan, name) > size]
     if _saves_optimizer(plan) and beyond:
         found.append(

@@ -318,7 +318,7 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
 
     now, other = (plan.read_by_all(chosen, parallel=way) for way in (parallel, not parallel))
     unless = f"{'without' if parallel else 'with'} --ckpt-fully-parallel-load"
-    keeps = "TP and PP" if _buckets_are_fixed(plan) else "TP, PP and the node count"
+    keeps = "TP, PP and buckets" if _buckets_are_fixed(plan) else "TP, PP and the node count"
     note = "a later job may change TP and PP" if chosen == FULL else f"later jobs keep {keeps}"
     held = plan.load(chosen, parallel=parallel).host_memory
     speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.node_network:g} GB/s into a node"
@@ -326,12 +326,12 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
         ("optimizer state", f"{chosen}: {note}"),
         ("  save", save(chosen)),
         (
-            "  dp format" if chosen == FULL else "  full format",
+            "  (in dp)" if chosen == FULL else "  (in full)",
             save(DP if chosen == FULL else FULL),
         ),
         ("  waits", f"an estimate, at {speeds}"),
         *([("  load", memory(held))] if held else []),
-        ("  read", f"{now / GIB:,.1f} GiB by all ranks; {other / GIB:,.1f} {unless}"),
+        ("  read", f"{now / GIB:,.1f} GiB in all; {other / GIB:,.1f} {unless}"),
     ]
 
 

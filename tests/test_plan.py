@@ -541,7 +541,7 @@ def test_what_ties_a_run_to_its_layout_is_said():
         assert max(map(len, report.splitlines())) <= 100
         return "".join(re.findall(r"optimizer state +(.*)", report))
 
-    assert said("") == "dp_reshardable: later jobs keep TP and PP"
+    assert said("") == "dp_reshardable: later jobs keep TP, PP and buckets"
     assert said("--overlap-grad-reduce") == (
         "dp_reshardable: later jobs keep TP, PP and the node count"
     )

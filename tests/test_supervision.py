@@ -62,6 +62,7 @@ def rank(tmp_path, script: str, *launcher: str) -> subprocess.CompletedProcess:
         ("raise SystemExit", 0, False, None),
         ("raise SystemExit(16)", 16, False, "a loss was rejected"),
         ("raise SystemExit('no such file: x')", 1, False, "no such file: x"),
+        ("raise SystemExit('megatron_xielu: error: --x')", 2, False, "megatron_xielu: error: --x"),
         ("raise ValueError('one\\ntwo')", 1, False, "ValueError: one"),
         (
             "class CheckpointException(Exception): pass\n"
@@ -100,6 +101,16 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     assert (tmp_path / "finished").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "child").read_text()), 0)
+
+
+@pytest.mark.parametrize("end", ["'megatron_xielu: error: --x'", "2"])
+def test_what_is_refused_is_not_tried_again(log, tmp_path, end):
+    launcher = "megatron_xielu.cluster.agent --standalone --max-restarts 3 -m"
+    script = f"raise SystemExit({end})"
+    done = rank(tmp_path, script, *launcher.split(), "megatron_xielu.cluster.worker")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "event=restart" not in log.read_text()
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",)])

@@ -47,7 +47,11 @@ _MARKS = ("allreduce", "shared_embedding")
 
 
 class CannotWalk(Exception):
-    """The arguments ask for something that this cannot follow, or that Megatron refuses."""
+    """The arguments ask for something that this cannot follow."""
+
+
+class Refused(Exception):
+    """Megatron or this package refuses the arguments; a training would not start either."""
 
 
 @dataclass
@@ -122,7 +126,8 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
     """Megatron's own view of ``arguments`` for a job of that many GPUs.
 
     Raises:
-        CannotWalk: it refuses them.
+        Refused: it does not take them.
+        CannotWalk: of this optimizer there is no proof.
     """
     from megatron.training import global_vars
 
@@ -140,14 +145,22 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
                 global_vars._GLOBAL_TOKENIZER = None  # of arguments parsed before
                 global_vars._build_tokenizer(args)
     except (SystemExit, AssertionError, ValueError, RuntimeError, OSError) as error:
-        said = [str(error), *output.getvalue().strip().splitlines()]
-        # What argparse has to say is in what it printed.
-        raise CannotWalk(said[0] if said[0] not in ("", "2") else said[-1]) from error
+        raise Refused(_why(error, output.getvalue())) from error
     finally:
         sys.argv, global_vars.set_global_variables = argv, set_all
     if not args.use_distributed_optimizer:
-        raise CannotWalk("only Megatron's distributed optimizer is walked")
+        raise CannotWalk(f"--optimizer {args.optimizer} without the distributed optimizer of Adam")
     return args
+
+
+def _why(error: BaseException, output: str) -> str:
+    """What argparse has to say is in what it printed; some assertions of Megatron say nothing."""
+    _, _, said = output.rpartition(": error: ")
+    if isinstance(error, SystemExit) and error.code == 2:
+        return said.strip()
+    return str(error).removeprefix("megatron_xielu: error: ") or (
+        f"{type(error).__name__} without a word in Megatron's checks; are the arguments complete?"
+    )
 
 
 def _flags() -> list[str]:
@@ -174,7 +187,8 @@ def walk(
             how many data-parallel ranks there are.
 
     Raises:
-        CannotWalk: Megatron refuses the arguments, or they ask for what this cannot follow.
+        Refused: Megatron does not take the arguments.
+        CannotWalk: they ask for what this cannot follow.
     """
     from megatron.training import global_vars
 
@@ -356,7 +370,7 @@ def _optimizers(args: Namespace, model: list[Any]) -> list[Any]:
     optimizers = getattr(chain, "chained_optimizers", [chain])
     for optimizer in optimizers:
         if not isinstance(optimizer, DistributedOptimizer):
-            raise CannotWalk(f"--optimizer {args.optimizer} is not walked")
+            raise CannotWalk(f"--optimizer {args.optimizer}")
     return optimizers
 
 

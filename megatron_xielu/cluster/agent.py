@@ -3,8 +3,9 @@
 ``python -m megatron_xielu.cluster.agent [TORCHRUN OPTIONS] -m megatron_xielu.cluster.worker …``
 
 A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log:
-which rank ended how, and every restart. Why methods are wrapped rather than a log parsed:
-``_monitor_workers`` returns ranks, exit codes and signals as numbers.
+which rank ended how, and every restart. A rank that ended with 2, because of a flag or checkpoint
+that was refused, ends this launcher with 2, too, without a restart. Why methods are wrapped rather
+than a log parsed: ``_monitor_workers`` returns ranks, exit codes and signals as numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_xielu.cluster import events
+
+REFUSED = 2  # exit code of argparse, and of `worker` for what this package refuses
 
 
 def main() -> None:
@@ -31,11 +34,18 @@ def main() -> None:
         from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
         agent, run = LocalElasticAgent, torchrun.main
-    _report_failures(agent)
-    run()
+    refused = _report_failures(agent)
+    try:
+        run()
+    except BaseException:
+        if refused:
+            sys.exit(REFUSED)  # the ranks have said why
+        raise
 
 
-def _report_failures(agent: Any) -> None:
+def _report_failures(agent: Any) -> list[int]:
+    """Returns a list to which the ranks that refuse to train are added."""
+    refused: list[int] = []
     monitor, restart = agent._monitor_workers, agent._restart_workers
 
     @functools.wraps(monitor)
@@ -54,6 +64,9 @@ def _report_failures(agent: Any) -> None:
                     local_rank=failure.local_rank,
                     exit=failure.exitcode,
                 )
+                if failure.exitcode == REFUSED:
+                    refused.append(rank)
+                    self._remaining_restarts = 0
         return result
 
     @functools.wraps(restart)
@@ -63,6 +76,7 @@ def _report_failures(agent: Any) -> None:
 
     agent._monitor_workers = monitor_and_report
     agent._restart_workers = report_and_restart
+    return refused
 
 
 def _reason(failure: Any) -> str:

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 
-_REASON_LENGTH = 300
+_REASON_LENGTH = 500
 
 
 def node() -> str:

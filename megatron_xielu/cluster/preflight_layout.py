@@ -13,6 +13,8 @@ from argparse import Namespace
 
 from megatron_xielu.cluster.preflight_board import Board, Problem
 
+_REFUSED = 2  # by Megatron or this package: nothing that could be done without
+
 
 class Layout:
     """Starts the walk on rank 0, if there are arguments of a training; `check` waits for it."""
@@ -33,6 +35,7 @@ class Layout:
     def check(self, board: Board) -> None:
         """On all ranks."""
         if not self._asked:
+            board.done("layout", "skipped: no arguments of a training, or LAYOUT_CHECK=0")
             return
         limit = self._limit + 5.0  # so that rank 0 says itself that it took too long
         found = board.ask("layout", self._result, only=lambda rank: rank == 0, limit=limit)
@@ -52,5 +55,9 @@ class Layout:
             ) from None
         verdict = (output.strip() or errors.strip() or "no answer").splitlines()[-1]
         if self._walk.returncode:
-            raise Problem(f"{verdict.removeprefix('FAIL: ')}; LAYOUT_CHECK=0 does without")
+            unproven = self._walk.returncode != _REFUSED
+            raise Problem(
+                verdict.removeprefix("FAIL: ")
+                + ("; LAYOUT_CHECK=0 does without this proof" if unproven else "")
+            )
         return verdict.removeprefix("ok: ")

@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_xielu import workarounds
 from megatron_xielu.cluster import checkpoints, events
+from megatron_xielu.cluster.agent import REFUSED
 
 # Exit codes of Megatron's rerun state machine, which checks every loss for NaN, Inf and spikes.
 _REJECTED_RESULT = {
@@ -66,6 +67,9 @@ def main() -> None:
         reason = _REJECTED_RESULT.get(end.code, str(end.code))  # type: ignore[arg-type]
         events.write("worker-failed", reason)
         atexit.register(_kill_children)
+        if reason.startswith("megatron_xielu: error: "):
+            print(reason, file=sys.stderr, flush=True)
+            raise SystemExit(REFUSED) from None
         raise
     except BaseException as error:
         events.write("worker-failed", _reason(error, save))
