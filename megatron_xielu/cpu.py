@@ -29,6 +29,7 @@ Use from the shell, with any script of a Megatron-LM checkout::
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -37,7 +38,7 @@ import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,26 @@ def _redirect_distributed(torch: Any) -> None:
 
         return wrapper
 
+    coalescing_manager = dist._coalescing_manager
+
+    @contextlib.contextmanager
+    def coalesce_by_dtype(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        # Of tensors of several types, gloo takes all to be of the first one's.
+        c10d = dist.distributed_c10d
+        group = group or c10d._get_default_group()
+        recording = c10d._world.pg_coalesce_state
+        recording[group] = []
+        manager = c10d._CoalescingManager()
+        yield manager
+        operations = recording.pop(group)
+        for dtype in dict.fromkeys(operation.tensor.dtype for operation in operations):
+            with coalescing_manager(group, async_ops=async_ops) as of_one_type:
+                recording[group] += [o for o in operations if o.tensor.dtype == dtype]
+            for work in of_one_type.works:
+                manager.append(work)
+
+    dist._coalescing_manager = coalesce_by_dtype
+
     dist.all_reduce = with_average(dist.all_reduce, source=0)
     dist.reduce_scatter_tensor = with_average(dist.reduce_scatter_tensor, source=1)
 
@@ -452,7 +473,7 @@ def _norm_for_sequence_parallel(build: Callable[..., Any]) -> Callable[..., Any]
     return wrapper
 
 
-@contextmanager
+@contextlib.contextmanager
 def _set(owner: Any, name: str, value: Any):
     """Set an attribute for the length of a block; yields what it was."""
     before = getattr(owner, name)

@@ -135,6 +135,8 @@ def check_optimizer(args: Namespace) -> None:
             f"{flag} fails at its first step with Megatron 0.19.2 and emerging-optimizers 0.3.0; "
             "choose muon"
         )
+    if args.optimizer == "muon" and _is_distributed(args) and not args.bf16:
+        raise ValueError(f"{flag} with --use-distributed-optimizer needs --bf16; add it")
     if args.optimizer == "sgd" and args.use_distributed_optimizer:
         raise ValueError(f"{flag} does not work with --use-distributed-optimizer; drop it")
     is_saved = args.save and not args.no_save_optim
@@ -156,7 +158,7 @@ _LAYOUT = {
 
 
 def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
-    """Refuse to resume a ``dp_reshardable`` optimizer state in a layout that cannot read it.
+    """Refuse to resume an optimizer state that this run's optimizer and layout cannot read.
 
     Megatron would end, too: with a traceback whose advice is another flag's, or an assertion.
 
@@ -168,30 +170,60 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
     Raises:
         ValueError: what to do, in one line.
     """
-    starts_anew = (
+    if (
         getattr(args, "no_load_optim", None)
         or getattr(args, "finetune", False)
         or folder == getattr(args, "pretrained_checkpoint", None)
-        or not _is_distributed(args)
-    )
-    if starts_anew or not _is_dp_reshardable(saved):
+    ):
         return
-    for argument, flag in _LAYOUT.items():
-        now, then = (getattr(a, argument, None) or 1 for a in (args, saved))
+    if _kind(args) != _kind(saved):
+        raise ValueError(
+            f"the checkpoint in {folder} was saved with {_kind(saved)}, and its optimizer state "
+            f"can only be read so, not with {_kind(args)}; change that, or add --no-load-optim"
+        )
+    if not _is_dp_reshardable(saved):
+        return
+    now_size, then_size = bucket_size(args), bucket_size(saved)
+    layouts = _layout(args), _layout(saved)
+    if layouts[0] == layouts[1] and now_size == then_size:
+        return
+    if not any("gbuf_idx" in key for key in _tensors(args, folder)):
+        return  # Muon's: a state for each parameter
+    for now, then in zip(*layouts, strict=True):
         if now != then:
             raise ValueError(
-                f"the checkpoint in {folder} was saved with {flag} {then}, and its optimizer state "
-                f"can only be read so ({DP}), not with {now}; go on with {then} and "
-                "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full) until "
+                f"the checkpoint in {folder} was saved with {then}, and its optimizer state can "
+                f"only be read so ({DP}), not with {now}; go on as before, with "
+                "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full), until "
                 "the next checkpoint, which any layout reads; or add --no-load-optim"
             )
-    now_size, then_size = bucket_size(args), bucket_size(saved)
     if now_size != then_size and not _in_one_bucket(args, folder, now_size):
         raise ValueError(
             f"the checkpoint in {folder} was saved with {_bucket_flags(saved)}, and its optimizer "
-            f"state can only be read so ({DP}), not with {_bucket_flags(args)}; "
-            f"give {_bucket_flags(saved)}, or add --no-load-optim"
+            f"state can only be read so ({DP}), not with {_bucket_flags(args)}; give "
+            f"{_bucket_flags(saved)} (pretrain.sh: BUCKET_SIZE), or add --no-load-optim"
         )
+
+
+def _kind(args: Namespace) -> str:
+    """The optimizer, as flags; of others than Adam the state is the same in both cases."""
+    name = getattr(args, "optimizer", "adam").removeprefix("dist_")
+    shared = "with" if _is_distributed(args) else "without"
+    return f"--optimizer {name}" + f", {shared} --use-distributed-optimizer" * (name == "adam")
+
+
+def _is_distributed(args: Namespace) -> bool:
+    # With Muon and the like Megatron exchanges the first for the second.
+    flags = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
+    return any(getattr(args, flag, False) for flag in flags)
+
+
+def _layout(args: Namespace) -> list[str]:
+    """What a ``dp_reshardable`` state is tied to, beside its buckets, as flags."""
+    half = next((f"--{kind}" for kind in ("bf16", "fp16") if getattr(args, kind, False)), "fp32")
+    bf16_grads = "--grad-reduce-in-bf16" if getattr(args, "grad_reduce_in_bf16", False) else ""
+    sizes = [f"{flag} {getattr(args, name, None) or 1}" for name, flag in _LAYOUT.items()]
+    return [*sizes, f"{half} {bf16_grads}".strip()]
 
 
 def _is_dp_reshardable(saved: Namespace) -> bool:
@@ -201,12 +233,6 @@ def _is_dp_reshardable(saved: Namespace) -> bool:
         and not getattr(saved, "dist_ckpt_optim_fully_reshardable", False)
         and not getattr(saved, "no_save_optim", None)
     )
-
-
-def _is_distributed(args: Namespace) -> bool:
-    # With Muon and the like Megatron exchanges the first for the second.
-    flags = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
-    return any(getattr(args, flag, False) for flag in flags)
 
 
 def bucket_size(args: Namespace) -> float | str:

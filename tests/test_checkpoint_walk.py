@@ -41,6 +41,7 @@ WHOLE = [
     Layout("tiny", "xielu", 1, 1, 512, "--ddp-bucket-size 100000"),
     Layout("tiny", "xielu", 1, 1, 6, f"{EXPERTS} --ddp-bucket-size 20000"),
     Layout("tiny", "xielu", 4, 1, 7, "--ddp-pad-buckets-for-high-nccl-busbw"),
+    Layout("tiny", "xielu", 1, 1, 3, "--ddp-bucket-size 1"),  # ranks with a part of some buckets
     Layout("narrow", "xielu", 1, 2, 3),
     Layout("narrow", "swiglu", 1, 2, 5),
     *RESHARDED,

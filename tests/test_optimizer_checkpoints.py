@@ -35,6 +35,14 @@ CASES = {
         f"--xiprelu {BUCKETS.replace('--bf16', '--fp16 --initial-loss-scale 1024')}",
         2,
     ),
+    # Ranks that own a part of some buckets of a buffer, and nothing of others before them.
+    "default-many-buckets": (f"--xielu {DEFAULT.replace('10000', '1')}", 3),
+    "default-tied-pp2": (f"--xielu {DEFAULT} --pipeline-model-parallel-size 2", 4),
+    "default-virtual-pp2": (
+        f"--xielu {DEFAULT} --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+        4,
+    ),
     "muon": (f"--xielu {BUCKETS} --optimizer muon", 2),
     "muon-distributed": (f"--xielu {DEFAULT} --optimizer muon", 3),
     "muon-lion": (f"--xielu {DEFAULT} --optimizer muon --muon-scalar-optimizer lion", 2),
@@ -69,11 +77,13 @@ def assert_same(whole: Run, resumed: Run, folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(("flags", "ranks"), CASES.values(), ids=CASES)
-def test_resume(flags, ranks, tmp_path):
+def test_resume(flags, ranks, tmp_path, request):
     folders = [tmp_path / "whole", tmp_path / "resumed"]
-    whole = train(folders[0], flags_of(flags, ranks, folders[0]), ranks=ranks)
-    more = load(folders[0])
-    resumed = train(folders[1], f"{flags_of(flags, ranks, folders[1])} {more}", ranks=ranks)
+    model = TIED_LLAMA if "tied" in request.node.callspec.id else TINY_LLAMA
+    whole, resumed = (
+        train(folder, f"{flags_of(flags, ranks, folder)} {more}", ranks=ranks, model=model)
+        for folder, more in zip(folders, ("", load(folders[0])), strict=True)
+    )
     assert_same(whole, resumed, folders)
 
 
@@ -98,6 +108,25 @@ def test_without_mend(case, mend, message, tmp_path):
         succeeds=False,
     )
     assert message in run.output and len(run.losses) == START
+
+
+@pytest.mark.parametrize("flags", [DEFAULT, FULL, BUCKETS])
+def test_saved_before_the_first_real_step(flags, tmp_path):
+    """fp16 skips steps until its loss scale fits; Adam has no moments until then."""
+    flags = f"--xielu {flags.replace('--bf16', '--fp16')} --initial-loss-scale 1.6e7 --hysteresis 1"
+    folders = [tmp_path / "whole", tmp_path / "resumed"]
+    states = []
+    for folder, more in zip(folders, ("", load(folders[0])), strict=True):
+        train(folder, f"{flags_of(flags, 3, folder)} {more}", ranks=3)
+        states.append(load_checkpoint(folder / "checkpoints" / f"iter_{LAST:07}"))
+    assert not any(t.any() for t in moments(folders[0], START)), "a step was not skipped"
+    assert any(t.any() for t in moments(folders[0], LAST))
+    assert [key for key in states[0] if not torch.equal(*(s[key] for s in states))] == []
+
+
+def moments(folder: Path, iteration: int) -> list[torch.Tensor]:
+    tensors = load_checkpoint(folder / "checkpoints" / f"iter_{iteration:07}")
+    return [tensor for key, tensor in tensors.items() if "exp_avg" in key]
 
 
 @pytest.mark.parametrize("activation", ["--xielu", "--swiglu"])

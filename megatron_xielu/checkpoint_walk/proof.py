@@ -249,17 +249,14 @@ class Proof:
             self._fault(form, what, f"elements {end} to {size} are not written")
 
     def _load_buckets(self) -> None:
-        from megatron.core.dist_checkpointing.mapping import (
-            LocalNonpersistentObject,
-            ShardedObject,
-            ShardedTensor,
-        )
+        from megatron.core.dist_checkpointing.dict_utils import merge
+        from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+        from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+        from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
         content = self.content
 
         def read(leaf: Any) -> Any:
-            if isinstance(leaf, LocalNonpersistentObject):
-                return leaf.unwrap()
             if isinstance(leaf, ShardedObject):
                 return self._objects[leaf.key]
             if not isinstance(leaf, ShardedTensor):
@@ -272,9 +269,15 @@ class Proof:
             self._trace.write(tensor, [piece.shifted(-start) for piece in pieces])
             return tensor
 
+        def load(template: Any) -> Any:
+            # As `dist_checkpointing.load` takes a state apart, reads, and puts it together.
+            template, kept, _ = load_preprocess(template)
+            sharded, common = extract_sharded_base(template)
+            return merge(merge(common, kept), _mapped(read, sharded))
+
         for here in self._ranks:
             self._become(here.rank)
-            self._load(here, "dp_reshardable", lambda: _mapped(read, here.template))  # noqa: B023
+            self._load(here, "dp_reshardable", lambda: load(here.template))  # noqa: B023
 
     def _reassemble(self, here: _Rank, model_state: Any) -> Any:
         """Check what a rank makes of the parts of all ranks; returns what it then loads."""

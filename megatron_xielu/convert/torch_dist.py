@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from argparse import Namespace
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -45,6 +46,9 @@ _METADATA_CLASSES = {
 # Whose classes may stand among the arguments; no code of theirs runs.
 _ARGUMENT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib", "types", "numpy")
 # Of the state that ranks share: a record since Megatron 0.19, a file before.
+# Of several optimizers, as with Muon or experts, each has a number before it.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
 
 
@@ -113,7 +117,7 @@ class TorchDist:
         self._tensors = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+            if isinstance(entry, TensorStorageMetadata) and not _OPTIMIZER.match(key)
         }
         self.arguments = self._read_arguments()
 

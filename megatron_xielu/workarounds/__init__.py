@@ -22,12 +22,14 @@ def mend_optimizers() -> None:
     """
     from megatron_xielu.workarounds import (
         distributed_optimizer_checkpoints,
+        early_checkpoints,
         fp32_parameters,
         shifted_checkpoints,
     )
 
     fp32_parameters.install()
     distributed_optimizer_checkpoints.install()
+    early_checkpoints.install()
     shifted_checkpoints.install()
 
 

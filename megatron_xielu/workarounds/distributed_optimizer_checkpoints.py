@@ -38,6 +38,9 @@ def install() -> None:
         DistributedOptimizer.get_parameter_state_dp_reshardable = _with_padding(
             DistributedOptimizer.get_parameter_state_dp_reshardable
         )
+        DistributedOptimizer.sharded_param_state_dp_reshardable = _by_number(
+            DistributedOptimizer.sharded_param_state_dp_reshardable
+        )
 
 
 def _at_unpadded_offsets(sharded_param_state: Any) -> Any:
@@ -101,6 +104,19 @@ def _with_padding(get_parameter_state: Any) -> Any:
                     place = {"gbuf_local_start": 0, "gbuf_local_end": numel}
                     gaps = [{**place, "padding": True}]
                 entries[:] = sorted(entries + gaps, key=lambda entry: entry["gbuf_local_start"])
+        return state
+
+    return mended
+
+
+def _by_number(sharded_param_state: Any) -> Any:
+    """Buckets in a dict: of a list, loading drops those without a tensor, and the rest move up."""
+
+    @functools.wraps(sharded_param_state)
+    def mended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = sharded_param_state(self, *args, **kwargs)
+        for index in range(len(self.buffers)):
+            state[index] = {dtype: dict(enumerate(b)) for dtype, b in state[index].items()}
         return state
 
     return mended

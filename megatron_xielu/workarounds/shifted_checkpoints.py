@@ -60,8 +60,8 @@ def _check(optimizer: Any, model_param: Any, weight: Any, master: Any) -> None:
     )
     raise SystemExit(
         f"megatron_xielu: error: the optimizer state of this checkpoint is not that of its weights "
-        f"({int(strange.sum())} of {strange.numel()} master weights of {name} differ), as Megatron "
-        "writes it with --dist-ckpt-optim-fully-reshardable and several gradient buckets; load a "
-        "step that was saved otherwise (--ckpt-step), or add --no-load-optim: the weights are "
-        "right, and the moments start anew (docs/checkpoints.md)"
+        f"({int(strange.sum())} of {strange.numel()} master weights of {name} differ). Megatron "
+        "writes such states with --dist-ckpt-optim-fully-reshardable and several gradient buckets: "
+        "then the weights are right; add --no-load-optim (the moments start anew), or load a step "
+        "that was saved otherwise (--ckpt-step); see docs/checkpoints.md"
     )
