@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check this node, and the network to the others, before a run: versions, clocks, shared directory,
 # data, GPUs, collectives, tensor-parallel alphas. Run it on every node at the same time, as pretrain.sh
-# does; on one node it can be run by hand. It takes seconds, and names the node that is at fault.
+# does; on one node it can be run by hand. It takes seconds to a minute, and names the node that is at fault.
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 RUN_DIR=/shared/run1 examples/preflight.sh --min-bandwidth 100
 #

@@ -19,7 +19,7 @@
 #                or DATA, prefixes for --data-path; or MOCK_DATA=1
 #   SPLIT        train, validation, test shares, without such a *.json   [990,10,0]
 #   TOKENIZER    Hugging Face name or folder, or null   [mistralai/Mistral-Nemo-Base-2407]
-#   LR, SEQ_LENGTH, GATED_FFN_SIZE, BUCKET_SIZE, ...   every value of the model file
+#   LR, SEQ_LENGTH, GATED_FFN_SIZE, ...   every value of the model file
 #   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
 # Where
@@ -34,6 +34,7 @@
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
+#   BUCKET_SIZE    elements of a gradient bucket, the same during a whole run   [the model file's, or 40000000]
 #   OPTIMIZER_FORMAT  dp: each rank writes its part, and later jobs may change the node count; full: all
 #                  is gathered first, and they may change TP and PP too (docs/checkpoint-formats.md)   [dp]
 #   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
@@ -118,6 +119,8 @@ for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ
     SAVE_INTERVAL KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS; do
     [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name=${!name} is not a whole number"
 done
+
+((BUCKET_SIZE > 0)) || die 2 "BUCKET_SIZE=$BUCKET_SIZE must be above 0"
 
 samples() { # tokens, numerator, denominator: in whole batches, rounded up
     awk -v tokens="$1" -v top="$2" -v bottom="$3" -v sequence="$SEQ_LENGTH" -v batch="$GLOBAL_BATCH" '
