@@ -8,6 +8,7 @@ import pytest
 import torch
 from launch import TINY_LLAMA, load_checkpoint, train
 
+from megatron_xielu.convert.torch_dist import TorchDist
 from megatron_xielu.optimizer_format import DP, FULL, check_resume
 from megatron_xielu.plan import Cluster, Plan
 
@@ -158,6 +159,48 @@ def test_a_layout_that_cannot_be_read_is_refused(case, several_buckets):
     ):
         check_resume(Namespace(**{**RUN, **now, **harmless}), saved, folder)
     check_resume(args, Namespace(**vars(saved), dist_ckpt_optim_fully_reshardable=True), folder)
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "words"),
+    [
+        ({"optimizer": "muon"}, {}, "saved with --optimizer adam, with --use-dist"),
+        ({"use_distributed_optimizer": False}, {}, "not with --optimizer adam, without --use-dist"),
+        ({}, {"optimizer": "lion"}, "saved with --optimizer lion,"),
+        ({"bf16": False, "fp16": True}, {"bf16": True}, "saved with --bf16,"),
+        ({"grad_reduce_in_bf16": True}, {}, "saved with fp32,"),
+    ],
+)
+def test_another_optimizer_or_precision_is_refused(now, then, words, several_buckets):
+    saved, args = Namespace(**{**RUN, **then}), Namespace(**{**RUN, **now})
+    folder = str(several_buckets / "several")
+    with pytest.raises(ValueError, match=words) as refused:
+        check_resume(args, saved, folder)
+    assert "--no-load-optim" in str(refused.value) and "\n" not in str(refused.value)
+    check_resume(Namespace(**vars(args), no_load_optim=True), saved, folder)
+
+
+def test_a_state_for_each_parameter_goes_anywhere(tmp_path):
+    """Muon's, with its own distributed optimizer: nothing in it is a bucket."""
+    muon = {**RUN, "optimizer": "muon", "bf16": True, "world_size": 2}
+    saved = Namespace(**{**muon, "use_distributed_optimizer": False})
+    saved.use_layer_wise_distributed_optimizer = True
+    model = [*TINY_LLAMA, *"--bf16 --use-distributed-optimizer --optimizer muon".split()]
+    more = "--xielu --train-iters 2 --lr-decay-iters 4"
+    train(tmp_path / "one", f"{more} --save {tmp_path}/one", ranks=2, model=model)
+    args = Namespace(**{**muon, "load": str(tmp_path / "one"), "tensor_model_parallel_size": 2})
+    check_resume(args, saved, args.load)
+    train(
+        tmp_path / "two",
+        f"{more} --load {tmp_path}/one --save {tmp_path}/two --tensor-model-parallel-size 2",
+        ranks=2,
+        model=model,
+    )
+    one, two = (load_checkpoint(tmp_path / name / "iter_0000002") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    model_keys = TorchDist(tmp_path / "one/iter_0000002").keys()
+    assert model_keys and not any("optimizer" in key for key in model_keys)
 
 
 def test_the_node_count_may_change_with_the_bucket_size_kept(several_buckets):
