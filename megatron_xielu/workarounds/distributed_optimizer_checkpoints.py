@@ -11,8 +11,10 @@ size, and every rank owns one equal part of each bucket. Parameters start at mul
 ``dp_reshardable`` (the default; 0.17.1, 0.18.2, 0.19.2 and main of 2026-08-22)
     A rank that owns nothing of a bucket fails with "empty bucket encountered": its part is padding
     alone, between parameters (fp32 alphas are few, and lie in a buffer of their own) or at the end.
-    And padding that starts before the end of what is saved of a bucket is saved past it. #6191 and
-    #5898, both open, concern the second and a part of the first.
+    And padding that starts before the end of what is saved of a bucket is saved past it. And a rank
+    that has a part of some buckets of a buffer, and nothing of others, could save and not load: its
+    buckets are a list, from which loading drops what is empty. #6191 and #5898, both open, concern
+    the second and a part of the first.
 
 `install` tries each format on a buffer of a few elements, and mends it if the fault is there.
 """
