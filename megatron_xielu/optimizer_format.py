@@ -176,6 +176,9 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
         or folder == getattr(args, "pretrained_checkpoint", None)
     ):
         return
+    keys = _tensors(args, folder).keys()
+    if not any("optimizer." in key for key in keys):
+        return  # a converted model, or saved with --no-save-optim: there is nothing to read
     if _kind(args) != _kind(saved):
         raise ValueError(
             f"the checkpoint in {folder} was saved with {_kind(saved)}, and its optimizer state "
@@ -187,7 +190,7 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
     layouts = _layout(args), _layout(saved)
     if layouts[0] == layouts[1] and now_size == then_size:
         return
-    if not any("gbuf_idx" in key for key in _tensors(args, folder)):
+    if not any("gbuf_idx" in key for key in keys):
         return  # Muon's: a state for each parameter
     for now, then in zip(*layouts, strict=True):
         if now != then:

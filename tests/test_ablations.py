@@ -268,6 +268,8 @@ def test_other_alphas_in_the_checkpoint(flag, other, parse, frozen, shared):
     _, folder = frozen if flag == "--xielu-frozen-alphas" else shared
     checkpoints = folder / "checkpoints"
     load = f"--load {checkpoints}"
+    if flag == "--xielu-frozen-alphas":  # trained with it
+        load += " --use-distributed-optimizer"
     arguments.check_checkpoint(parse(f"--xielu {flag} {load}"))
 
     left_out = parse(f"--xielu {load}")
