@@ -228,9 +228,14 @@ def report(done: list[Walked], options: argparse.Namespace, minutes: float) -> s
         lines.append(
             f"| {name} | {tensor} | {pipeline} | {f'`{more}`' if more else ''} "
             f"| {_runs([walked.layout.data for walked in walks])} "
-            f"| {min(buckets)} to {max(buckets)} | {fails} |"
+            f"| {_range(buckets)} | {fails} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def main() -> int:
@@ -238,9 +243,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--minutes", type=float, default=20.0, help="start no layout after so many (20)")
-    add("--processes", type=int, default=2)
+    add("--processes", type=int, default=2, help="that walk at a time (2)")
     add("--stock", action="store_true", help="without this package's mends")
-    add("--out", type=Path, help="whose end is written anew; default: the terminal")
+    add(
+        "--out",
+        type=Path,
+        help="a page; all after its heading Walked is replaced (default: the terminal)",
+    )
     options = parser.parse_args()
     without = ("distributed_optimizer_checkpoints",) if options.stock else ()
     models = sorted({layout[:2] for layout in layouts()})
