@@ -296,11 +296,7 @@ def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) ->
 
 def _refuse_other_alphas(args: Namespace, saved: Namespace, folder: str) -> None:
     """Refuse an optimizer state of other alphas than those that this run trains."""
-    starts_anew = (
-        getattr(args, "no_load_optim", None)
-        or getattr(args, "finetune", False)
-        or folder == getattr(args, "pretrained_checkpoint", None)
-    )
+    starts_anew = optimizer_format.starts_anew(args, folder)
     for argument, flag in _TRAINED_ALPHAS.items():
         now, then = (getattr(a, argument, False) for a in (args, saved))
         if now and not then and argument == "xielu_shared_alphas":

@@ -170,12 +170,11 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
     Raises:
         ValueError: what to do, in one line.
     """
-    if (
-        getattr(args, "no_load_optim", None)
-        or getattr(args, "finetune", False)
-        or folder == getattr(args, "pretrained_checkpoint", None)
-    ):
-        return
+    sizes = bucket_size(args), bucket_size(saved)
+    layouts = _layout(args), _layout(saved)
+    same = _kind(args) == _kind(saved) and layouts[0] == layouts[1] and sizes[0] == sizes[1]
+    if same or starts_anew(args, folder):
+        return  # without a look at the checkpoint, which all ranks would take
     keys = _tensors(args, folder).keys()
     if not any("optimizer." in key for key in keys):
         return  # a converted model, or saved with --no-save-optim: there is nothing to read
@@ -185,10 +184,6 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
             f"can only be read so, not with {_kind(args)}; change that, or add --no-load-optim"
         )
     if not _is_dp_reshardable(saved):
-        return
-    now_size, then_size = bucket_size(args), bucket_size(saved)
-    layouts = _layout(args), _layout(saved)
-    if layouts[0] == layouts[1] and now_size == then_size:
         return
     if not any("gbuf_idx" in key for key in keys):
         return  # Muon's: a state for each parameter
@@ -200,12 +195,21 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
                 "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full), until "
                 "the next checkpoint, which any layout reads; or add --no-load-optim"
             )
-    if now_size != then_size and not _in_one_bucket(args, folder, now_size):
+    if sizes[0] != sizes[1] and not _in_one_bucket(args, folder, sizes[0]):
         raise ValueError(
             f"the checkpoint in {folder} was saved with {_bucket_flags(saved)}, and its optimizer "
             f"state can only be read so ({DP}), not with {_bucket_flags(args)}; give "
             f"{_bucket_flags(saved)} (pretrain.sh: BUCKET_SIZE), or add --no-load-optim"
         )
+
+
+def starts_anew(args: Namespace, folder: str) -> bool:
+    """Whether a run takes no optimizer state from the checkpoints in ``folder``."""
+    return bool(
+        getattr(args, "no_load_optim", None)
+        or getattr(args, "finetune", False)
+        or folder == getattr(args, "pretrained_checkpoint", None)
+    )
 
 
 def _kind(args: Namespace) -> str:
