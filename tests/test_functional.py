@@ -238,8 +238,11 @@ def test_alpha_gradients_to_1e_minus_5_of_the_total(
     name: str, dtype: torch.dtype, scale: float, backend: str
 ) -> None:
     torch.manual_seed(2)
+    # Each lane of the compiled loop adds up to 4096 terms in a row, which costs up to 6e-6 of sums
+    # of bf16 numbers without dy's signs; how many it adds here depends on the machine's lanes.
+    size, rtol = (2**20, 1e-5) if backend == "compiled" else (BLOCKS[backend], 1e-6)
     # More than one block, the last one ragged.
-    x = (scale * torch.randn(BLOCKS[backend] + 77)).to(dtype)
+    x = (scale * torch.randn(size + 77)).to(dtype)
     alpha_p, alpha_n = (torch.tensor([a], requires_grad=True) for a in (0.2, -1.1))
     for dy in (torch.randn_like(x) + 0.1, torch.ones(()).to(dtype)):
         dy = dy.expand(x.shape)
@@ -248,7 +251,7 @@ def test_alpha_gradients_to_1e_minus_5_of_the_total(
         backward = getattr(reference, f"{name}_backward")
         exact = backward(dy, x, alpha_p, alpha_n)[1:]
         for g, e in zip(got, exact, strict=True):
-            assert_alpha_gradient(g, e, rtol=1e-6)
+            assert_alpha_gradient(g, e, rtol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,17 +2,20 @@
 
 ::
 
-    python tools/walk_checkpoints.py --minutes 20 --out docs/checkpoint-walk.md
+    python tools/walk_checkpoints.py --minutes 20 --log runs/walk.jsonl
 
 Each layout is what `examples/pretrain.sh` would train, walked by `megatron_xielu.checkpoint_walk`
 with the installed Megatron, in both formats of its distributed optimizer. The paper's own layouts
-come first, at all data-parallel sizes; then the others, until the time is up. The page says what
-was walked. ``--stock`` walks without this package's mends, to see where they are needed.
+come first, at all data-parallel sizes; then the others, until the time is up. What ``--log`` has
+of an earlier run is not walked again. ``--out docs/checkpoint-walk.md`` writes the page.
+``--stock`` walks without this package's mends, to see where they are needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -23,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,21 +90,23 @@ def layouts() -> Iterator[Layout]:
     )
     for model, tensor, pipeline, data, more in variants:
         yield Layout(model, "xielu", tensor, pipeline, data, more)
-    yield from _grid(FEW_SIZES)
+    for way in _ways():
+        yield from (way._replace(data=data) for data in FEW_SIZES)
     for sizes in (SMALL_SIZES, MIDDLE_SIZES, LARGE_SIZES):
         for model, tensor in (("1.1B", 1), ("3B", 2), ("8B", 4)):
             for data in sizes:
                 yield Layout(model, "xielu", tensor, 1, data)
-    yield from _grid((88, 120, 256, 512))
+    # Each split at one large size, each large size at several splits.
+    for way, data in zip(_ways(), itertools.cycle((88, 512, 120, 256, 400)), strict=False):
+        yield way._replace(data=data)
 
 
-def _grid(sizes: Sequence[int]) -> Iterator[Layout]:
+def _ways() -> Iterator[Layout]:
     for model in MODELS:
         for pipeline in (1, 2, 3, 4):
             more = "" if _LAYERS[model] % pipeline == 0 else _uneven(model, pipeline)
             for tensor in (1, 2, 4, 8):
-                for data in sizes:
-                    yield Layout(model, "xielu", tensor, pipeline, data, more)
+                yield Layout(model, "xielu", tensor, pipeline, 0, more)
 
 
 def _uneven(model: str, pipeline: int) -> str:
@@ -194,7 +199,7 @@ def _runs(sizes: list[int]) -> str:
     return ", ".join(map(str, sorted(sizes)))
 
 
-def report(done: list[Walked], options: argparse.Namespace, minutes: float) -> str:
+def report(done: list[Walked], options: argparse.Namespace) -> str:
     """The page."""
     import torch
     from megatron.core import __version__ as megatron
@@ -210,7 +215,7 @@ def report(done: list[Walked], options: argparse.Namespace, minutes: float) -> s
         f"megatron-core {megatron.partition('+')[0]}, megatron_xielu {megatron_xielu.__version__}"
         f"{' without its mends of checkpoints' if options.stock else ''}, PyTorch "
         f"{torch.__version__.partition('+')[0]}, Python {platform.python_version()}; "
-        f"{minutes:.0f} minutes on {options.processes} cores of a shared machine.",
+        f"{sum(walked.seconds for walked in done) / 60:.0f} minutes of a core.",
         "",
         "| model | TP | PP | arguments beside | data-parallel sizes | buckets | fails |",
         "|---|---|---|---|---|---|---|",
@@ -238,6 +243,11 @@ def _range(numbers: Sequence[int]) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
+def _read(log: Path | None) -> list[Walked]:
+    lines = log.read_text().splitlines() if log and log.exists() else []
+    return [Walked(Layout(*fields.pop("layout")), **fields) for fields in map(json.loads, lines)]
+
+
 def main() -> int:
     """Walk until the time is up, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -245,6 +255,7 @@ def main() -> int:
     add("--minutes", type=float, default=20.0, help="start no layout after so many (20)")
     add("--processes", type=int, default=2, help="that walk at a time (2)")
     add("--stock", action="store_true", help="without this package's mends")
+    add("--log", type=Path, help="what was walked, a line each, added to as it goes")
     add(
         "--out",
         type=Path,
@@ -257,7 +268,9 @@ def main() -> int:
         (model, activation): launcher_arguments(**MODELS[model], ACTIVATION=activation)
         for model, activation in models
     }
-    started, done = time.monotonic(), []
+    started, done = time.monotonic(), _read(options.log)
+    walked_before = {walked.layout for walked in done}
+    todo = [layout for layout in dict.fromkeys(layouts()) if layout not in walked_before]
     workers = ProcessPoolExecutor(
         options.processes,
         multiprocessing.get_context("spawn"),
@@ -265,10 +278,13 @@ def main() -> int:
         (without, started + 60 * options.minutes, arguments),
     )
     with workers:
-        for walked in filter(None, workers.map(walk, layouts())):
+        for walked in filter(None, workers.map(walk, todo)):
             done.append(walked)
+            if options.log:
+                with options.log.open("a") as log:
+                    print(json.dumps(asdict(walked)), file=log)
             print(*walked.layout, walked.verdict, f"{walked.seconds:.1f} s", sep="\t", flush=True)
-    page = report(done, options, (time.monotonic() - started) / 60)
+    page = report(done, options)
     if options.out:
         before = options.out.read_text().partition(_HEADING)[0] if options.out.exists() else ""
         options.out.write_text(f"{before}{_HEADING}\n{page}")
