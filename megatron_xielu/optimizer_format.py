@@ -155,6 +155,16 @@ _LAYOUT = {
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
     "expert_model_parallel_size": "--expert-model-parallel-size",
 }
+# And which layers a pipeline stage has.
+_STAGES = (
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
@@ -229,8 +239,18 @@ def _layout(args: Namespace) -> list[str]:
     """What a ``dp_reshardable`` state is tied to, beside its buckets, as flags."""
     half = next((f"--{kind}" for kind in ("bf16", "fp16") if getattr(args, kind, False)), "fp32")
     bf16_grads = "--grad-reduce-in-bf16" if getattr(args, "grad_reduce_in_bf16", False) else ""
-    sizes = [f"{flag} {getattr(args, name, None) or 1}" for name, flag in _LAYOUT.items()]
-    return [*sizes, f"{half} {bf16_grads}".strip()]
+    tensor, pipeline, expert = (
+        f"{flag} {getattr(args, name, None) or 1}" for name, flag in _LAYOUT.items()
+    )
+    for name in _STAGES:
+        value = getattr(args, name, None)
+        if value:
+            flag = f" --{name.replace('_', '-')}"
+            pipeline += flag if value is True else f"{flag} {value}"
+    expert_tensor = getattr(args, "expert_tensor_parallel_size", None)
+    if expert_tensor not in (None, args.tensor_model_parallel_size):
+        expert += f" --expert-tensor-parallel-size {expert_tensor}"
+    return [tensor, pipeline, expert, f"{half} {bf16_grads}".strip()]
 
 
 def _is_dp_reshardable(saved: Namespace) -> bool:

@@ -123,6 +123,22 @@ REFUSED = {  # what the checkpoint had, what the run has: words of the message
     "tensor": ({"tensor_model_parallel_size": 2}, {}, "--tensor-model-parallel-size 2"),
     "pipeline": ({}, {"pipeline_model_parallel_size": 4}, "--pipeline-model-parallel-size 1"),
     "experts": ({}, {"expert_model_parallel_size": 2}, "--expert-model-parallel-size 1"),
+    "virtual stages": (
+        {"num_layers_per_virtual_pipeline_stage": 2},
+        {},
+        "--pipeline-model-parallel-size 1 --num-layers-per-virtual-pipeline-stage 2, and",
+    ),
+    "stages": (
+        {},
+        {"decoder_first_pipeline_num_layers": 3, "account_for_loss_in_pipeline_split": True},
+        "not with --pipeline-model-parallel-size 1 --decoder-first-pipeline-num-layers 3 "
+        "--account-for-loss-in-pipeline-split;",
+    ),
+    "tensor-parallel experts": (
+        {"expert_tensor_parallel_size": 1},
+        {"expert_tensor_parallel_size": 2},
+        "not with --expert-model-parallel-size 1 --expert-tensor-parallel-size 2;",
+    ),
     "node count": ({}, {"world_size": 88}, "give --ddp-bucket-size 64000000"),
     "bucket size": ({"ddp_bucket_size": 5_000}, {}, "give --ddp-bucket-size 5000"),
     "buckets": ({"ddp_num_buckets": 5}, {}, "give --ddp-num-buckets 5"),
