@@ -185,8 +185,8 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
     same = _kind(args) == _kind(saved) and layouts[0] == layouts[1] and sizes[0] == sizes[1]
     if same or starts_anew(args, folder):
         return  # without a look at the checkpoint, which all ranks would take
-    keys = _tensors(args, folder).keys()
-    if not any("optimizer." in key for key in keys):
+    tensors = _tensors(args, folder)
+    if not any("optimizer." in key for key in tensors):
         return  # a converted model, or saved with --no-save-optim: there is nothing to read
     if _kind(args) != _kind(saved):
         raise ValueError(
@@ -195,7 +195,7 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
         )
     if not _is_dp_reshardable(saved):
         return
-    if not any("gbuf_idx" in key for key in keys):
+    if not any("gbuf_idx" in key for key in tensors):
         return  # Muon's: a state for each parameter
     for now, then in zip(*layouts, strict=True):
         if now != then:
@@ -205,7 +205,7 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
                 "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full), until "
                 "the next checkpoint, which any layout reads; or add --no-load-optim"
             )
-    if sizes[0] != sizes[1] and not _in_one_bucket(args, folder, sizes[0]):
+    if sizes[0] != sizes[1] and not _in_one_bucket(tensors, sizes[0]):
         raise ValueError(
             f"the checkpoint in {folder} was saved with {_bucket_flags(saved)}, and its optimizer "
             f"state can only be read so ({DP}), not with {_bucket_flags(args)}; give "
@@ -295,11 +295,11 @@ def _bucket_flags(args: Namespace) -> str:
     )
 
 
-def _in_one_bucket(args: Namespace, folder: str, size: float | str) -> bool:
-    """Whether each buffer in the checkpoint is one bucket, and is one at this size."""
+def _in_one_bucket(tensors: dict[str, Any], size: float | str) -> bool:
+    """Whether each buffer in a checkpoint is one bucket, and is one at this size."""
     buckets: Counter[str] = Counter()
     largest = 0
-    for key, entry in _tensors(args, folder).items():
+    for key, entry in tensors.items():
         found = re.search(r"(dp_group_idx_\d+\.gbuf_idx_\d+)\..*bucket_idx_\d+\.param$", key)
         if found:
             buckets[found[1]] += 1
