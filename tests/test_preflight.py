@@ -296,7 +296,7 @@ def test_node_that_does_not_join_is_named(checkout, tmp_path, port, present, abs
     assert code == 1
     assert f"{present}: not all of 2 nodes joined within 4 s; did not answer: {absent};" in output
     assert "Traceback" not in output
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 90  # most of it to start, on a busy machine
 
 
 def test_rank_0_may_publish_and_end_between_two_questions():
