@@ -1,6 +1,7 @@
 """What several test files share: backends to run on, and trainings to compare with, run once."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 from launch import Run, load_checkpoint, train
 
 collect_ignore = ["cluster"]  # needs root and Slurm: make test-cluster
+
+# A shell's background job ignores it, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined

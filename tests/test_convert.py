@@ -417,7 +417,6 @@ def counted(self, *args):
         os.kill(os.getpid(), number)
     write(self, *args)
 safetensors_files.Writer.write = counted
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 for name in sys.argv[1].split(","):
     number, count = getattr(signal, name), 0
     try:
