@@ -138,6 +138,7 @@ def activate() -> None:
     # way around the redirections.
     os.environ.setdefault("MEGATRON_XIELU_BACKEND", "eager")
     _redirect_cuda_module(torch)
+    _keep_random_numbers(torch)
     _redirect_tensors(torch)
     _redirect_distributed(torch)
     _redirect_megatron(torch)
@@ -264,6 +265,19 @@ def _redirect_cuda_module(torch: Any) -> None:
     torch.accelerator.is_available = constant(False)
     torch.accelerator.current_accelerator = constant(None)
     torch.accelerator.current_stream = constant(stream)
+
+
+def _keep_random_numbers(torch: Any) -> None:
+    """Data loaders draw seeds from the CPU's generator, which here is the GPU's of dropout as well:
+    a run that resumes makes them after it has loaded the generator's state."""
+    iterate = torch.utils.data.DataLoader.__iter__
+
+    @functools.wraps(iterate)
+    def wrapper(self: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            return iterate(self)
+
+    torch.utils.data.DataLoader.__iter__ = wrapper
 
 
 # --- tensors and modules ------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def check_optimizer(args: Namespace) -> None:
     if args.optimizer == "muon" and _is_distributed(args) and not args.bf16:
         raise ValueError(f"{flag} with --use-distributed-optimizer needs --bf16; add it")
     if args.optimizer == "sgd" and args.use_distributed_optimizer:
-        raise ValueError(f"{flag} does not work with --use-distributed-optimizer; drop it")
+        raise ValueError(f"{flag} does not work with --use-distributed-optimizer; drop that")
     is_saved = args.save and not args.no_save_optim
     is_loaded = args.load and not (args.no_load_optim or args.finetune)
     reason = _NOT_IN_TORCH_DIST.get(args.optimizer)
@@ -191,7 +191,8 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
     if _kind(args) != _kind(saved):
         raise ValueError(
             f"the checkpoint in {folder} was saved with {_kind(saved)}, and its optimizer state "
-            f"can only be read so, not with {_kind(args)}; change that, or add --no-load-optim"
+            f"can only be read so, not with {_kind(args)}; give {_kind(saved)}, or add "
+            "--no-load-optim"
         )
     if not _is_dp_reshardable(saved):
         return
@@ -286,11 +287,11 @@ def default_bucket_size(ranks: int) -> int:
 
 def _bucket_flags(args: Namespace) -> str:
     size = bucket_size(args)
-    if isinstance(size, str):
-        return size
     if size == math.inf:
-        return "one gradient bucket (no --overlap-grad-reduce)"
-    return f"--ddp-bucket-size {size:.0f}" + (
+        return "no --overlap-grad-reduce (one gradient bucket)"
+    if isinstance(size, str):
+        return f"--overlap-grad-reduce {size}"
+    return f"--overlap-grad-reduce --ddp-bucket-size {size:.0f}" + (
         "" if getattr(args, "ddp_bucket_size", None) else " (Megatron's default at that DP)"
     )
 

@@ -318,8 +318,12 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
 
     now, other = (plan.read_by_all(chosen, parallel=way) for way in (parallel, not parallel))
     unless = f"{'without' if parallel else 'with'} --ckpt-fully-parallel-load"
-    keeps = "TP, PP and buckets" if _buckets_are_fixed(plan) else "TP, PP and the node count"
-    note = "a later job may change TP and PP" if chosen == FULL else f"later jobs keep {keeps}"
+    keeps = "buckets" if _buckets_are_fixed(plan) else "the node count"
+    note = (
+        "a later job may change TP and PP"
+        if chosen == FULL
+        else f"later jobs keep TP, PP, EP and {keeps}"
+    )
     held = plan.load(chosen, parallel=parallel).host_memory
     speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.node_network:g} GB/s into a node"
     return [

@@ -139,10 +139,18 @@ REFUSED = {  # what the checkpoint had, what the run has: words of the message
         {"expert_tensor_parallel_size": 2},
         "not with --expert-model-parallel-size 1 --expert-tensor-parallel-size 2;",
     ),
-    "node count": ({}, {"world_size": 88}, "give --ddp-bucket-size 64000000"),
-    "bucket size": ({"ddp_bucket_size": 5_000}, {}, "give --ddp-bucket-size 5000"),
-    "buckets": ({"ddp_num_buckets": 5}, {}, "give --ddp-num-buckets 5"),
-    "no overlap": ({}, {"overlap_grad_reduce": False}, "(no --overlap-grad-reduce)"),
+    "node count": ({}, {"world_size": 88}, "give --overlap-grad-reduce --ddp-bucket-size 64000000"),
+    "bucket size": (
+        {"ddp_bucket_size": 5_000},
+        {},
+        "give --overlap-grad-reduce --ddp-bucket-size 5000",
+    ),
+    "buckets": ({"ddp_num_buckets": 5}, {}, "give --overlap-grad-reduce --ddp-num-buckets 5"),
+    "no overlap": (
+        {},
+        {"overlap_grad_reduce": False},
+        "with no --overlap-grad-reduce (one gradient bucket); give --overlap-grad-reduce --ddp-",
+    ),
 }
 
 

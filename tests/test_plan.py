@@ -321,7 +321,7 @@ def test_proposed_fixes_fit():
 ERRORS = {
     "--optimizer soap --save out --save-interval 5": "--optimizer soap cannot be resumed",
     "--save out --save-interval 5 --swiglu --fp8-param-gather": "--fp8-param-gather: it is not",
-    "--optimizer sgd": "--use-distributed-optimizer; drop it",
+    "--optimizer sgd": "--use-distributed-optimizer; drop that",
     "--num-attention-heads 12 --tensor-model-parallel-size 8": "--num-attention-heads 12",
     "--group-query-attention --num-query-groups 6 --tensor-model-parallel-size 4 "
     "--num-attention-heads 12": "--num-query-groups 6",
@@ -541,9 +541,9 @@ def test_what_ties_a_run_to_its_layout_is_said():
         assert max(map(len, report.splitlines())) <= 100
         return "".join(re.findall(r"optimizer state +(.*)", report))
 
-    assert said("") == "dp_reshardable: later jobs keep TP, PP and buckets"
+    assert said("") == "dp_reshardable: later jobs keep TP, PP, EP and buckets"
     assert said("--overlap-grad-reduce") == (
-        "dp_reshardable: later jobs keep TP, PP and the node count"
+        "dp_reshardable: later jobs keep TP, PP, EP and the node count"
     )
     for fixed in ("--ddp-bucket-size 88000000", "--ddp-num-buckets 20"):
         assert said(f"--overlap-grad-reduce {fixed}") == said("")

@@ -172,7 +172,7 @@ def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nod
     assert int(flag(papers, "--ddp-bucket-size")) == default_bucket_size(ranks) > 40_000_000
     fewer = output(LAUNCHER, MODEL=model)
     assert flag(fewer, "--ddp-bucket-size") == flag(papers, "--ddp-bucket-size")
-    assert "later jobs keep TP, PP and buckets\n" in fewer
+    assert "later jobs keep TP, PP, EP and buckets\n" in fewer
     assert flag(output(LAUNCHER, BUCKET_SIZE="5"), "--ddp-bucket-size") == "5"
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    python tools/walk_checkpoints.py --minutes 20 --log runs/walk.jsonl
+    python tools/walk_checkpoints.py --minutes 20 --log runs/walk.json
 
 Each layout is what `examples/pretrain.sh` would train, walked by `megatron_xielu.checkpoint_walk`
 with the installed Megatron, in both formats of its distributed optimizer. The paper's own layouts
@@ -201,20 +201,13 @@ def _runs(sizes: list[int]) -> str:
 
 def report(done: list[Walked], options: argparse.Namespace) -> str:
     """The page."""
-    import torch
-    from megatron.core import __version__ as megatron
-
-    import megatron_xielu
-
     rows: dict[tuple, list[Walked]] = defaultdict(list)
     for walked in done:
         rows[walked.layout[:4] + walked.layout[5:]].append(walked)
     ranks = sum(walked.layout.data * walked.layout.pipeline for walked in done)
     lines = [
         f"{time.strftime('%Y-%m-%d')}: {len(done)} layouts, {ranks:,} optimizers, both formats; "
-        f"megatron-core {megatron.partition('+')[0]}, megatron_xielu {megatron_xielu.__version__}"
-        f"{' without its mends of checkpoints' if options.stock else ''}, PyTorch "
-        f"{torch.__version__.partition('+')[0]}, Python {platform.python_version()}; "
+        f"{_made_with(options)}; "
         f"{sum(walked.seconds for walked in done) / 60:.0f} minutes of a core.",
         "",
         "| model | TP | PP | arguments beside | data-parallel sizes | buckets | fails |",
@@ -243,9 +236,34 @@ def _range(numbers: Sequence[int]) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def _read(log: Path | None) -> list[Walked]:
-    lines = log.read_text().splitlines() if log and log.exists() else []
-    return [Walked(Layout(*fields.pop("layout")), **fields) for fields in map(json.loads, lines)]
+def _made_with(options: argparse.Namespace) -> str:
+    import torch
+    from megatron.core import __version__ as megatron
+
+    import megatron_xielu
+
+    return (
+        f"megatron-core {megatron.partition('+')[0]}, megatron_xielu {megatron_xielu.__version__}"
+        f"{' without its mends of checkpoints' if options.stock else ''}, PyTorch "
+        f"{torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
+    )
+
+
+def _read(log: Path, made_with: str) -> list[Walked]:
+    if not log.exists():
+        return []
+    content = json.loads(log.read_text())
+    if content["made with"] != made_with:
+        raise SystemExit(f"{log} is of {content['made with']}, not {made_with}; give another --log")
+    return [Walked(Layout(*fields.pop("layout")), **fields) for fields in content["walked"]]
+
+
+def _write(log: Path, made_with: str, done: list[Walked]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    beside = log.with_name(f"{log.name}.incomplete")
+    walked = ",\n".join(json.dumps(asdict(walked)) for walked in done)
+    beside.write_text(f'{{"made with": {json.dumps(made_with)}, "walked": [\n{walked}\n]}}\n')
+    beside.rename(log)
 
 
 def main() -> int:
@@ -255,7 +273,7 @@ def main() -> int:
     add("--minutes", type=float, default=20.0, help="start no layout after so many (20)")
     add("--processes", type=int, default=2, help="that walk at a time (2)")
     add("--stock", action="store_true", help="without this package's mends")
-    add("--log", type=Path, help="what was walked, a line each, added to as it goes")
+    add("--log", type=Path, help="what was walked, written as it goes")
     add(
         "--out",
         type=Path,
@@ -268,7 +286,8 @@ def main() -> int:
         (model, activation): launcher_arguments(**MODELS[model], ACTIVATION=activation)
         for model, activation in models
     }
-    started, done = time.monotonic(), _read(options.log)
+    made_with = _made_with(options)
+    started, done = time.monotonic(), _read(options.log, made_with) if options.log else []
     walked_before = {walked.layout for walked in done}
     todo = [layout for layout in dict.fromkeys(layouts()) if layout not in walked_before]
     workers = ProcessPoolExecutor(
@@ -281,8 +300,7 @@ def main() -> int:
         for walked in filter(None, workers.map(walk, todo)):
             done.append(walked)
             if options.log:
-                with options.log.open("a") as log:
-                    print(json.dumps(asdict(walked)), file=log)
+                _write(options.log, made_with, done)
             print(*walked.layout, walked.verdict, f"{walked.seconds:.1f} s", sep="\t", flush=True)
     page = report(done, options)
     if options.out:

@@ -74,9 +74,9 @@ class Result:
         """For people, and logs."""
         if not self.faults:
             return (
-                f"ok: {self.layout}: each element of {self.parameters:,} parameters in "
-                f"{sum(map(len, self.buckets))} buckets is saved once and loaded back on "
-                f"{self.ranks} ranks ({' and '.join(self.formats)}; {self.seconds:.0f} s)"
+                f"ok: {self.layout}: each element of {self.parameters:,} parameters (one rank of "
+                f"each stage) in {sum(map(len, self.buckets))} buckets is saved once and loaded "
+                f"back on {self.ranks} ranks ({' and '.join(self.formats)}; {self.seconds:.0f} s)"
             )
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
         return f"FAIL: {self.layout}: {self.faults[0]}{more}; {self._advice}"
@@ -149,7 +149,10 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
     finally:
         sys.argv, global_vars.set_global_variables = argv, set_all
     if not args.use_distributed_optimizer:
-        raise CannotWalk(f"--optimizer {args.optimizer} without the distributed optimizer of Adam")
+        raise CannotWalk(
+            f"only Adam's distributed optimizer is walked, and this is --optimizer {args.optimizer}"
+            + " without --use-distributed-optimizer" * (args.optimizer == "adam")
+        )
     return args
 
 
