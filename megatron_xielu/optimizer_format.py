@@ -149,21 +149,23 @@ def check_optimizer(args: Namespace) -> None:
         )
 
 
-# The model-parallel layout: argument, flag.
-_LAYOUT = {
-    "tensor_model_parallel_size": "--tensor-model-parallel-size",
-    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
-    "expert_model_parallel_size": "--expert-model-parallel-size",
-}
-# And which layers a pipeline stage has.
+# Flags of the model-parallel layout, and of which layers a pipeline stage has.
+_SIZES = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--expert-model-parallel-size",
+)
+UNEVEN_STAGES = (
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--pipeline-model-parallel-layout",
+    "--account-for-embedding-in-pipeline-split",
+    "--account-for-loss-in-pipeline-split",
+)
 _STAGES = (
-    "num_layers_per_virtual_pipeline_stage",
-    "num_virtual_stages_per_pipeline_rank",
-    "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+    *UNEVEN_STAGES,
 )
 
 
@@ -240,18 +242,19 @@ def _layout(args: Namespace) -> list[str]:
     """What a ``dp_reshardable`` state is tied to, beside its buckets, as flags."""
     half = next((f"--{kind}" for kind in ("bf16", "fp16") if getattr(args, kind, False)), "fp32")
     bf16_grads = "--grad-reduce-in-bf16" if getattr(args, "grad_reduce_in_bf16", False) else ""
-    tensor, pipeline, expert = (
-        f"{flag} {getattr(args, name, None) or 1}" for name, flag in _LAYOUT.items()
-    )
-    for name in _STAGES:
-        value = getattr(args, name, None)
+    tensor, pipeline, expert = (f"{flag} {_value(args, flag) or 1}" for flag in _SIZES)
+    for flag in _STAGES:
+        value = _value(args, flag)
         if value:
-            flag = f" --{name.replace('_', '-')}"
-            pipeline += flag if value is True else f"{flag} {value}"
-    expert_tensor = getattr(args, "expert_tensor_parallel_size", None)
+            pipeline += f" {flag}" if value is True else f" {flag} {value}"
+    expert_tensor = _value(args, "--expert-tensor-parallel-size")
     if expert_tensor not in (None, args.tensor_model_parallel_size):
         expert += f" --expert-tensor-parallel-size {expert_tensor}"
     return [tensor, pipeline, expert, f"{half} {bf16_grads}".strip()]
+
+
+def _value(args: Namespace, flag: str) -> Any:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"), None)
 
 
 def _is_dp_reshardable(saved: Namespace) -> bool:
@@ -276,7 +279,7 @@ def bucket_size(args: Namespace) -> float | str:
         return f"--ddp-num-buckets {args.ddp_num_buckets}"
     if getattr(args, "ddp_bucket_size", None):
         return float(args.ddp_bucket_size)
-    tensor, pipeline = (getattr(args, name, None) or 1 for name in list(_LAYOUT)[:2])
+    tensor, pipeline = (_value(args, flag) or 1 for flag in _SIZES[:2])
     return float(default_bucket_size(args.world_size // (tensor * pipeline)))
 
 

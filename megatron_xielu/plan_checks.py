@@ -41,11 +41,6 @@ _UNKNOWN = (
     "--use-torch-fsdp2 --yaml-cfg"
 ).split()
 # The plan takes pipeline stages of equal size, and one batch size.
-_UNEVEN_STAGES = (
-    "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
-    "--pipeline-model-parallel-layout --account-for-embedding-in-pipeline-split "
-    "--account-for-loss-in-pipeline-split"
-).split()
 _CHANGING_BATCH = ["--rampup-batch-size", "--step-batch-size-schedule"]
 # Optimizers whose checkpoints docs/checkpoint-walk.md does not cover, and the sizes that it does.
 _UNPROVEN = (
@@ -103,7 +98,7 @@ def warnings(plan: Plan) -> list[str]:
         )
     found += [
         f"{flag} is not modelled: stages and batches are taken to be of equal size"
-        for flag in [*_UNEVEN_STAGES, *_CHANGING_BATCH]
+        for flag in [*optimizer_format.UNEVEN_STAGES, *_CHANGING_BATCH]
         if flag in given
     ]
     if _saves_optimizer(plan) and plan.args.optimizer != "adam":
@@ -210,7 +205,7 @@ def _layout(plan: Plan) -> Iterator[str]:
         yield f"{tp} neither divides --num-query-groups {m.groups} nor is a multiple of it"
     if m.heads % m.groups:
         yield f"--num-query-groups {m.groups} does not divide --num-attention-heads {m.heads}"
-    if not _given(plan).intersection(_UNEVEN_STAGES):
+    if not _given(plan).intersection(optimizer_format.UNEVEN_STAGES):
         yield from _pipeline(plan)
     parts = tensor * plan.pipeline * plan.context
     gpus = plan.cluster.gpus

@@ -199,7 +199,7 @@ def _runs(sizes: list[int]) -> str:
     return ", ".join(map(str, sorted(sizes)))
 
 
-def report(done: list[Walked], options: argparse.Namespace) -> str:
+def report(done: list[Walked], made_with: str) -> str:
     """The page."""
     rows: dict[tuple, list[Walked]] = defaultdict(list)
     for walked in done:
@@ -207,8 +207,7 @@ def report(done: list[Walked], options: argparse.Namespace) -> str:
     ranks = sum(walked.layout.data * walked.layout.pipeline for walked in done)
     lines = [
         f"{time.strftime('%Y-%m-%d')}: {len(done)} layouts, {ranks:,} optimizers, both formats; "
-        f"{_made_with(options)}; "
-        f"{sum(walked.seconds for walked in done) / 60:.0f} minutes of a core.",
+        f"{made_with}; {sum(walked.seconds for walked in done) / 60:.0f} minutes of a core.",
         "",
         "| model | TP | PP | arguments beside | data-parallel sizes | buckets | fails |",
         "|---|---|---|---|---|---|---|",
@@ -236,7 +235,7 @@ def _range(numbers: Sequence[int]) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def _made_with(options: argparse.Namespace) -> str:
+def _made_with(*, stock: bool) -> str:
     import torch
     from megatron.core import __version__ as megatron
 
@@ -244,7 +243,7 @@ def _made_with(options: argparse.Namespace) -> str:
 
     return (
         f"megatron-core {megatron.partition('+')[0]}, megatron_xielu {megatron_xielu.__version__}"
-        f"{' without its mends of checkpoints' if options.stock else ''}, PyTorch "
+        f"{' without its mends of checkpoints' if stock else ''}, PyTorch "
         f"{torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
     )
 
@@ -261,8 +260,8 @@ def _read(log: Path, made_with: str) -> list[Walked]:
 def _write(log: Path, made_with: str, done: list[Walked]) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     beside = log.with_name(f"{log.name}.incomplete")
-    walked = ",\n".join(json.dumps(asdict(walked)) for walked in done)
-    beside.write_text(f'{{"made with": {json.dumps(made_with)}, "walked": [\n{walked}\n]}}\n')
+    content = {"made with": made_with, "walked": [asdict(walked) for walked in done]}
+    beside.write_text(json.dumps(content))
     beside.rename(log)
 
 
@@ -286,7 +285,7 @@ def main() -> int:
         (model, activation): launcher_arguments(**MODELS[model], ACTIVATION=activation)
         for model, activation in models
     }
-    made_with = _made_with(options)
+    made_with = _made_with(stock=options.stock)
     started, done = time.monotonic(), _read(options.log, made_with) if options.log else []
     walked_before = {walked.layout for walked in done}
     todo = [layout for layout in dict.fromkeys(layouts()) if layout not in walked_before]
@@ -302,7 +301,7 @@ def main() -> int:
             if options.log:
                 _write(options.log, made_with, done)
             print(*walked.layout, walked.verdict, f"{walked.seconds:.1f} s", sep="\t", flush=True)
-    page = report(done, options)
+    page = report(done, made_with)
     if options.out:
         before = options.out.read_text().partition(_HEADING)[0] if options.out.exists() else ""
         options.out.write_text(f"{before}{_HEADING}\n{page}")
