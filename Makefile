@@ -31,16 +31,16 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: PyTorch sees no CUDA device here")'
-	$(BIN)/python -m pytest tests/test_functional.py tests/test_triton.py tests/test_bench.py -k "not compiled- and not eager-"
+	$(BIN)/python -m pytest tests/kernels/test_functional.py tests/kernels/test_triton.py tests/tools/test_bench.py -k "not compiled- and not eager-"
 
 test-image:
 	tests/image/run.sh
 
 # 77: this machine cannot run them, and install.sh has said why.
 test-cluster: setup
-	@tests/cluster/install.sh; status=$$?; \
+	@tests/slurm/install.sh; status=$$?; \
 	if [ $$status = 77 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
-	$(PYTEST_TWICE) tests/cluster
+	$(PYTEST_TWICE) tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .
@@ -51,7 +51,7 @@ demo: setup
 	$(BIN)/python tools/compare_activations.py tiny --out runs/demo
 
 bench: setup
-	$(BIN)/python tools/bench_activation.py --device cpu
+	$(BIN)/python tools/bench/bench_activation.py --device cpu
 
 bench-gpu: setup
-	$(BIN)/python tools/bench_activation.py --device cuda
+	$(BIN)/python tools/bench/bench_activation.py --device cuda

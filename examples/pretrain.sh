@@ -228,8 +228,8 @@ launcher+=(
 ((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
 read -ra entry <<<"$ENTRY"
 command=(
-    "$PYTHON" -m megatron_xielu.cluster.agent "${launcher[@]}"
-    -m megatron_xielu.cluster.worker "${entry[@]}" "${megatron[@]}" "${trailing[@]}"
+    "$PYTHON" -m megatron_xielu.cluster.launcher "${launcher[@]}"
+    -m megatron_xielu.cluster.rank "${entry[@]}" "${megatron[@]}" "${trailing[@]}"
 )
 
 plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE"
@@ -269,7 +269,7 @@ export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE 
 export DATA_ARGS DATA TOKENIZER                                                            # preflight.sh
 rm -f "$MEGATRON_XIELU_FINISHED"
 
-event() { # name, reason: as megatron_xielu/cluster/events.py
+event() { # name, reason: as megatron_xielu/common/event_log.py
     local line
     line="$(date -u +%Y-%m-%dT%H:%M:%SZ) node=$MEGATRON_XIELU_NODE rank=- event=$1 reason=\"$2\""
     echo "[event] $line" >&2 || true
@@ -315,7 +315,7 @@ fi
 
 watch=''
 if ((NODE_RANK == 0)); then
-    "$PYTHON" -m megatron_xielu.cluster.checkpoints "$RUN_DIR/checkpoints" watch \
+    "$PYTHON" -m megatron_xielu.checkpoints "$RUN_DIR/checkpoints" watch \
         --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY" &
     watch=$!
 fi

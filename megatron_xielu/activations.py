@@ -14,7 +14,7 @@ The formulas are in `megatron_xielu.functional`. This file owns what a module ad
   expert-tensor-parallel ranks, and its copies are elsewhere than those of the other layers; see
   ``docs/moe.md``.
 * **Ablations.** Frozen alphas need no gradient: DDP and the optimizer pass them over, checkpoints
-  hold them as ever. One pair for all layers: `megatron_xielu.shared_alphas`.
+  hold them as ever. One pair for all layers: `megatron_xielu.features.shared_alphas`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_xielu import functional, reference
+from megatron_xielu import functional
+from megatron_xielu.kernels import reference
 
 DEFAULT_ALPHA_INIT = 0.8
 DEFAULT_BETA = 0.5
@@ -177,11 +178,11 @@ class TrainableActivation(MegatronModule):
         return self.function(x, alpha_p, alpha_n, beta=self.beta, bias=bias)
 
     def run(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """``function(*tensors)``; `megatron_xielu.recompute` puts its own in this one's place."""
+        """``function(*tensors)``; `features.recompute` puts its own in its place."""
         return function(*tensors)
 
     def take_bias(self) -> Tensor | None:
-        """A bias still to be added: none, unless `megatron_xielu.bias_fusion` replaces this."""
+        """A bias still to be added: none, unless `features.bias_fusion` replaces this."""
         return None
 
     def extra_repr(self) -> str:

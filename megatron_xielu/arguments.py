@@ -12,19 +12,15 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu import (
-    checkpoint_arguments,
-    optimizer_format,
-    recompute,
-    shared_alphas,
-    versions,
-)
 from megatron_xielu.activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA_INIT,
     DEFAULT_BETA,
     ActivationBuilder,
 )
+from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.features import recompute, shared_alphas
+from megatron_xielu.workarounds import checkpoint_arguments, releases
 
 _SPEC_MODULE = "megatron_xielu.layer_specs"
 
@@ -211,7 +207,7 @@ def validate(args: Namespace) -> None:
     for argument, (excluded, reason) in _EXCLUDED_BECAUSE.items():
         if getattr(args, argument, None):
             raise ValueError(f"{flag} does not work with {excluded}: {reason}; drop one of them")
-    if versions.release() < (0, 19):
+    if releases.release() < (0, 19):
         for argument, excluded in _EXCLUDED_BEFORE_0_19.items():
             if getattr(args, argument, None):
                 raise ValueError(f"{flag} with {excluded} needs megatron-core 0.19")

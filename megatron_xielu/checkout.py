@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_xielu import arguments, shared_alphas, workarounds
+from megatron_xielu import arguments, workarounds
 from megatron_xielu.activations import ActivationBuilder
+from megatron_xielu.features import shared_alphas
 
 # What this process trains with, once `validate` has seen its arguments: Megatron hands no arguments
 # to the place where a model is built.
@@ -115,7 +116,8 @@ def model_built(args: Namespace, model: list) -> None:
     workarounds.mend_optimizers()
     if _builder is None:
         return
-    from megatron_xielu import bias_fusion, layer_specs, recompute
+    from megatron_xielu import layer_specs
+    from megatron_xielu.features import bias_fusion, recompute
 
     layer_specs.audit(model, _builder.activation)
     if args.xielu_fuse_bias:
@@ -132,7 +134,7 @@ def check_tp_sync(args: Namespace, model: list, iteration: int) -> None:
     """
     if _builder is None or iteration % args.xielu_check_tp_sync:
         return
-    from megatron_xielu.tp_sync import check_tp_sync
+    from megatron_xielu.features.tp_sync import check_tp_sync
 
     for chunk in model:
         check_tp_sync(chunk, iteration)

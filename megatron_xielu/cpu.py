@@ -428,10 +428,10 @@ def _redirect_megatron(torch: Any) -> None:
     from megatron.core.models import backends
     from megatron.core.transformer import torch_norm
 
-    from megatron_xielu import pip_megatron
     from megatron_xielu.cpu_context_parallel import ContextParallelAttention
+    from megatron_xielu.workarounds import megatron_wheel
 
-    pip_megatron.prepare()
+    megatron_wheel.prepare()
     backends.DotProductAttention = ContextParallelAttention
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallel(
         torch_norm.WrappedTorchNorm.__new__

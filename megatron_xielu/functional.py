@@ -14,7 +14,7 @@ Source: Huang and Schlag, arXiv:2411.13010; the closed forms in float64 are in `
 Each activation is a pair of custom operators, ``megatron_xielu::<name>`` and
 ``megatron_xielu::<name>_backward``: one node in a compiled graph, and x, a_p, a_n (and a bias, if
 one is fused) are all that is kept for the backward pass. The arithmetic is float32 (float64 for
-float64) whatever the storage dtype, rounded once at the end. `backends` chooses who computes it.
+float64) whatever the storage dtype, rounded once at the end. `choose` chooses who computes it.
 
 Limits that follow from float32 arithmetic: a slope beyond its range is inf even if dy would
 bring dx back into range, an h(x) below its range is 0, and so is the softplus of a raw alpha below
@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_xielu import backends
+from megatron_xielu.kernels import choose
 
 __all__ = ["xielu", "xiprelu"]
 
@@ -38,7 +38,7 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
     def forward(
         x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
     ) -> Tensor:
-        return backends.choose(x).forward(name, x, alpha_p, alpha_n, beta, bias)
+        return choose.choose(x).forward(name, x, alpha_p, alpha_n, beta, bias)
 
     def forward_fake(
         x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
@@ -53,7 +53,7 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
         beta: float,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, d_alpha_p, d_alpha_n, d_bias = backends.choose(x).backward(
+        dx, d_alpha_p, d_alpha_n, d_bias = choose.choose(x).backward(
             name, dy, x, alpha_p, alpha_n, beta, bias
         )
         # An operator returns tensors: an empty one where there is no bias.

@@ -28,16 +28,11 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_xielu import (
-    arguments,
-    bias_fusion,
-    optimizer_format,
-    recompute,
-    shared_alphas,
-    versions,
-    workarounds,
-)
+from megatron_xielu import arguments, workarounds
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
+from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.features import bias_fusion, recompute, shared_alphas
+from megatron_xielu.workarounds import releases
 
 # TransformerConfig fields that make Megatron build MLPs whose activation cannot be replaced, or run
 # them in a way that is not tested: flag.
@@ -296,7 +291,7 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     """`layer_spec` for a script that parsed its flags without us, after what we can still check."""
     from megatron.training import get_args
 
-    versions.check_spec()
+    releases.check_spec()
     args = get_args()
     if not vp_stage:  # Megatron asks once per virtual pipeline stage; the answer is the same
         arguments.check_upcycling(args)
@@ -322,15 +317,15 @@ def _older_script_layer_spec(name: str) -> Any:
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    versions.check_spec()
+    releases.check_spec()
     args = get_args()
     optimizer_format.check_optimizer(args)
     arguments.check_checkpoint(args)
     check_config(core_transformer_config_from_args(args))
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
-    return with_activation(versions.dense_layer_spec(args), builder)
+    return with_activation(releases.dense_layer_spec(args), builder)
 
 
-if versions.release() < (0, 19):
-    xielu_layer_spec = versions.lazy_layer_spec(partial(_older_script_layer_spec, "xielu"))
-    xiprelu_layer_spec = versions.lazy_layer_spec(partial(_older_script_layer_spec, "xiprelu"))
+if releases.release() < (0, 19):
+    xielu_layer_spec = releases.lazy_layer_spec(partial(_older_script_layer_spec, "xielu"))
+    xiprelu_layer_spec = releases.lazy_layer_spec(partial(_older_script_layer_spec, "xiprelu"))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_xielu import checkpoint_writer, pip_megatron, versions, workarounds
+from megatron_xielu import workarounds
+from megatron_xielu.workarounds import checkpoint_writer, megatron_wheel, releases
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -62,13 +63,13 @@ def start() -> None:
     """
     _rendezvous_with_itself()
     try:
-        versions.check_entry()
+        releases.check_entry()
         _prepare_megatron()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "megatron":
             raise
         raise SystemExit(f"megatron_xielu: error: {error}; {_MEGATRON_HINT}") from None
-    except versions.UnsupportedRelease as error:
+    except releases.UnsupportedRelease as error:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
 
 
@@ -85,7 +86,7 @@ def _prepare_megatron() -> None:
 
     import megatron.training  # noqa: F401  (to say so where it is missing)
 
-    pip_megatron.prepare()
+    megatron_wheel.prepare()
     checkpoint_writer.watch()
     workarounds.mend_optimizers()
 
@@ -152,8 +153,8 @@ def _train(args: Namespace) -> None:
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_xielu import alpha_logging
     from megatron_xielu.arguments import activation_name
+    from megatron_xielu.features import alpha_logging
 
     if activation_name(args) and args.tensorboard_dir:
         alpha_logging.install()
@@ -337,7 +338,7 @@ def _check_tp_sync(model: torch.nn.Module, vp_stage: int | None) -> None:
     """Run the alpha check in the first micro-batch of every N-th iteration."""
     from megatron.training import get_args
 
-    from megatron_xielu.tp_sync import check_tp_sync
+    from megatron_xielu.features.tp_sync import check_tp_sync
 
     args = get_args()
     every = args.xielu_check_tp_sync

@@ -32,7 +32,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_xielu.cluster import events
+from megatron_xielu.common import event_log
 
 if TYPE_CHECKING:  # imported by a check, so that a broken PyTorch or Megatron is reported by name
     import torch
@@ -71,7 +71,8 @@ def check_activation(name: str, dtype: torch.dtype, backend: str, device: str) -
     """
     import torch
 
-    from megatron_xielu import functional, reference
+    from megatron_xielu import functional
+    from megatron_xielu.kernels import reference
 
     generator = torch.Generator().manual_seed(1)
     grid = torch.linspace(-12, 12, 3001)
@@ -125,7 +126,7 @@ def _largest_terms(name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> tu
     """Largest term of the formula and, twice over, of its slope, for each x."""
     import torch
 
-    from megatron_xielu import reference
+    from megatron_xielu.kernels import reference
 
     x = x.double()
     pos, neg = x.clamp_min(0.0), -x.clamp_max(0.0)
@@ -140,17 +141,17 @@ def _largest_terms(name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> tu
 
 @contextlib.contextmanager
 def _backend(name: str) -> Iterator[None]:
-    """Have `backends` choose this one."""
-    from megatron_xielu import backends
+    """Have `choose` choose this one."""
+    from megatron_xielu.kernels import choose
 
-    before = os.environ.get(backends.VARIABLE)
-    os.environ[backends.VARIABLE] = name
+    before = os.environ.get(choose.VARIABLE)
+    os.environ[choose.VARIABLE] = name
     try:
         yield
     finally:
-        del os.environ[backends.VARIABLE]
+        del os.environ[choose.VARIABLE]
         if before is not None:
-            os.environ[backends.VARIABLE] = before
+            os.environ[choose.VARIABLE] = before
 
 
 def check_compiled(name: str, dtype: torch.dtype) -> str:
@@ -168,7 +169,7 @@ def check_compiled(name: str, dtype: torch.dtype) -> str:
     except AssertionError:
         raise
     except Exception as error:
-        raise Skipped(f"torch.compile does not work here: {events.describe(error)}") from error
+        raise Skipped(f"torch.compile does not work here: {event_log.describe(error)}") from error
 
 
 def check_triton(name: str, dtype: torch.dtype) -> str:
@@ -256,9 +257,9 @@ def check_alpha_sync(group: ProcessGroup, device: torch.device | str) -> str:
     """
     import torch
 
-    from megatron_xielu import reference
     from megatron_xielu.activations import XIELU
-    from megatron_xielu.tp_sync import gather_alphas
+    from megatron_xielu.features.tp_sync import gather_alphas
+    from megatron_xielu.kernels import reference
 
     rank, size = group.rank(), group.size()
     generator = torch.Generator().manual_seed(2)
@@ -308,7 +309,7 @@ class _Report:
         except Skipped as reason:
             result, detail = "skipped", str(reason)
         except Exception as error:
-            result, detail = "FAIL", events.describe(error)
+            result, detail = "FAIL", event_log.describe(error)
             self.failed.append(name)
         seconds = time.perf_counter() - start
         if result == "FAIL" or self.rank == 0:
@@ -335,7 +336,7 @@ def _check_all(report: _Report) -> None:
                 lambda n=name, d=dtype: check_activation(n, d, "eager", "cpu"),  # type: ignore[misc]
             )
     if _local_rank() == 0:
-        # A compilation takes seconds, so not every pair; tests/test_functional.py has them all.
+        # A compilation takes seconds, so not every pair; test_functional.py has them all.
         report.run("compiled xielu float32", lambda: check_compiled("xielu", torch.float32))
     for name in ACTIVATIONS:
         for dtype in (torch.float32, torch.bfloat16):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from launch import Run, load_checkpoint, train
 
-collect_ignore = ["cluster"]  # needs root and Slurm: make test-cluster
+collect_ignore = ["slurm"]  # needs root and Slurm: make test-cluster
 
 # A shell's background job ignores it, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

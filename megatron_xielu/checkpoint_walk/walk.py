@@ -37,10 +37,11 @@ from typing import Any
 
 import torch
 
-from megatron_xielu import cpu, versions
+from megatron_xielu import cpu
 from megatron_xielu.checkpoint_walk.absent_ranks import World
 from megatron_xielu.checkpoint_walk.proof import FORMATS, Fault, Parameter, Proof, tensors
 from megatron_xielu.checkpoint_walk.provenance import Piece, Provenance
+from megatron_xielu.workarounds import releases
 
 # Of parameters: what Megatron sorts them into buffers and buckets by, beside dtype and size.
 _MARKS = ("allreduce", "shared_embedding")
@@ -316,7 +317,7 @@ def _initialize_parallel(args: Namespace) -> None:
 
 def _model(args: Namespace, **options: Any) -> list[Any]:
     """The model of the rank that this process is, with its gradient buffers, as training has it."""
-    if versions.release() < versions.ENTRY:
+    if releases.release() < releases.ENTRY:
         return _older_model(args, **options)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.training import get_megatron_ddp_config
@@ -341,7 +342,7 @@ def _older_model(args: Namespace, **options: Any) -> list[Any]:
     from megatron_xielu.arguments import activation_builder
     from megatron_xielu.layer_specs import with_activation
 
-    builder, spec = activation_builder(args), versions.dense_layer_spec(args)
+    builder, spec = activation_builder(args), releases.dense_layer_spec(args)
 
     def provide(**stage: Any) -> Any:
         stage.pop("config", None)

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_xielu import reference
 from megatron_xielu.convert.legacy import Legacy, open_legacy
 from megatron_xielu.convert.source import Refused, Source
+from megatron_xielu.kernels import reference
 
 __all__ = ["adapt", "open_legacy"]
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_xielu.convert import hf_config, megatron_arguments, output, torch_dist_writer
+from megatron_xielu.checkpoints import writer
+from megatron_xielu.checkpoints.writer import Chunk
+from megatron_xielu.convert import hf_config, megatron_arguments, output
 from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Reader
 from megatron_xielu.convert.source import TRACKER, Refused
 from megatron_xielu.convert.tensors import Part, constants, parts
-from megatron_xielu.convert.torch_dist_writer import Chunk
 
 _RELEASE = "release"
 MARKER = TRACKER
@@ -83,7 +84,7 @@ def convert(
         chunks = [
             _chunk(reader, old, new, architecture.layers, options, progress) for old, new in both
         ]
-        torch_dist_writer.write(staging / _RELEASE, chunks, arguments)
+        writer.write(staging / _RELEASE, chunks, arguments)
         (staging / TRACKER).write_text(_RELEASE)
     report(f"written: {out}")
     flags = [

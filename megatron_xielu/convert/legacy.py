@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_xielu import reference
+from megatron_xielu.checkpoints.torch_dist import load_inert
 from megatron_xielu.convert.source import Refused
-from megatron_xielu.convert.torch_dist import load_inert
+from megatron_xielu.kernels import reference
 
 _FILE = "model_optim_rng.pt"
 _FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_xielu.cluster.events import first_line
+from megatron_xielu.common.event_log import first_line
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -64,8 +64,8 @@ def open_source(
     Raises:
         Refused: there is no checkpoint that can be read.
     """
+    from megatron_xielu.checkpoints.torch_dist import TorchDist
     from megatron_xielu.convert import fork
-    from megatron_xielu.convert.torch_dist import TorchDist
 
     folder = _find(checkpoint)
     source: Source

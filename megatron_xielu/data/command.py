@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from megatron_xielu.data.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_xielu.data.execute import Request
-    from megatron_xielu.data.plan import Plan
+    from megatron_xielu.data.executors import Request
+    from megatron_xielu.data.recipe import Plan
 
 _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
@@ -117,17 +117,17 @@ def _prepare(options: argparse.Namespace) -> None:
         raise DataError(
             f"{error}: install this package's extra, pip install 'megatron_xielu[data]'"
         ) from error
-    from megatron_xielu.data import estimate, manifest, plan, records, rounds, tokenizer_files
+    from megatron_xielu.data import estimate, manifest, recipe, records, scheduler, tokenizer_files
 
     output: Path = options.output.absolute()
     info, tokenizer_path, config = tokenizer_files.inspect(options.tokenizer, options.eod_token)
-    plan.make_folder(output)
+    recipe.make_folder(output)
     with _lock(output):
         work = output / "work"
         begun = any((work / "records").glob("*.json")) or (work / "slurm_job").exists()
-        before = plan.load(output) if begun else None
+        before = recipe.load(output) if begun else None
         this = _make_plan(options, info, before)
-        changed = plan.changed_tasks(before, this) if before else []
+        changed = recipe.changed_tasks(before, this) if before else []
         expected = estimate.estimate(this, output, tokenizer_files.load(tokenizer_path))
         files = sum(len(group.files) for group in this.groups)
         print(f"{files} files, {this.input_bytes / 1e6:,.1f} MB; {this.tasks} tasks", flush=True)
@@ -143,7 +143,7 @@ def _prepare(options: argparse.Namespace) -> None:
         tokenizer_files.keep(tokenizer_path, config, output / "tokenizer")
         this.save(output)
         _forget_damaged(this, output)
-        left = rounds.run(this, output, _request(options), expected.train_tokens)
+        left = scheduler.run(this, output, _request(options), expected.train_tokens)
         result = manifest.finish(this, output, left.used)
     _report(result, output)
 
@@ -161,7 +161,7 @@ def _lock(output: Path) -> Iterator[None]:
 
 def _make_plan(options: argparse.Namespace, info: object, before: Plan | None) -> Plan:
     from megatron_xielu.data import sentences, sources
-    from megatron_xielu.data.plan import Plan
+    from megatron_xielu.data.recipe import Plan
 
     groups = tuple(
         group
@@ -194,7 +194,7 @@ def _make_plan(options: argparse.Namespace, info: object, before: Plan | None) -
 
 
 def _request(options: argparse.Namespace) -> Request:
-    from megatron_xielu.data.execute import Request
+    from megatron_xielu.data.executors import Request
 
     if options.executor == "slurm" and not options.slurm_partition:
         raise DataError("--executor slurm needs --slurm-partition; sinfo lists them")

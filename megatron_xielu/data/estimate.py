@@ -12,11 +12,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megatron_xielu.data import plan as plans
+from megatron_xielu.data import recipe as plans
 from megatron_xielu.data import sentences
 from megatron_xielu.data.errors import DataError
-from megatron_xielu.data.plan import Plan
 from megatron_xielu.data.readers import make_reader, zstd
+from megatron_xielu.data.recipe import Plan
 from megatron_xielu.data.sources import File, Group
 
 _FILES = 4  # of each group

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
-from megatron_xielu.data.plan import Plan
+from megatron_xielu.data.recipe import Plan
 from megatron_xielu.data.records import SPLITS, Record
 
 NAME = "manifest.json"

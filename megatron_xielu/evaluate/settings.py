@@ -10,10 +10,11 @@ from argparse import ArgumentParser, Namespace
 
 import torch
 
-from megatron_xielu import arguments, checkpoint_arguments
+from megatron_xielu import arguments
 from megatron_xielu.activations import ACTIVATIONS
-from megatron_xielu.cluster.events import first_line
+from megatron_xielu.common.event_log import first_line
 from megatron_xielu.pretrain_gpt import check_supported
+from megatron_xielu.workarounds import checkpoint_arguments
 
 # Taken from the checkpoint unless given. Not trust_remote_code: that is for the user to say.
 _PRECISION = ("bf16", "fp16", "attention_softmax_in_fp32")

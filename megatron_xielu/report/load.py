@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_xielu import plan
-from megatron_xielu.cluster.events import describe
+from megatron_xielu.checkpoints.torch_dist import TorchDist
+from megatron_xielu.common.event_log import describe
 from megatron_xielu.convert.source import Refused
-from megatron_xielu.convert.torch_dist import TorchDist
+from megatron_xielu.plan import model as plan
 from megatron_xielu.report import events, run_files
 from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.events import Series

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_xielu import reference
+from megatron_xielu.kernels import reference
 from megatron_xielu.report.run_files import alpha_n_floor
 
 Array = NDArray[np.float64]

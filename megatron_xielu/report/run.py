@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xielu import plan
+from megatron_xielu.plan import model as plan
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape
 
@@ -57,7 +57,7 @@ class Layer:
     """One trained activation at the end of a run.
 
     Attributes:
-        name: as `megatron_xielu.alpha_logging` calls it.
+        name: as `megatron_xielu.features.alpha_logging` calls it.
         depth: of its layer, from 0; MTP layers follow the last.
         shape: the activation with its final alphas.
         start: effective (αp, αn) at the start; None where that is not known.

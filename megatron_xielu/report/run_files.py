@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.convert.source import Source
-from megatron_xielu.convert.torch_dist import TorchDist
-from megatron_xielu.reference import softplus
+from megatron_xielu.kernels.reference import softplus
 from megatron_xielu.report import events
 
 # Of alphas in a checkpoint. Megatron stacks layers that are all alike, and routed experts: the
@@ -25,7 +25,7 @@ _ALPHA_KEY = re.compile(
     r"mlp\.((?P<experts>experts)\.experts\.|(?P<shared>shared_experts)\.)?"
     r"activation_func\.alpha_(?P<side>[pn])"
 )
-_SHARED_ALPHA_KEY = "shared_activation.alpha_p"  # see `megatron_xielu.shared_alphas`
+_SHARED_ALPHA_KEY = "shared_activation.alpha_p"  # see `megatron_xielu.features.shared_alphas`
 # What `megatron_xielu.activations` has, which needs Megatron.
 _DEFAULT_ALPHA_INIT, _DEFAULT_BETA = 0.8, 0.5
 
@@ -36,7 +36,7 @@ Curve = list[tuple[int, float]]  # (iteration, value), iterations rising
 class Alphas:
     """Effective alphas: ``positive[i][l]`` is αp of activation l after ``iterations[i]``.
 
-    ``names[l]`` is what `megatron_xielu.alpha_logging` calls it: ``layer_00`` for a dense layer.
+    ``names[l]`` is what `features.alpha_logging` calls it: ``layer_00`` for a dense layer.
     """
 
     iterations: list[int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_xielu.plan import Model
+from megatron_xielu.plan.model import Model
 
 TOLERANCE = 0.001
 

@@ -1,0 +1,215 @@
+"""Keeps a run's checkpoint folder trustworthy: verify, repair, watch, status.
+
+``python3 -m megatron_xielu.checkpoints SAVE_DIR COMMAND``
+
+A Megatron save folder holds ``iter_0000200/`` and a tracker, ``latest_checkpointed_iteration.txt``,
+and Megatron checks neither. A kill or a full disk leaves half a folder, or an empty tracker, on
+which the next start exits with status 0; without a tracker it trains from scratch.
+
+* ``verify`` reads checkpoints (`check`) and says which are damaged.
+* ``repair`` goes before a start, in one process, and never beside a training that saves. It renames
+  damaged checkpoints to ``damaged_iter_…`` and points the tracker at the newest good one, even one
+  that the tracker does not name: the run died between the two. To go back to an older checkpoint,
+  rename the newer ones. Its last line is ``resume 200``, ``resume none`` or ``resume release``.
+* ``watch`` goes beside a training (`watch`).
+* ``status`` prints a table.
+
+Exit codes: 0; 1 something is damaged (verify); 2 usage, or a file system that fails; 3 there were
+checkpoints, and none is good (repair).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_xielu.checkpoints import watch
+from megatron_xielu.checkpoints.check import Damaged, check
+from megatron_xielu.checkpoints.folder import (
+    RECORD,
+    TRACKER,
+    Record,
+    checkpoints,
+    kept,
+    lock,
+    read_tracker,
+    size_and_stamp,
+    size_text,
+    write,
+)
+from megatron_xielu.common import event_log
+
+
+class NoGoodCheckpoint(RuntimeError):
+    """There were checkpoints and none is good: a start would train from scratch."""
+
+
+def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> bool:
+    """Print one line per checkpoint, newest first; return whether all looked at are good."""
+    found, good = checkpoints(save_dir), True
+    if not found:
+        print(f"no checkpoints in {save_dir}")
+    for iteration, folder in list(found.items())[:last]:
+        start = time.monotonic()
+        try:
+            check(folder, whole=not quick)
+            size = size_text(size_and_stamp(folder)[0])
+            print(f"iter {iteration} ok {size} {time.monotonic() - start:.1f} s", flush=True)
+        except Damaged as error:
+            good = False
+            print(f"iter {iteration} DAMAGED: {error}", flush=True)
+    tracker = read_tracker(save_dir)
+    if tracker != "release" and tracker not in found and (found or tracker != "missing"):
+        good = False
+        print(f"tracker DAMAGED: {TRACKER} names no checkpoint here ({tracker}); run repair")
+    return good
+
+
+def repair(save_dir: Path, *, last: int = 2) -> int | None:
+    """Set damaged checkpoints aside and point the tracker at the newest good one.
+
+    Args:
+        save_dir: the ``--save`` folder; need not exist.
+        last: of so many of the newest, one counts as good only if a whole check says so, now or
+            before; older ones only get the quick check.
+
+    Returns:
+        The iteration that a start resumes from; None: from none, or ``release``.
+
+    Raises:
+        NoGoodCheckpoint: there were checkpoints, and none is good.
+    """
+    if not save_dir.is_dir():
+        print("resume none", flush=True)
+        return None
+    with lock(save_dir):
+        return _repair(save_dir, last)
+
+
+def _repair(save_dir: Path, last: int) -> int | None:
+    tracker = read_tracker(save_dir)
+    if tracker == "release":
+        print("resume release", flush=True)
+        return None
+    record, newest = Record(save_dir), None
+    for position, (iteration, folder) in enumerate(checkpoints(save_dir).items()):
+        whole = newest is None and position < last and folder not in record
+        try:
+            check(folder, whole=whole)
+        except Damaged as error:
+            record.verified.pop(folder.name, None)
+            aside = _set_aside(folder)
+            reason = f"{error}; now {aside.name}, {size_text(size_and_stamp(aside)[0])}"
+            print(f"iter {iteration} DAMAGED: {reason}", flush=True)
+            event_log.write("checkpoint-damaged", reason, iteration=iteration)
+            continue
+        if whole:
+            record.add(folder)
+            record.save()
+        newest = iteration if newest is None else newest
+
+    if newest is None:
+        if tracker != "missing" or _was_good(save_dir):
+            raise NoGoodCheckpoint(
+                f"{save_dir}: there were checkpoints and none is good (tracker: {tracker}); put a "
+                f"good iter_… folder back, or, to train from scratch, move {TRACKER}, {RECORD} and "
+                "damaged_iter_… away"
+            )
+        print("resume none", flush=True)
+        return None
+    if tracker != newest:
+        write(save_dir / TRACKER, str(newest))
+        reason = f"tracker was {tracker}, is {newest}"
+        print(reason, flush=True)
+        event_log.write("tracker-repaired", reason, iteration=newest)
+    print(f"resume {newest}", flush=True)
+    return newest
+
+
+def _set_aside(folder: Path) -> Path:
+    aside, number = folder.with_name(f"damaged_{folder.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"damaged_{folder.name}.{number}")
+    with suppress(FileNotFoundError):  # another process was first
+        folder.rename(aside)
+    return aside
+
+
+def _was_good(save_dir: Path) -> bool:
+    """Whether a save ever finished here: a run killed during its first save may start again."""
+    damaged = list(save_dir.glob("damaged_iter_*"))
+    return (save_dir / RECORD).exists() or any(
+        (folder / name).exists() for folder in damaged for name in (".metadata", "metadata.json")
+    )
+
+
+def status(save_dir: Path) -> None:
+    """Print a table of the checkpoints."""
+    record = Record(save_dir)
+    reasons = kept(save_dir, record)
+    print(f"{'iteration':>9}  {'size':>9}  {'verified':<20}  kept because")
+    for iteration, folder in reversed(checkpoints(save_dir).items()):
+        when = record.verified[folder.name]["time"] if folder in record else "no"
+        size = size_text(size_and_stamp(folder)[0])
+        print(f"{iteration:>9}  {size:>9}  {when:<20}  {reasons.get(iteration, 'to be deleted')}")
+    for folder in sorted(save_dir.glob("damaged_iter_*")):
+        print(f"{folder.name}  {size_text(size_and_stamp(folder)[0])}")
+    print(f"tracker: {read_tracker(save_dir)}")
+
+
+def main() -> None:
+    """Parse the command line and run one command."""
+    parser = argparse.ArgumentParser(prog="python3 -m megatron_xielu.checkpoints")
+    parser.add_argument("save_dir", type=Path, metavar="SAVE_DIR", help="Megatron's --save folder")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("verify", help="check them all, newest first")
+    command.add_argument("--last", type=int, metavar="N", help="only the N newest")
+    command.add_argument("--quick", action="store_true", help="no checksums")
+    command = commands.add_parser("repair", help="before a start: set damaged ones aside")
+    command.add_argument(
+        "--last", type=int, default=2, metavar="N", help="checksums of the N newest"
+    )
+    command = commands.add_parser("watch", help="verify new ones, delete old ones")
+    command.add_argument("--keep-last", type=int, required=True, metavar="K")
+    command.add_argument("--keep-every", type=int, default=0, metavar="E", help="0: none")
+    command.add_argument("--interval", type=float, default=5, metavar="SECONDS")
+    command.add_argument("--events", metavar="FILE", help="event log, for MEGATRON_XIELU_EVENTS")
+    commands.add_parser("status", help="a table")
+    args = parser.parse_args()
+    if args.command in ("verify", "status") and not args.save_dir.is_dir():
+        parser.error(f"no such folder: {args.save_dir}")
+
+    if args.command == "watch":
+        if args.keep_last < 1 or args.keep_every < 0:
+            parser.error("--keep-last must be at least 1, --keep-every at least 0")
+        if args.events:
+            os.environ["MEGATRON_XIELU_EVENTS"] = args.events
+        watch.watch(
+            args.save_dir,
+            keep_last=args.keep_last,
+            keep_every=args.keep_every,
+            interval=args.interval,
+        )
+    try:
+        if args.command == "verify":
+            sys.exit(not verify(args.save_dir, last=args.last, quick=args.quick))
+        elif args.command == "status":
+            status(args.save_dir)
+        else:
+            repair(args.save_dir, last=args.last)
+    except NoGoodCheckpoint as error:
+        event_log.write("no-good-checkpoint", str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Starts and restarts the ranks of one node: torchrun, or ft_launcher where it is installed.
+
+``python -m megatron_xielu.cluster.launcher [TORCHRUN OPTIONS] -m megatron_xielu.cluster.rank …``
+
+A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log:
+which rank ended how, and every restart. A rank that ended with 2, because of a flag or checkpoint
+that was refused, ends this launcher with 2, too, without a restart. Why methods are wrapped rather
+than a log parsed: ``_monitor_workers`` returns ranks, exit codes and signals as numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+from megatron_xielu.common import event_log
+
+REFUSED = 2  # exit code of argparse, and of `worker` for what this package refuses
+
+
+def main() -> None:
+    """Run the launcher with this process's arguments (with ``--fault-tolerance``: ft_launcher)."""
+    if "--fault-tolerance" in sys.argv:
+        sys.argv.remove("--fault-tolerance")
+        from nvidia_resiliency_ext.fault_tolerance import launcher
+
+        agent, run = launcher.LocalElasticAgent, launcher.main
+    else:
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+        agent, run = LocalElasticAgent, torchrun.main
+    refused = _report_failures(agent)
+    try:
+        run()
+    except BaseException:
+        if refused:
+            sys.exit(REFUSED)  # the ranks have said why
+        raise
+
+
+def _report_failures(agent: Any) -> list[int]:
+    """Returns a list to which the ranks that refuse to train are added."""
+    refused: list[int] = []
+    monitor, restart = agent._monitor_workers, agent._restart_workers
+
+    @functools.wraps(monitor)
+    def monitor_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = monitor(self, *args, **kwargs)
+        if result.is_failed():
+            for rank, failure in result.failures.items():
+                # Every rank leads a session. Its checkpoint writer outlives it, and would write
+                # into the folder that the next attempt uses.
+                with suppress(ProcessLookupError):
+                    os.killpg(failure.pid, signal.SIGKILL)
+                event_log.write(
+                    "rank-failed",
+                    _reason(failure),
+                    rank=rank,
+                    local_rank=failure.local_rank,
+                    exit=failure.exitcode,
+                )
+                if failure.exitcode == REFUSED:
+                    refused.append(rank)
+                    self._remaining_restarts = 0
+        return result
+
+    @functools.wraps(restart)
+    def report_and_restart(self: Any, *args: Any, **kwargs: Any) -> Any:
+        event_log.write(
+            "restart", f"all ranks; {self._remaining_restarts} restarts left in this job"
+        )
+        return restart(self, *args, **kwargs)
+
+    agent._monitor_workers = monitor_and_report
+    agent._restart_workers = report_and_restart
+    return refused
+
+
+def _reason(failure: Any) -> str:
+    if failure.exitcode < 0:
+        return f"killed by {failure.signal_name()}"
+    message = failure.message
+    return str(message.get("message", message) if isinstance(message, dict) else message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Checks before a run on many nodes: seconds here instead of a failure hours later.
+
+Run under torchrun on every node, one rank a GPU, or with ``--cpu`` any number;
+`examples/preflight.sh` does that::
+
+    python3 -m torch.distributed.run --nnodes 2 --nproc-per-node 8 … \\
+        -m megatron_xielu.cluster.preflight --run-dir /shared/run1 --tensor-model-parallel-size 2
+
+Rank 0 prints one line a check, ``ok`` with its figures, or one ``FAIL`` or ``warn`` line for each
+node or rank that is at fault, with what to do. All checks run, then every rank exits with 1 if any
+failed. A rank that dies or hangs is named like any other fault (`exchange`).
+
+=============  ===================================================  =======================
+check          what is compared                                     file
+=============  ===================================================  =======================
+versions       Python to this package, and the image                `nodes`
+clocks         time of day                                          `nodes`
+run-dir        shared, writable, fast, with space                   `nodes`
+data           .bin, .idx, tokenizer                                `data_files`
+gpus           number, model, memory, health, results, speed        `gpus`
+collectives    all-reduce over all and inside nodes: sum, speed     `network`
+alphas         gradients and alphas over tensor-parallel ranks      `network`
+layout         do checkpoints keep the optimizer's state            `layout`
+=============  ===================================================  =======================
+
+A node is named by ``MEGATRON_XIELU_NODE`` if that is set, else by its host name. The image is known
+by ``MEGATRON_XIELU_IMAGE`` or the file ``/etc/megatron_xielu-image``. The layout is checked if the
+arguments of the training follow after ``--``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from megatron_xielu.common import event_log
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what it says must be the same on all nodes."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m megatron_xielu.cluster.preflight",
+        description="Check nodes before a training run.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--cpu", action="store_true", help="no GPUs: gloo, and no check of GPUs")
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    add("--limit", type=float, default=60.0, metavar="S", help="seconds for one check (60)")
+    add("--layout-limit", type=float, default=300.0, metavar="S", help="for the layout (300)")
+    add("--run-dir", metavar="DIR", help="where the run writes; shared by all nodes")
+    add("--need-gib", type=float, default=0.0, metavar="GIB", help="free space that the run needs")
+    add("--disk-mib", type=int, default=64, metavar="MIB", help="size of the write test (64)")
+    add("--min-disk-mbps", type=float, metavar="MB/S", help="least write speed of a node")
+    add("--min-bandwidth", type=float, metavar="GB/S", help="least bus bandwidth over all ranks")
+    add("--min-node-bandwidth", type=float, metavar="GB/S", help="the same inside a node")
+    for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
+        add(f"--{name}", nargs="*", default=[], metavar="PREFIX", help="as Megatron's")
+    add("--data-args-path", metavar="FILE", help="as Megatron's")
+    add("--per-split-data-args-path", metavar="FILE", help="as Megatron's")
+    add("--tokenizer-model", metavar="NAME", help="file, folder or Hugging Face name")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end])
+    args.training = words[end + 1 :]
+    if "RANK" not in os.environ:
+        parser.error("run it with torchrun (examples/preflight.sh does)")
+    size, ranks = args.tensor_model_parallel_size, int(os.environ["WORLD_SIZE"])
+    if size < 1 or ranks % size:
+        parser.error(f"--tensor-model-parallel-size {size} does not divide {ranks} ranks")
+    if args.disk_mib < 1:
+        parser.error("--disk-mib must be 1 or more")
+    return args
+
+
+def main() -> None:
+    """Run every check and exit; see the top of this file."""
+    args = parse()
+    if os.environ["LOCAL_RANK"] == "0":
+        # Tells examples/preflight.sh that the nodes have found each other.
+        print(f"preflight: {event_log.node()} has joined", file=sys.stderr, flush=True)
+    warnings.simplefilter("ignore")
+    from megatron_xielu.cluster.preflight import data_files, gpus, network, nodes
+    from megatron_xielu.cluster.preflight.exchange import Board
+    from megatron_xielu.cluster.preflight.layout import Layout
+
+    try:
+        board = Board(limit=args.limit, connect=max(args.limit, 60.0))
+        names = ", ".join(board.leaders)
+        board.done("ranks", f"{len(board.leaders)} nodes, {board.world_size} ranks: {names}")
+        layout = Layout(board, args)
+        nodes.versions(board, args)
+        nodes.clocks(board, args)
+        nodes.run_directory(board, args)
+        data_files.data(board, args)
+        gpus.gpus(board, args)
+        network.network(board, args)
+        layout.check(board)
+        board.finish()
+    except BaseException as error:  # rank 0 does not answer, or a check is broken
+        print(f"preflight: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        if not isinstance(error, TimeoutError):
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # a thread stuck in a collective cannot be joined
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Hands tasks to datatrove's executors: on this machine, to a Ray cluster, or to Slurm.
+
+    python -m megatron_xielu.data.executors OUTPUT    # what rounds.py starts for the first two
+
+The process is one of its own, so that `rounds` can end it with all its workers: a killed worker
+leaves a multiprocessing pool, datatrove's included, waiting forever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor.base import PipelineExecutor
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.ray import RayPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+
+from megatron_xielu.data import recipe as plans
+from megatron_xielu.data import records
+from megatron_xielu.data.readers import make_reader
+from megatron_xielu.data.tokenise import OWNER, SplitTokenizer
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one round asks of an executor."""
+
+    executor: str
+    workers: int
+    tasks: int  # the first so many of the plan
+    limits: dict[int, int] = field(default_factory=dict)
+    memory_gb: int = 2  # a task's
+    ray_address: str | None = None
+    slurm_partition: str = ""
+    slurm_time: str = "24:00:00"
+    slurm_options: dict[str, str] = field(default_factory=dict)
+
+    def save(self, output: Path) -> None:
+        """For the process that runs it."""
+        records.write_whole(output / "work" / "request.json", json.dumps(asdict(self)) + "\n")
+
+
+def _load_request(output: Path) -> Request:
+    values = json.loads((output / "work" / "request.json").read_text())
+    values["limits"] = {int(task): limit for task, limit in values["limits"].items()}
+    return Request(**values)
+
+
+class _Slurm(SlurmPipelineExecutor):
+    def launch_merge_stats(self) -> None:
+        """No job that sums up statistics: the manifest does, and it would wait for failed tasks."""
+
+
+def make_executor(output: Path, request: Request) -> PipelineExecutor:
+    """The executor with readers and tokeniser, ready to run."""
+    plan = plans.load(output)
+    assert plan is not None
+    readers = [
+        make_reader(
+            group,
+            paths_file=str(plans.paths_file(output, index)),
+            tasks=plan.tasks,
+            text_key=plan.text_key,
+            skip_bad_rows=plan.skip_bad_rows,
+        )
+        for index, group in enumerate(plan.groups)
+    ]
+    step = SplitTokenizer(
+        output,
+        eod_token=plan.tokenizer.eod_token,
+        valid_fraction=plan.valid_fraction,
+        language=plan.sentences,
+        limits=request.limits,
+        readers=readers,
+        raise_errors=request.executor != "local",
+    )
+    common: dict[str, Any] = {
+        "pipeline": [*readers, step],
+        "tasks": request.tasks,
+        "logging_dir": str(output / "work" / "logs"),
+    }
+    if request.executor == "local":
+        return LocalPipelineExecutor(workers=min(request.workers, request.tasks), **common)
+    if request.executor == "ray":
+        return RayPipelineExecutor(
+            workers=request.workers, mem_per_cpu_gb=request.memory_gb, **common
+        )
+    return _Slurm(
+        workers=request.workers,
+        mem_per_cpu_gb=request.memory_gb,
+        time=request.slurm_time,
+        partition=request.slurm_partition,
+        sbatch_args=request.slurm_options,
+        job_name="prepare_data",
+        qos="",
+        env_command=_environment(),
+        slurm_logs_folder=str(output / "work" / "slurm"),
+        **common,
+    )
+
+
+def task_environment() -> dict[str, str]:
+    """What tasks need: one core each, datatrove's log files only."""
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+
+
+def _environment() -> str:
+    lines = [f"export PATH={Path(sys.executable).parent}:$PATH"]
+    lines += [f"export {name}='{value}'" for name, value in task_environment().items()]
+    return "\n".join(lines)
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it ends, however that ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    die_with_parent()
+    os.register_at_fork(after_in_child=die_with_parent)  # datatrove's manager process
+    request = _load_request(output)
+    if request.executor == "ray":
+        import ray
+
+        local = {} if request.ray_address else {"num_cpus": request.workers}
+        ray.init(
+            address=request.ray_address,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": task_environment()},
+            **local,
+        )
+    else:
+        os.environ[OWNER] = str(os.getpid())
+    make_executor(output, request).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One file, one flag: what training with the activations can do besides."""

@@ -1,0 +1,187 @@
+"""The alphas of every layer in TensorBoard and Weights & Biases, while they train.
+
+With ``--tensorboard-dir`` (which Weights & Biases needs too), at ``--tensorboard-log-interval`` and
+on Megatron's step axis, one curve a layer, named by the layer's index in a checkpoint::
+
+    alpha_p/layer_00        effective, as in the formula     alpha_p_raw/layer_00   as trained
+    alpha_n/layer_00                                         alpha_n_raw/layer_00
+    alpha_grad_norm/layer_00   of the pair of raw alphas, as the optimizer applied it
+
+Each pipeline stage, expert-parallel rank and shard of the distributed optimizer holds a part. One
+all-reduce a log step brings the parts to the rank that writes, and only that rank waits for them;
+other steps cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_xielu.activations import TrainableActivation
+from megatron_xielu.kernels import reference
+
+_COLUMNS = 4  # raw alpha_p, raw alpha_n, and the gradient of each
+
+
+def install() -> None:
+    """Have Megatron's training loop write the alphas of the model that it trains.
+
+    Megatron offers no callback there, so two functions of ``megatron.training.training`` are
+    wrapped in this process: ``train``, which has the model, and ``training_log``, which has the
+    step.
+    """
+    from megatron.training import get_args, training
+
+    train, training_log = training.train, training.training_log
+    trained: list[AlphaTable] = []
+
+    def train_and_log(forward_step_func: Any, model: Any, *rest: Any, **named: Any) -> Any:
+        trained[:] = [AlphaTable(model)]
+        return train(forward_step_func, model, *rest, **named)
+
+    def log_with_alphas(
+        loss: Any, totals: Any, rate: Any, iteration: int, *rest: Any, **named: Any
+    ) -> Any:
+        result = training_log(loss, totals, rate, iteration, *rest, **named)
+        if iteration % get_args().tensorboard_log_interval == 0:
+            write(trained[0], iteration)
+        return result
+
+    training.train, training.training_log = train_and_log, log_with_alphas
+
+
+def write(table: AlphaTable, iteration: int) -> None:
+    """Gather the alphas; on the rank that has Megatron's writers, write them. Collective."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    values = table.gather()
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if writer is not None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = table.scalars(values)
+        # One event with all values: add_scalar() for each takes 20 to 30 times as long.
+        summary = Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in scalars.items()])
+        writer._get_file_writer().add_summary(summary, iteration)
+        if wandb:
+            wandb.log(scalars, iteration)
+
+
+class AlphaTable:
+    """What all ranks together know of a model's alphas: a row per activation, in layer order.
+
+    Args:
+        model: the wrapped model chunks of this rank. Collective over all ranks.
+    """
+
+    def __init__(self, model: Sequence[torch.nn.Module]) -> None:
+        mine: dict[str, TrainableActivation] = {}
+        for chunk in model:
+            mine.update(named_activations(chunk))
+        known = {
+            name: (
+                module.alpha_n_floor(module.beta),
+                _is_up_to_date_here(module.alpha_p, model),
+                _is_up_to_date_here(module.alpha_n, model),
+            )
+            for name, module in mine.items()
+        }
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, known)
+
+        floors = {name: known[0] for of_rank in everyone for name, known in of_rank.items()}
+        self.names = sorted(floors)
+        self._floors = torch.tensor([floors[name] for name in self.names], dtype=torch.float64)
+        # Of the ranks that have a number, the first speaks for it.
+        speaker: dict[tuple[str, int], int] = {}
+        for rank, of_rank in enumerate(everyone):
+            for name, (_, *has) in of_rank.items():
+                for which in (0, 1):
+                    if has[which]:
+                        speaker.setdefault((name, which), rank)
+        self._spoken: list[tuple[int, torch.Tensor]] = []  # place in the table, whose
+        for row, name in enumerate(self.names):
+            for which in (0, 1):
+                if speaker[name, which] == torch.distributed.get_rank():
+                    alpha = (mine[name].alpha_p, mine[name].alpha_n)[which]
+                    self._spoken.append((row * _COLUMNS + which, alpha))
+        self._device = next(model[0].parameters()).device
+        self._places = torch.tensor([place for place, _ in self._spoken], device=self._device)
+
+    @torch.no_grad()
+    def gather(self) -> torch.Tensor:
+        """Raw alphas and gradients [activations, 4], float64, on every rank; no host waits."""
+        shape = len(self.names) * _COLUMNS
+        table = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        if self._spoken:
+            alphas = [alpha for _, alpha in self._spoken]
+            gradients = [getattr(a, "main_grad", torch.zeros_like(a)) for a in alphas]  # 0: frozen
+            table[self._places] = torch.cat(alphas).double()
+            table[self._places + 2] = torch.cat(gradients).double()
+        torch.distributed.all_reduce(table)
+        return table.view(-1, _COLUMNS)
+
+    def scalars(self, table: torch.Tensor) -> dict[str, float]:
+        """Tags and values to write, from what `gather` returned; waits for the device."""
+        table = table.cpu()
+        raw_p, raw_n = table[:, 0], table[:, 1]
+        columns = {
+            "alpha_p": reference.softplus(raw_p),
+            "alpha_n": reference.softplus(raw_n) + self._floors,
+            "alpha_p_raw": raw_p,
+            "alpha_n_raw": raw_n,
+            "alpha_grad_norm": table[:, 2:].norm(dim=1),
+        }
+        return {
+            f"{what}/{name}": value
+            for what, column in columns.items()
+            for name, value in zip(self.names, column.tolist(), strict=True)
+        }
+
+
+def named_activations(chunk: torch.nn.Module) -> dict[str, TrainableActivation]:
+    """Activations of a model chunk by a name that is the same in every parallel layout.
+
+    ``layer_07`` is the MLP of the layer with index 7 in a checkpoint; ``layer_07.experts.003`` an
+    expert of it, ``layer_07.shared_experts`` its shared experts, ``mtp_0`` the MLP of a prediction
+    block.
+    """
+    modules = dict(chunk.named_modules())
+    return {
+        _label(name.split("."), modules): module
+        for name, module in modules.items()
+        if isinstance(module, TrainableActivation)
+    }
+
+
+def _label(path: list[str], modules: dict[str, Any]) -> str:
+    label = []
+    for place, part in enumerate(path):
+        if path[place - 1 : place] == ["layers"]:
+            number = getattr(modules[".".join(path[: place + 1])], "layer_number", 1)
+            label.append(f"mtp_{part}" if "mtp" in path[:place] else f"layer_{number - 1:02d}")
+        elif path[place - 1 : place] == ["local_experts"]:
+            experts = modules[".".join(path[: place - 2])].local_expert_indices
+            label.append(f"{experts[int(part)]:03d}")
+        elif part in ("experts", "shared_experts"):
+            label.append(part)
+    return ".".join(label)
+
+
+def _is_up_to_date_here(parameter: torch.nn.Parameter, model: Sequence[Any]) -> bool:
+    """Whether this rank has the reduced gradient of ``parameter`` and its value after the step.
+
+    The distributed optimizer reduces a bucket of gradients into shards, one a data-parallel rank,
+    and may send the updated parameters to the other ranks only in the next forward pass.
+    """
+    for chunk in model:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            if parameter in buffer.param_index_map and buffer.ddp_config.use_distributed_optimizer:
+                start, _, bucket_id = buffer.param_index_map[parameter]
+                bucket = buffer.buckets[bucket_id]
+                shard = bucket.grad_data.numel() // buffer.data_parallel_world_size
+                owner = (start - bucket.offset) // shard
+                return owner == torch.distributed.get_rank(buffer.data_parallel_group)
+    return True

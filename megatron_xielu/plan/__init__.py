@@ -1,0 +1,1 @@
+"""``python -m megatron_xielu.plan``: what a Megatron command trains, holds, writes and costs."""

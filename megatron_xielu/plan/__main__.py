@@ -1,0 +1,356 @@
+"""``python -m megatron_xielu.plan``: its options, and a `Plan` as text or JSON.
+
+Standard library only; see `model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_xielu.checkpoints.optimizer_format import DP, FULL
+from megatron_xielu.plan import checks
+from megatron_xielu.plan.model import GIB, MEMORY_MARGIN, Cluster, Plan, PlanError
+
+_ACTIVATIONS = {"xielu": "xIELU", "xiprelu": "xIPReLU", "relu2": "ReLU²", "swiglu": "SwiGLU"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan; end with status 2 and one line a problem where there are any."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    options = _options().parse_args(words[:split])
+    try:
+        plan = Plan(
+            words[split + 1 :],
+            cluster=Cluster(
+                options.nodes,
+                options.gpus_per_node,
+                options.gpu_memory,
+                options.peak_tflops,
+                options.mfu,
+                options.node_network,
+                options.host_copy,
+            ),
+            vocab_size=options.vocab_size,
+            keep_checkpoints=options.keep_checkpoints,
+            keep_every=options.keep_every,
+        )
+        problems = checks.problems(plan, check_files=not options.no_files)
+    except PlanError as error:
+        plan, problems = None, error.problems
+    if plan is not None and not options.check:
+        if options.json:
+            print(json.dumps({**as_dict(plan), "problems": problems}, indent=2))
+        else:
+            print(text(plan), flush=True)
+    for problem in problems:
+        print(f"megatron_xielu: error: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_xielu.plan",
+        description="What a Megatron command will train, hold in memory, write and cost.",
+        usage="%(prog)s [options] -- <megatron arguments>",
+        allow_abbrev=False,
+    )
+    default = Cluster()
+    add = parser.add_argument
+    add("--nodes", type=_positive, default=default.nodes)
+    add("--gpus-per-node", type=_positive, default=default.gpus_per_node)
+    add("--gpu-memory", type=_above_0, default=default.gpu_memory_gib, metavar="GIB")
+    add(
+        "--peak-tflops",
+        type=_above_0,
+        default=default.peak_tflops,
+        help="of a GPU, bf16 without sparsity (default: %(default)s, H100 SXM)",
+    )
+    add(
+        "--mfu",
+        type=_above_0,
+        default=default.mfu,
+        help="share of the peak that the model's FLOPs reach; an assumption (default: %(default)s)",
+    )
+    add(
+        "--node-network",
+        type=_above_0,
+        default=default.node_network,
+        metavar="GB/S",
+        help="into a node (default: %(default)s, eight cards of 400 Gb/s)",
+    )
+    add(
+        "--host-copy",
+        type=_above_0,
+        default=default.host_copy,
+        metavar="GB/S",
+        help="that one thread copies in host memory; an assumption (default: %(default)s)",
+    )
+    add("--vocab-size", type=_positive, help="entries of the tokenizer, where Megatron reads them")
+    add("--keep-checkpoints", type=_positive, metavar="K", help="the last K checkpoints are kept")
+    add("--keep-every", type=_positive, metavar="N", help="and those of every N-th iteration")
+    add("--no-files", action="store_true", help="do not look whether files exist")
+    add("--check", action="store_true", help="print nothing but problems")
+    add("--json", action="store_true")
+    return parser
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _above_0(word: str) -> float:
+    number = float(word)
+    if number <= 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan for programs: counts, bytes, FLOPs and seconds."""
+    model, memory, checkpoints = plan.model, plan.memory(), plan.checkpoints()
+    seconds, steps = plan.seconds_per_step(), plan.schedule().steps
+    return {
+        "model": {
+            **asdict(model),
+            "parameters": model.parameters(),
+            "parameters_without_embeddings": model.parameters(embeddings=False),
+        },
+        "cluster": {**asdict(plan.cluster), "gpus": plan.cluster.gpus},
+        "layout": {
+            "tensor": plan.tensor,
+            "pipeline": plan.pipeline,
+            "context": plan.context,
+            "virtual": plan.virtual,
+            "data": plan.data,
+        },
+        "batch": {
+            "micro_batch": plan.micro_batch,
+            "global_batch": plan.global_batch,
+            "accumulation": plan.accumulation,
+            "tokens_per_step": plan.tokens_per_step(),
+            "tokens": steps * plan.tokens_per_step(),
+        },
+        "schedule": asdict(plan.schedule()),
+        "compute": {
+            "flops_per_token": model.flops_per_token(),
+            "flops": plan.flops(),
+            "seconds_per_step": seconds,
+            "seconds": seconds * steps,
+            "gpu_hours": seconds * steps * plan.cluster.gpus / 3600,
+        },
+        "memory": {**asdict(memory), "total": memory.total},
+        "checkpoints": checkpoints and {**asdict(checkpoints), "disk": checkpoints.disk},
+        "optimizer_format": plan.optimizer_format and _formats(plan),
+        "warnings": checks.warnings(plan),
+    }
+
+
+def _formats(plan: Plan) -> dict[str, Any]:
+    """Both optimizer formats of checkpoints: bytes of a rank, and seconds by estimate."""
+    formats: dict[str, Any] = {"chosen": plan.optimizer_format}
+    for kind in (DP, FULL):
+        formats[kind] = {
+            "save": {**asdict(plan.save(kind)), "seconds": plan.seconds_to_save(kind)},
+            "load": {
+                name: {
+                    **asdict(plan.load(kind, parallel=parallel)),
+                    "read_by_all": plan.read_by_all(kind, parallel=parallel),
+                }
+                for name, parallel in (("each_rank", False), ("fully_parallel", True))
+            },
+        }
+    return formats
+
+
+def text(plan: Plan) -> str:
+    """The plan for people, in lines of at most 100 columns."""
+    sections = [
+        ("model", _model(plan)),
+        ("batch", _batch(plan)),
+        ("compute", _compute(plan)),
+        ("memory per GPU", _memory(plan)),
+        ("checkpoints", _checkpoints(plan)),
+    ]
+    lines = []
+    for title, rows in sections:
+        lines.append(title)
+        lines += [f"  {name:<16} {value}" for name, value in rows]
+    lines += [f"warning: {warning}" for warning in checks.warnings(plan)]
+    return "\n".join(lines)
+
+
+_Rows = list[tuple[str, str]]
+
+
+def _model(plan: Plan) -> _Rows:
+    m = plan.model
+    parts = [
+        f"heads {m.heads} × {m.kv_channels}",
+        f"query groups {m.groups}",
+        f"{m.normalization}{' and qk-layernorm' if m.qk_layernorm else ''}",
+        "biases" if m.bias else "no biases",
+    ]
+    positions = "rope" if m.rope else f"{m.learned_positions:,} learned positions"
+    return [
+        ("shape", f"layers {m.layers}, hidden {m.hidden}, ffn {m.ffn}"),
+        ("attention", ", ".join(parts)),
+        ("activation", _ACTIVATIONS.get(m.activation, m.activation.upper())),
+        (
+            "vocabulary",
+            f"{m.vocabulary:,}, padded to {m.padded_vocabulary:,}; "
+            f"{'tied' if m.tied_embeddings else 'untied'} embeddings, {positions}",
+        ),
+        (
+            "parameters",
+            f"{m.parameters():,}; without embeddings {m.parameters(embeddings=False):,}",
+        ),
+    ]
+
+
+def _batch(plan: Plan) -> _Rows:
+    m, schedule, c = plan.model, plan.schedule(), plan.cluster
+    sizes = f"TP {plan.tensor}, PP {plan.pipeline}, CP {plan.context}, DP {plan.data}"
+    if plan.virtual > 1:
+        sizes += f", {plan.virtual} virtual stages"
+
+    def phase(samples: int) -> str:
+        tokens, steps = samples * m.sequence, samples / plan.global_batch
+        return f"{samples:>13,} samples {steps:>11,.0f} steps {_amount(tokens):>9} tokens"
+
+    decay = schedule.style
+    if decay == "WSD":
+        decay = f"WSD, {plan.args.lr_wsd_decay_style}"
+    return [
+        ("GPUs", f"{c.nodes} nodes × {c.gpus_per_node} = {c.gpus}: {sizes}"),
+        (
+            "step",
+            f"{plan.global_batch:,} samples × {m.sequence:,} = {plan.tokens_per_step():,} tokens",
+        ),
+        (
+            "accumulation",
+            f"{plan.accumulation} × a micro-batch of {plan.micro_batch} on each data-parallel rank",
+        ),
+        ("run", phase(schedule.samples)),
+        ("  warm-up", phase(schedule.warmup)),
+        ("  stable", phase(schedule.stable)),
+        ("  decay", f"{phase(schedule.decay)} ({decay})"),
+    ]
+
+
+def _compute(plan: Plan) -> _Rows:
+    m, c, steps = plan.model, plan.cluster, plan.schedule().steps
+    per_token, attention = m.flops_per_token(), 6 * m.layers * m.query_width * m.sequence
+    seconds = plan.seconds_per_step()
+    hours = seconds * steps / 3600
+    return [
+        (
+            "FLOPs per token",
+            f"{per_token:.4g} = 6 × {_amount((per_token - attention) // 6)} matrix weights"
+            f" + 6·L·q·s = {attention:.4g}, causal",
+        ),
+        ("FLOPs of the run", f"{plan.flops():.4g}"),
+        (
+            "time, assumed",
+            f"{seconds:.3g} s a step, {hours / 24:.3g} days, {hours * c.gpus:,.0f} GPU-hours",
+        ),
+        ("  if", f"MFU {c.mfu:.0%} (an assumption) of {c.peak_tflops:g} TFLOP/s bf16 a GPU"),
+    ]
+
+
+def _memory(plan: Plan) -> _Rows:
+    memory, limit = plan.memory(), plan.cluster.gpu_memory_gib
+    chunks = plan.chunks_in_flight(memory.stage)
+    what = "micro-batch" if plan.virtual == 1 else "chunks of micro-batches"
+    notes = {
+        "weights": f"{plan.parameters_on(memory.stage):,.0f} parameters",
+        "gradients": "16 bits" if plan.half and plan.args.grad_reduce_in_bf16 else "fp32",
+        "optimizer": f"shared by {plan.optimizer_shards()}",
+        "activations": f"{chunks} {what} in flight",
+        "logits": "of one micro-batch, with the loss",
+    }
+    rows = [
+        (name, f"{getattr(memory, name) / GIB:>8.2f} GiB  {note}") for name, note in notes.items()
+    ]
+    free = limit - memory.total / GIB
+    total = f"{memory.total / GIB:>8.2f} GiB  of {limit:g}, {free:.1f} free ({free / limit:.0%})"
+    if plan.pipeline > 1:
+        total += f", pipeline stage {memory.stage}"
+    return [
+        *rows,
+        ("total", total),
+        ("", f"not counted: CUDA context, NCCL, workspaces; keep {MEMORY_MARGIN:.0%} free"),
+    ]
+
+
+def _checkpoints(plan: Plan) -> _Rows:
+    checkpoints = plan.checkpoints()
+    if checkpoints is None:
+        return [("none", "without --save and --save-interval")]
+    return [
+        ("one", f"{checkpoints.bytes / GIB:,.1f} GiB"),
+        ("written", f"{checkpoints.written:,}, every {plan.args.save_interval:,} steps"),
+        ("kept", f"{checkpoints.kept:,}"),
+        ("disk", f"{checkpoints.disk / GIB:,.1f} GiB at most, one being written"),
+        *(_optimizer_format(plan, plan.optimizer_format) if plan.optimizer_format else []),
+    ]
+
+
+def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
+    """What a save and a load take in host memory, time and reading."""
+    c, parallel = plan.cluster, plan.args.ckpt_fully_parallel_load
+    node = min(c.gpus, c.gpus_per_node)
+
+    def memory(held: float) -> str:
+        return f"{held / GIB:,.2f} GiB of host memory a rank, {node * held / GIB:,.1f} a node"
+
+    def save(kind: str) -> str:
+        return f"{memory(plan.save(kind).host_memory)}; waits {plan.seconds_to_save(kind):.2g} s"
+
+    now, other = (plan.read_by_all(chosen, parallel=way) for way in (parallel, not parallel))
+    unless = f"{'without' if parallel else 'with'} --ckpt-fully-parallel-load"
+    keeps = "buckets" if _buckets_are_fixed(plan) else "the node count"
+    note = (
+        "a later job may change TP and PP"
+        if chosen == FULL
+        else f"later jobs keep TP, PP, EP and {keeps}"
+    )
+    held = plan.load(chosen, parallel=parallel).host_memory
+    speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.node_network:g} GB/s into a node"
+    return [
+        ("optimizer state", f"{chosen}: {note}"),
+        ("  save", save(chosen)),
+        (
+            "  (in dp)" if chosen == FULL else "  (in full)",
+            save(DP if chosen == FULL else FULL),
+        ),
+        ("  waits", f"an estimate, at {speeds}"),
+        *([("  load", memory(held))] if held else []),
+        ("  read", f"{now / GIB:,.1f} GiB in all; {other / GIB:,.1f} {unless}"),
+    ]
+
+
+def _buckets_are_fixed(plan: Plan) -> bool:
+    """Whether gradient buckets stay as they are when the data-parallel size changes."""
+    args = plan.args
+    return not args.overlap_grad_reduce or bool(args.ddp_bucket_size or args.ddp_num_buckets)
+
+
+def _amount(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""What would end a planned run on the cluster, found before it is queued: one line each.
+
+Every line names the flag or variable, and what to change. `problems` end the launch, `warnings`
+do not. Standard library only; see `plan`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.plan.model import GIB, MEMORY_MARGIN, Plan
+from megatron_xielu.workarounds import releases
+
+# README, Limits. tests/plan/test_plan.py compares these with the package's own lists.
+EXCLUDED = (
+    "--swiglu --squared-relu --quick-geglu --use-transformer-engine-op-fuser "
+    "--moe-grouped-gemm --use-grouped-gemm-for-shared-expert --heterogeneous-layers-config-path "
+    "--heterogeneous-layers-config-encoded-json --experimental-attention-variant "
+    "--hybrid-layer-pattern --use-kitchen --use-grouped-gemm-for-dense-mlp --use-megatron-fsdp "
+    "--use-torch-fsdp2 --use-precision-aware-optimizer --optimizer-cpu-offload --yaml-cfg"
+).split()
+OTHER_SCRIPTS = (
+    "--sft --fim-data --dataloader-inter-document-masking --hybrid-context-parallel "
+    "--logits-load-dir --overlap-moe-expert-parallel-comm --perform-rl-step"
+).split()
+EXCLUDED_BY_RECOMPUTE = (
+    "--fp8-format --fp4-format --te-precision-config-file --cpu-offloading-num-layers "
+    "--fine-grained-activation-offloading --delay-wgrad-compute --enable-cuda-graph "
+    "--external-cuda-graph"
+).split()
+# Models and optimizers that the arithmetic does not know.
+_UNKNOWN = (
+    "--num-experts --mtp-num-layers --multi-latent-attention --hybrid-layer-pattern "
+    "--heterogeneous-layers-config-path --heterogeneous-layers-config-encoded-json "
+    "--experimental-attention-variant --attention-output-gate --use-megatron-fsdp "
+    "--use-torch-fsdp2 --yaml-cfg"
+).split()
+# The plan takes pipeline stages of equal size, and one batch size.
+_CHANGING_BATCH = ["--rampup-batch-size", "--step-batch-size-schedule"]
+# Optimizers whose checkpoints docs/checkpoint-walk.md does not cover, and the sizes that it does.
+_UNPROVEN = (
+    "--use-precision-aware-optimizer --optimizer-cpu-offload --fp8-param-gather --fp4-param-gather"
+).split()
+_WALKED = {"tensor": 8, "pipeline": 4, "data": 512}
+
+# TOKENIZER and TOKENS_… hold no secret.
+_SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZ|S)|SECRET|PASSWORD", re.IGNORECASE)
+_SECRET_LENGTH = 8
+
+
+def problems(
+    plan: Plan, *, check_files: bool = True, environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Everything that would end the run, one line each; empty for a command that can run.
+
+    Args:
+        plan: the plan.
+        check_files: whether local files of the command must exist.
+        environment: variables whose secrets must not be on the command line; ours by default.
+    """
+    found = [*_flags(plan), *_layout(plan), *_batch(plan), *_schedule(plan), *_checkpoints(plan)]
+    # Of a layout that cannot run there is no memory to speak of.
+    found += [] if found else [*_memory(plan)]
+    found += [*_secrets(plan, os.environ if environment is None else environment)]
+    return found + ([*_files(plan)] if check_files else [])
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What is worth knowing before the launch, and does not end it."""
+    found = []
+    schedule, given = plan.schedule(), _given(plan)
+    if plan.tensor > plan.cluster.gpus_per_node:
+        found.append(
+            f"--tensor-model-parallel-size {plan.tensor} is more than the "
+            f"{plan.cluster.gpus_per_node} GPUs of a node: every layer waits for the network"
+        )
+    total, limit = plan.memory().total / GIB, plan.cluster.gpu_memory_gib
+    if limit * (1 - MEMORY_MARGIN) < total <= limit:
+        found.append(
+            f"{total:.1f} of {limit:.0f} GiB leaves less than {MEMORY_MARGIN:.0%} for what is not "
+            f"counted; {_fixes(plan)}"
+        )
+    rest = schedule.samples % plan.global_batch
+    if rest:
+        found.append(
+            f"--train-samples {schedule.samples} is not a multiple of --global-batch-size "
+            f"{plan.global_batch}: the last {rest} are not trained on"
+        )
+    if schedule.warmup + schedule.stable + schedule.decay > schedule.samples:
+        found.append(
+            "--lr-decay-samples or --lr-decay-iters is longer than the run, which ends before "
+            "the learning rate has decayed"
+        )
+    found += [
+        f"{flag} is not modelled: stages and batches are taken to be of equal size"
+        for flag in [*optimizer_format.UNEVEN_STAGES, *_CHANGING_BATCH]
+        if flag in given
+    ]
+    if _saves_optimizer(plan) and plan.args.optimizer != "adam":
+        found.append(
+            f"--optimizer {plan.args.optimizer}: later jobs keep the layout, and checkpoints are "
+            "not walked: the preflight needs LAYOUT_CHECK=0 (docs/checkpoints.md)"
+        )
+    beyond = [name for name, size in _WALKED.items() if getattr(plan, name) > size]
+    if _saves_optimizer(plan) and beyond:
+        found.append(
+            f"{', '.join(beyond)} parallel sizes are beyond those whose checkpoints have been "
+            "walked (docs/checkpoint-walk.md); the preflight walks this layout before training"
+        )
+    return found
+
+
+def _given(plan: Plan) -> set[str]:
+    return {word.partition("=")[0] for word in plan.argv if word.startswith("--")}
+
+
+def _flags(plan: Plan) -> Iterator[str]:
+    args, given = plan.args, _given(plan)
+    ours = [name for name in ("xielu", "xiprelu") if getattr(args, name)]
+    if len(ours) > 1:
+        yield "give one activation, not --xielu and --xiprelu"
+    if plan.model.activation in ("xielu", "xiprelu"):
+        name = f"--{plan.model.activation}"
+        excluded = [*EXCLUDED, *OTHER_SCRIPTS]
+        if args.transformer_impl == "inference_optimized":
+            yield f"{name} does not work with --transformer-impl inference_optimized"
+    else:
+        name, excluded = "this entry", OTHER_SCRIPTS
+        for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
+            if f"--xielu-{flag}" in given:
+                yield f"--xielu-{flag} needs --xielu or --xiprelu"
+    if args.xielu_shared_alphas and plan.pipeline > 1:
+        yield (
+            "--xielu-shared-alphas does not work with --pipeline-model-parallel-size above 1; drop "
+            "one of them"
+        )
+    for flag in excluded:
+        if flag in given:
+            yield f"{name} does not work with {flag}; drop one of them"
+    if args.xielu_recompute_output:
+        refused = [flag for flag in EXCLUDED_BY_RECOMPUTE if flag in given]
+        if args.recompute_granularity == "full":
+            refused.append("--recompute-granularity full")
+        if "mlp" in args.recompute_modules:
+            refused.append("--recompute-modules mlp")
+        for flag in refused:
+            yield f"--xielu-recompute-output does not work with {flag}; drop one of them"
+    for flag in _UNKNOWN:
+        if flag in given and flag not in excluded:
+            yield f"{flag} is not known to the plan, which counts dense GPT models; drop it"
+    try:
+        optimizer_format.check_optimizer(args)
+    except ValueError as error:
+        yield str(error)
+    if args.bf16 and args.fp16:
+        yield "give one of --bf16 and --fp16"
+    if args.recompute_granularity == "full" and not (
+        args.recompute_method and args.recompute_num_layers
+    ):
+        yield (
+            "--recompute-granularity full needs --recompute-method uniform (or block) and "
+            "--recompute-num-layers"
+        )
+    if args.save and not args.save_interval:
+        yield "--save needs --save-interval"
+
+
+def _saves_optimizer(plan: Plan) -> bool:
+    return bool(plan.args.save) and not plan.args.no_save_optim
+
+
+def _checkpoints(plan: Plan) -> Iterator[str]:
+    """Where it is not proven that checkpoints keep the optimizer's state."""
+    if not _saves_optimizer(plan):
+        return
+    unproven = [flag for flag in _UNPROVEN if flag in _given(plan)]
+    with contextlib.suppress(ModuleNotFoundError):  # a login node need not have Megatron
+        root, version = releases.installed()
+        if releases.release(version) < releases.OLDEST_SPEC:
+            unproven.append(f"megatron-core {version} of {root}")
+    for what in unproven:
+        yield (
+            f"{what}: it is not proven that checkpoints keep the optimizer's state "
+            "(docs/checkpoint-walk.md); drop it, or add --no-save-optim"
+        )
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    args, m, tensor = plan.args, plan.model, plan.tensor
+    tp = f"--tensor-model-parallel-size {tensor}"
+    split = {
+        f"--num-attention-heads {m.heads}": m.heads,
+        f"--ffn-hidden-size {m.ffn}": m.ffn,
+        f"--padded-vocab-size {m.padded_vocabulary}": m.padded_vocabulary,
+    }
+    for what, size in split.items():
+        if size % tensor:
+            yield f"{tp} does not divide {what}; use one of {_divisors(size, 64)}"
+    if m.groups % tensor and tensor % m.groups:
+        yield f"{tp} neither divides --num-query-groups {m.groups} nor is a multiple of it"
+    if m.heads % m.groups:
+        yield f"--num-query-groups {m.groups} does not divide --num-attention-heads {m.heads}"
+    if not _given(plan).intersection(optimizer_format.UNEVEN_STAGES):
+        yield from _pipeline(plan)
+    parts = tensor * plan.pipeline * plan.context
+    gpus = plan.cluster.gpus
+    if gpus % parts:
+        yield (
+            f"{plan.cluster.nodes} × {plan.cluster.gpus_per_node} = {gpus} GPUs are not a multiple "
+            f"of tensor × pipeline × context parallel size {tensor} × {plan.pipeline} × "
+            f"{plan.context} = {parts}; change --nodes or one of the sizes"
+        )
+    if plan.context > 1 and m.sequence % (2 * plan.context):
+        yield (
+            f"--seq-length {m.sequence} is not a multiple of 2 × --context-parallel-size "
+            f"{plan.context}"
+        )
+    elif plan.sequence_parallel and m.sequence // plan.context % tensor:
+        yield f"--sequence-parallel: {tp} does not divide --seq-length {m.sequence} per CP rank"
+    positions = args.max_position_embeddings
+    if positions is None or positions < m.sequence:
+        yield f"--max-position-embeddings must be --seq-length {m.sequence} or more"
+
+
+def _pipeline(plan: Plan) -> Iterator[str]:
+    args, layers, pipeline = plan.args, plan.model.layers, plan.pipeline
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    if layers % pipeline:
+        yield (
+            f"--pipeline-model-parallel-size {pipeline} does not divide --num-layers {layers}; "
+            f"use one of {_divisors(layers, 64)}"
+        )
+    elif per_chunk and layers // pipeline % per_chunk:
+        yield (
+            f"--num-layers-per-virtual-pipeline-stage {per_chunk} does not divide the "
+            f"{layers // pipeline} layers of a pipeline stage"
+        )
+    elif layers % (pipeline * plan.virtual):
+        yield (
+            f"--num-virtual-stages-per-pipeline-rank {plan.virtual} × "
+            f"--pipeline-model-parallel-size {pipeline} does not divide --num-layers {layers}"
+        )
+    if plan.virtual > 1:
+        least = 3 if args.no_overlap_p2p_communication else 2
+        if pipeline < least:
+            yield f"virtual pipeline stages need --pipeline-model-parallel-size {least} or more"
+        elif plan.accumulation % pipeline:
+            yield (
+                f"virtual pipeline stages need a multiple of --pipeline-model-parallel-size "
+                f"{pipeline} micro-batches a step, not {plan.accumulation}; change "
+                "--global-batch-size or --micro-batch-size"
+            )
+
+
+def _batch(plan: Plan) -> Iterator[str]:
+    batch, micro, data = plan.global_batch, plan.micro_batch, plan.data
+    unit = micro * data
+    if batch % unit == 0 or "--decrease-batch-size-if-needed" in _given(plan):
+        return
+    parts = plan.tensor * plan.pipeline * plan.context
+    works = [
+        f"--global-batch-size {n}" for n in (batch // unit * unit, (batch // unit + 1) * unit) if n
+    ]
+    if batch % data == 0:
+        sizes = [size for size in range(1, batch // data + 1) if batch // data % size == 0]
+        works.append(f"--micro-batch-size {_one_of(sizes)}")
+    nodes = [
+        n
+        for n in range(1, plan.cluster.nodes)
+        if n * plan.cluster.gpus_per_node % parts == 0
+        and batch % (micro * (n * plan.cluster.gpus_per_node // parts)) == 0
+    ]
+    if nodes:
+        works.append(f"--nodes {nodes[-1]}")
+    reason = (
+        f"has fewer samples than the {data} data-parallel ranks"
+        if batch < data
+        else f"is not a multiple of --micro-batch-size {micro} × {data} data-parallel ranks"
+    )
+    yield f"--global-batch-size {batch} {reason}; these work: {', or '.join(works)}"
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    args, schedule = plan.args, plan.schedule()
+    if (args.train_iters is None) == (args.train_samples is None):
+        yield "give one of --train-samples and --train-iters"
+        return
+    unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
+    for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
+        if getattr(args, f"{name}_{other}"):
+            flag = f"--{name.replace('_', '-')}"
+            yield (f"{flag}-{other} does not go with --train-{unit}; give {flag}-{unit}")
+    if args.lr_warmup_fraction is not None and getattr(args, f"lr_warmup_{unit}"):
+        yield f"give one of --lr-warmup-fraction and --lr-warmup-{unit}"
+    if schedule.steps < 1:
+        yield f"--train-{unit} is less than one step of --global-batch-size {plan.global_batch}"
+    if args.lr_decay_style == "WSD" and not getattr(args, f"lr_wsd_decay_{unit}"):
+        yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}"
+    if schedule.stable < 0 or schedule.decay < 0:
+        end = schedule.warmup + schedule.stable + schedule.decay
+        yield (
+            f"a warm-up of {schedule.warmup} and a decay of {max(0, schedule.decay)} samples are "
+            f"longer than the schedule of {end}; shorten --lr-warmup-{unit} or "
+            f"--lr-wsd-decay-{unit}, or train longer"
+        )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    total, limit = plan.memory().total / GIB, plan.cluster.gpu_memory_gib
+    if total > limit:
+        yield f"{total:.1f} GiB do not fit into --gpu-memory {limit:.0f}; {_fixes(plan)}"
+
+
+def _fixes(plan: Plan) -> str:
+    """Three flags, from cheap to dear, with each of which the plan fits; else several together."""
+    args, m, cluster = plan.args, plan.model, plan.cluster
+    ways: list[list[str]] = []  # of one kind each, the least change first
+    if not args.use_distributed_optimizer and plan.data * plan.context > 1:
+        ways.append(["--use-distributed-optimizer"])
+    if plan.tensor > 1 and not args.sequence_parallel:
+        ways.append(["--sequence-parallel"])
+    if plan.attention_keeps_scores and args.recompute_granularity is None:
+        ways.append(["--recompute-activations"])
+    if m.activation in ("xielu", "xiprelu") and not args.xielu_recompute_output:
+        ways.append(["--xielu-recompute-output"])
+    smaller = range(plan.micro_batch - 1, 0, -1)
+    ways.append([f"--micro-batch-size {micro}" for micro in smaller])
+    doubled = [plan.tensor * 2**n for n in range(1, 4)]
+    ways.append(
+        [
+            f"--tensor-model-parallel-size {tensor} --sequence-parallel"
+            for tensor in doubled
+            if tensor <= cluster.gpus_per_node
+        ]
+    )
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ways.append([full] if args.recompute_granularity is None else [])
+
+    def size(flags: str) -> float:
+        """GiB with these flags; infinite where they cannot run."""
+        other = Plan([*plan.argv, *flags.split()], cluster=cluster, vocab_size=m.vocabulary)
+        wrong = [*_flags(other), *_layout(other), *_batch(other)]
+        return float("inf") if wrong else other.memory().total / GIB
+
+    room = cluster.gpu_memory_gib * (1 - MEMORY_MARGIN)
+    fitting = []
+    for way in ways:
+        sizes = [(flags, gib) for flags in way if (gib := size(flags)) <= room]
+        fitting += [f"{flags} ({gib:.1f} GiB)" for flags, gib in sizes[:1]]
+    if fitting:
+        return "add " + ", or ".join(fitting[:3])
+    together = ""
+    for way in ways:
+        possible = [more for flags in way if size(more := f"{together} {flags}") < float("inf")]
+        together = possible[-1] if possible else together
+        if size(together) <= room:
+            return f"add{together} ({size(together):.1f} GiB)"
+    return "no flags are enough: use more pipeline stages, or GPUs with more memory"
+
+
+def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
+    """Names variables, never values: anyone on a node reads a process's command line."""
+    words = {part for word in plan.argv for part in (word, word.partition("=")[2])}
+    for name, value in sorted(environment.items()):
+        secret = len(value) >= _SECRET_LENGTH and not value.isdigit()
+        if secret and _SECRET_NAME.search(name) and value in words:
+            yield (
+                f"the value of the variable {name} is an argument, which everyone on the node can "
+                "read; pass it in the environment, not on the command line"
+            )
+
+
+def _files(plan: Plan) -> Iterator[str]:
+    args = plan.args
+    for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model"):
+        path = getattr(args, name)
+        if _is_local(path) and not Path(path).exists():
+            yield f"--{name.replace('_', '-')} {path} does not exist"
+    prefixes = {
+        "--data-path": args.data_path,
+        "--train-data-path": args.train_data_path,
+        "--valid-data-path": args.valid_data_path,
+        "--test-data-path": args.test_data_path,
+    }
+    if _is_local(args.data_args_path) and Path(args.data_args_path).is_file():
+        prefixes["--data-args-path"] = Path(args.data_args_path).read_text().split()
+    splits = args.per_split_data_args_path
+    if _is_local(splits) and Path(splits).is_file():
+        try:
+            listed = json.loads(Path(splits).read_text())
+            prefixes["--per-split-data-args-path"] = [
+                x for each in listed.values() for x in each or ()
+            ]
+        except (ValueError, AttributeError, TypeError):
+            yield f"--per-split-data-args-path {splits} is not a JSON object of lists"
+    for flag, words in prefixes.items():
+        for prefix in filter(_is_local, words):
+            for suffix in (".bin", ".idx"):
+                if not Path(prefix + suffix).is_file():
+                    yield f"{flag} {prefix}: {prefix}{suffix} does not exist"
+
+
+def _is_local(path: str | None) -> bool:
+    return path is not None and path.startswith("/")
+
+
+def _divisors(number: int, most: int) -> str:
+    return _one_of([n for n in range(1, min(number, most) + 1) if number % n == 0])
+
+
+def _one_of(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

@@ -1,0 +1,126 @@
+"""Checkpoints at the sizes of real runs, walked without their machines (`checkpoint_walk`).
+
+Megatron's own code lays out and shards the state of every rank; the walk follows each element.
+With this package's mends of Megatron nothing may be lost. Without them it must be, and be seen: a
+walk that finds nothing wrong with stock Megatron would prove nothing. Many more layouts are walked
+by ``tools/walk_checkpoints.py``.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+from walk_checkpoints import MODELS, OWN_BUCKETS, Layout, launcher_arguments, split  # noqa: E402
+
+EXPERTS = "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2"
+UNEVEN = "--decoder-first-pipeline-num-layers 5 --decoder-last-pipeline-num-layers 5"
+NARROW = {"HIDDEN_SIZE": "48", "TIE_EMBEDDINGS": "1"}  # rows that are no multiple of 64 elements
+
+# Models beside those of the tool. In the last one a bucket's end is padding between parameters.
+OTHER = {
+    "tiny": {"MODEL": "debug"},
+    "narrow": {"MODEL": "debug", **NARROW},
+}
+
+# With the launcher's bucket size, which does not change with the number of ranks.
+RESHARDED = [Layout("tiny", "xielu", 1, 1, data, "--ddp-bucket-size 30000") for data in (3, 8)]
+WHOLE = [
+    Layout("1.1B", "xielu", 1, 1, 88),
+    Layout("1.1B", "xielu", 1, 1, 40, OWN_BUCKETS),
+    Layout("1.1B", "xielu", 1, 4, 3, UNEVEN),
+    Layout("1.1B", "xielu", 1, 2, 3, "--num-layers-per-virtual-pipeline-stage 4"),
+    Layout("3B", "xielu", 2, 1, 12, OWN_BUCKETS),
+    Layout("8B", "xielu", 1, 1, 9),  # a buffer of more than 2^31 elements
+    Layout("tiny", "xielu", 1, 1, 512, "--ddp-bucket-size 100000"),
+    Layout("tiny", "xielu", 1, 1, 6, f"{EXPERTS} --ddp-bucket-size 20000"),
+    Layout("tiny", "xielu", 4, 1, 7, "--ddp-pad-buckets-for-high-nccl-busbw"),
+    Layout("tiny", "xielu", 1, 1, 3, "--ddp-bucket-size 1"),  # ranks with a part of some buckets
+    Layout("narrow", "xielu", 1, 2, 3),
+    Layout("narrow", "swiglu", 1, 2, 5),
+    *RESHARDED,
+]
+
+# Layouts in which stock Megatron loses state, and where: format, and what is said of it.
+SHIFTED = r"element \d+ is element \d+ of "
+EMPTY = "empty bucket encountered"
+STOCK = {
+    Layout("1.1B", "xielu", 1, 1, 40, OWN_BUCKETS): {"fully_reshardable": SHIFTED},
+    Layout("1.1B", "xielu", 1, 1, 88, OWN_BUCKETS): {
+        "fully_reshardable": SHIFTED,
+        "dp_reshardable": EMPTY,
+    },
+    Layout("3B", "xielu", 2, 1, 12, OWN_BUCKETS): {"fully_reshardable": SHIFTED},
+    Layout("3B", "xielu", 2, 1, 60, OWN_BUCKETS): {"fully_reshardable": SHIFTED},
+    Layout("1.1B", "swiglu", 1, 1, 40, OWN_BUCKETS): {"fully_reshardable": SHIFTED},
+    # A tied embedding has a bucket of its own, which ends the one before wherever it is.
+    Layout("narrow", "swiglu", 1, 2, 5): {
+        "fully_reshardable": SHIFTED,
+        "dp_reshardable": r"elements \d+ to \d+ are written, and it ends before",
+    },
+}
+CLEAN = Layout("1.1B", "xielu", 1, 1, 32, OWN_BUCKETS)
+
+
+@cache
+def arguments(model: str, activation: str) -> list[str]:
+    return launcher_arguments(**(MODELS | OTHER)[model], ACTIVATION=activation)
+
+
+@cache
+def walked(layouts: tuple[Layout, ...], without: str) -> dict[Layout, dict]:
+    """What the walk says of layouts, in one process for all."""
+    asked = [
+        (layout.tensor * layout.pipeline * layout.data, split(arguments(*layout[:2]), layout))
+        for layout in layouts
+    ]
+    run = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests/checkpoints/walk_layouts.py"), without],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    return dict(zip(layouts, found, strict=True))
+
+
+@pytest.mark.parametrize("layout", WHOLE, ids=lambda layout: "-".join(map(str, layout[:5])))
+def test_every_element_is_saved_once_and_read_back(layout):
+    found = walked(tuple(WHOLE), "")[layout]
+    assert found["faults"] == []
+    assert found["parameters"] > 40_000
+    assert found["ranks"] >= layout.data * layout.pipeline
+
+
+@pytest.mark.parametrize("layout", STOCK, ids=lambda layout: "-".join(map(str, layout[:5])))
+def test_what_stock_megatron_loses_is_seen(layout):
+    found = walked((*STOCK, CLEAN), "distributed_optimizer_checkpoints")[layout]
+    expected = STOCK[layout]
+    for form, text in expected.items():
+        assert any(f[0] == form and re.search(text, f[2]) for f in found["faults"]), found["faults"]
+    if layout.data == 88:  # ranks that own nothing of the buffer of fp32 alphas
+        assert [ranks for *_, text, ranks in found["faults"] if EMPTY in text] == [40]
+
+
+def test_a_layout_that_stock_megatron_keeps_is_clean():
+    assert walked((*STOCK, CLEAN), "distributed_optimizer_checkpoints")[CLEAN]["faults"] == []
+
+
+def test_fp32_parameters_in_the_wrong_order_are_seen():
+    layout = Layout("tiny", "xielu", 1, 1, 2)
+    found = walked((layout,), "fp32_parameters")[layout]
+    assert {fault[0] for fault in found["faults"]} == {"dp_reshardable", "fully_reshardable"}
+
+
+def test_buckets_can_be_loaded_at_other_data_parallel_sizes():
+    here, there = (walked(tuple(WHOLE), "")[layout] for layout in RESHARDED)
+    assert here["content"] == there["content"]
+    assert here["buckets"] == there["buckets"]
+    assert len(here["buckets"][0]) > 1

@@ -1,0 +1,177 @@
+"""The container image's files and every shell script, as far as they can be judged without a build.
+
+`make test-image` builds the image.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+LISTED = subprocess.run(
+    ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+).stdout.split("\0")
+FILES = [ROOT / name for name in LISTED if name and (ROOT / name).is_file()]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text().split()
+
+needs_git = pytest.mark.skipif(not FILES, reason="needs a git checkout to list the files")
+
+
+def image_dependencies():
+    spec = importlib.util.spec_from_file_location("deps", ROOT / "tools/image_dependencies.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hadolint():
+    done = subprocess.run(
+        [BIN / "hadolint", ROOT / "Dockerfile"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0 and not done.stdout, done.stdout.decode()
+
+
+@needs_git
+def test_shellcheck():
+    scripts = [
+        file for file in FILES if file.suffix in (".sh", ".sbatch") or file == ROOT / ".ci/run"
+    ]
+    assert ROOT / ".ci/run" in scripts and ROOT / "tools/build_image.sh" in scripts
+    done = subprocess.run(
+        [BIN / "shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout.decode()
+
+
+@needs_git
+def test_nothing_installs_apex_from_the_index():
+    """That name belongs to an unrelated project. The texts may say so, and say never."""
+    command = re.compile(r"\b(pip3?|uv)\b.*\binstall\b[^#\n]*?[\s\"'=]apex\b(?![-/])", re.I)
+    offending = []
+    for file in FILES:
+        try:
+            lines = file.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(lines, 1):
+            before = " ".join(lines[max(0, number - 2) : number])
+            if command.search(line) and not re.search(r"\bnever\b", before, re.I):
+                offending.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
+    requirements = [*image_dependencies().requirements(), *CONSTRAINTS]
+    assert not offending and not any(re.match(r"apex\b", line) for line in requirements), offending
+
+
+def test_versions_come_from_the_constraints():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    for pin in re.findall(r"[\w.-]+==[\w.]+", dockerfile):
+        assert pin in CONSTRAINTS
+    assert re.search(r"^ARG BASE_IMAGE=\S+:\d\d\.\d\d-py3$", dockerfile, re.M)
+
+    series = next(c for c in CONSTRAINTS if c.startswith("megatron-core==")).split("==")[1]
+    named = re.search(r"Megatron-LM core_v(\d+\.\d+)", dockerfile).group(1)
+    assert series.startswith(named + "."), "the base image was chosen for another Megatron"
+
+
+def test_the_base_keeps_what_it_was_built_around():
+    base = {
+        "torch": "2.13.0a0+0123456789.nv26.6",
+        "transformer-engine": "2.16.0",
+        "apex": "0.1",
+        "requests": "2.30.0",
+        "megatron-core": "0.18.0",
+    }
+    chosen = image_dependencies().constraints(base)
+    assert {"torch==2.13.0a0+0123456789.nv26.6", "transformer-engine==2.16.0"} < set(chosen)
+    # pip decides on what else the base has; Megatron is ours to choose; the rest is pinned.
+    assert not any(line.startswith("requests==") for line in chosen)
+    assert [c for c in CONSTRAINTS if c.startswith("megatron-core==")] == [
+        line for line in chosen if line.startswith("megatron-core")
+    ]
+    plain = image_dependencies().constraints({})
+    assert [line for line in plain if line.startswith("torch==")] == [
+        line for line in CONSTRAINTS if line.startswith("torch==")
+    ]
+
+
+def build_image(*options: str, programs: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [ROOT / "tools/build_image.sh", *options],
+        env={"PATH": f"{programs}:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder of programs that only write down how they are called: engines cannot run here."""
+    for name in ("docker", "buildah", "apptainer", "enroot"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/calls"\n')
+        program.chmod(0o755)
+    return tmp_path
+
+
+@needs_git
+def test_build_image_calls(programs: Path):
+    done = build_image(
+        *("--tag", "registry.example/x:1", "--base", "debian:13", "--push"),
+        *("--sif", f"{programs}/x.sif", "--enroot", f"{programs}/x.sqsh"),
+        *("--", "--build-arg", "NLTK_PACKAGES=punkt_tab"),
+        programs=programs,
+        GIT_CONFIG_COUNT="1",
+        GIT_CONFIG_KEY_0="safe.directory",
+        GIT_CONFIG_VALUE_0="*",
+    )
+    assert done.returncode == 0, done.stderr
+    _, build, push, save, sif, enroot = (programs / "calls").read_text().splitlines()
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    dirty = subprocess.check_output(["git", "status", "--porcelain"], cwd=ROOT)
+    assert f"--build-arg COMMIT={commit}{'-dirty' if dirty else ''} " in build
+    assert "--build-arg BASE_IMAGE=debian:13" in build
+    assert build.endswith(f"--build-arg NLTK_PACKAGES=punkt_tab {ROOT}")
+    assert push == "docker push registry.example/x:1"
+    assert save.startswith("docker save --output ") and sif.startswith("apptainer build ")
+    assert enroot == f"enroot import --output {programs}/x.sqsh dockerd://registry.example/x:1"
+    assert not list(programs.glob(".image.*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--push"], "--tag"),
+        (["--builder", "kaniko"], "kaniko"),
+        (["--sif"], "--sif"),
+        (["--colour"], "--colour"),
+        (["--builder", "buildah", "--enroot", "x.sqsh"], "enroot"),
+    ],
+)
+def test_build_image_errors(programs: Path, options: list[str], named: str):
+    done = build_image(*options, programs=programs)
+    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_build_image_names_what_is_missing(tmp_path: Path):
+    for name in ("bash", "dirname", "sed", "git"):
+        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    done = subprocess.run(
+        ["/bin/bash", ROOT / "tools/build_image.sh"],
+        env={**os.environ, "PATH": str(tmp_path), "BUILDER": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert all(name in done.stderr for name in ("docker", "podman", "buildah"))

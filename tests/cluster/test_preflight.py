@@ -1,0 +1,391 @@
+"""The preflight in real processes: nodes are torchrun agents on this machine, each with its name.
+
+Each node runs examples/preflight.sh of a checkout of its own, so that one can have another version.
+Several faults share a run where they can: starting one takes most of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass
+class Node:
+    """A node that has started."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def wait(self, timeout: float = 80) -> tuple[int, str]:
+        try:
+            code = self.process.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, 9)
+        return code, self.log.read_text(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """What a node runs from: a copy, which does not change during a test."""
+    folder = tmp_path_factory.mktemp("checkout")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "megatron_xielu", folder / "megatron_xielu", ignore=ignored)
+    (folder / "examples").mkdir()
+    text = (REPOSITORY / "examples/preflight.sh").read_text()
+    module = "-m megatron_xielu.cluster.preflight \\\n"
+    assert text.count(module) == 1
+    faulty = text.replace(module, "-m preflight_faults \\\n")
+    for name, content in (("preflight.sh", text), ("faulty_preflight.sh", faulty)):
+        script = folder / "examples" / name
+        script.write_text(content)
+        script.chmod(0o755)
+    return folder
+
+
+def free_port() -> int:
+    """MASTER_PORT; the preflight uses the next one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1] - 1
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+def start(
+    checkout: Path,
+    folder: Path,
+    port: int,
+    name: str,
+    *flags: str,
+    run_dir: Path | None = None,
+    fault: str = "",
+    **environment: str,
+) -> Node:
+    """Start node ``name`` (n1 is node 0) of two."""
+    log = folder / f"{name}.log"
+    script = checkout / "examples/preflight.sh"
+    if fault:
+        script = script.with_name("faulty_preflight.sh")
+    variables = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY / "tests/cluster"),
+        "NNODES": "2",
+        "GPUS_PER_NODE": "1",
+        "NODE_RANK": str(int(name[1:]) - 1),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # The launcher gives out ranks in the order of addresses: rank 0 is on n1.
+        "LOCAL_ADDR": f"127.0.0.{name[1:]}",
+        "MEGATRON_XIELU_NODE": name,
+        "NODE_LIST": "n1 n2",
+        "RUN_DIR": str(run_dir or folder / "run"),
+        "DEVICE": "cpu",
+        "TP": "2",
+        "PYTHON": sys.executable,
+        "PREFLIGHT_TIMEOUT": "40",
+        "FAULT": fault,
+        **environment,
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", str(script), *flags],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            cwd=folder,
+            start_new_session=True,
+        )
+    return Node(process, log)
+
+
+def lines(output: str, level: str, check: str) -> list[str]:
+    return re.findall(rf"^{level} +{check} +(.*)$", output, re.MULTILINE)
+
+
+def write_dataset(prefix: Path, lengths: list[int]) -> None:
+    """A dataset as Megatron writes it (indexed_dataset.py), int32 tokens, a document a sequence."""
+    count = len(lengths)
+    offsets = [4 * sum(lengths[:i]) for i in range(count)]
+    prefix.with_suffix(".bin").write_bytes(bytes(4 * sum(lengths)))
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, 4, count, count + 1)
+        + struct.pack(f"<{count}i{count}q{count + 1}q", *lengths, *offsets, *range(count + 1))
+    )
+
+
+@contextlib.contextmanager
+def tiny_disk(folder: Path) -> Iterator[None]:
+    """A file system of 8 MiB."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_good_nodes_pass(checkout, tmp_path, port):
+    write_dataset(tmp_path / "corpus", [3, 5])
+    (tmp_path / "data_args.txt").write_text(f"0.5 {tmp_path}/corpus\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    settings = {
+        "DATA_ARGS": f"{tmp_path}/data_args.txt",
+        "TOKENIZER": f"{tmp_path}/tokenizer.json",
+        "NEED_GIB": "0.001",
+        "MIN_DISK_MBPS": "0.01",
+        "MIN_BANDWIDTH": "0.00001",
+        "SECRET_TOKEN": "do-not-print-me",
+    }
+    nodes = [start(checkout, tmp_path, port, name, **settings) for name in ("n1", "n2")]
+    (code, output), (other_code, other) = (node.wait() for node in nodes)
+    assert (code, other_code) == (0, 0), output + other
+    for check in (
+        "ranks",
+        "versions",
+        "clocks",
+        "run-dir",
+        "data",
+        "gpus",
+        "collectives",
+        "alphas",
+    ):
+        assert len(lines(output, "ok", check)) == 1, output
+    assert "FAIL" not in output + other
+    assert "n1, n2" in lines(output, "ok", "ranks")[0]
+    assert "GB/s" in lines(output, "ok", "collectives")[0]
+    assert "of 2 ranks" in lines(output, "ok", "alphas")[0]
+    assert "do-not-print-me" not in output + other
+    assert not list((tmp_path / "run/preflight").glob(".*"))  # the probes are removed
+
+
+def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
+    """Another version, a directory not shared, slow and small, damaged data, a wrong clock."""
+    other = tmp_path / "other"
+    shutil.copytree(checkout, other)
+    init = other / "megatron_xielu/__init__.py"
+    init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "9.9.9"', init.read_text()))
+    for node in ("n1", "n2"):
+        (tmp_path / node).mkdir()
+        write_dataset(tmp_path / node / "corpus", [3, 5])
+        write_dataset(tmp_path / node / "short", [7])
+    index = tmp_path / "n2/corpus.idx"
+    index.write_bytes(b"GARBAGE!!" + index.read_bytes()[9:])
+    (tmp_path / "n2/short.bin").write_bytes(bytes(10))
+    nodes = [
+        start(
+            *(where, tmp_path, port, name, "--disk-mib", "1"),
+            run_dir=tmp_path / f"run_{name}",
+            fault=fault,
+            MIN_DISK_MBPS="1e9",
+            NEED_GIB="1e9",
+            DATA=f"{tmp_path}/{name}/corpus 0.3 {tmp_path}/{name}/short {tmp_path}/n1/absent",
+        )
+        for name, where, fault in (("n1", checkout, "none"), ("n2", other, "clock:60"))
+    ]
+    (code, output), (other_code, _) = (node.wait() for node in nodes)
+    assert (code, other_code) == (1, 1), output
+    (version,) = lines(output, "FAIL", "versions")
+    assert version.startswith("n2 (rank 1): megatron_xielu is 9.9.9+")
+    (clock,) = lines(output, "FAIL", "clocks")
+    assert re.match(r"n2 \(rank 1\): clock is \+(59|60)\.\d+ s from rank 0's", clock)
+    disk = lines(output, "FAIL", "run-dir")
+    for name in ("n1 (rank 0)", "n2 (rank 1)"):
+        assert any(f"{name}: writes" in d and "below --min-disk-mbps" in d for d in disk)
+        assert any(d.startswith(name) and "GiB free" in d for d in disk)
+    (shared,) = [line for line in disk if "here is not the directory" in line]
+    assert shared.startswith(f"n2 (rank 1): {tmp_path}/run_n2 here is not the directory of n1:")
+    damaged = lines(output, "FAIL", "data")
+    assert any(f"n2 (rank 1): {index} is damaged: it starts with b'GARBAGE" in d for d in damaged)
+    assert any("n2 (rank 1)" in d and "short.bin is damaged: 10 bytes of 28" in d for d in damaged)
+    assert sum("absent.bin" in d for d in damaged) == 2  # on either node
+    assert lines(output, "ok", "collectives")  # all checks run
+    assert lines(output, "ok", "alphas")
+    assert "preflight: FAIL" in output
+    assert "Traceback" not in output
+
+
+def test_disks_and_wrong_sum(checkout, tmp_path, port):
+    """A full disk on n1; on n2 a path that cannot be a directory, and a wrong collective."""
+    (tmp_path / "file").write_text("")
+    with tiny_disk(tmp_path / "tiny"):
+        nodes = [
+            start(checkout, tmp_path, port, name, run_dir=run_dir, fault=fault)
+            for name, run_dir, fault in (
+                ("n1", tmp_path / "tiny", "none"),
+                ("n2", tmp_path / "file/run", "sum"),
+            )
+        ]
+        (code, output), (other_code, _) = (node.wait() for node in nodes)
+        assert not list((tmp_path / "tiny/preflight").glob("*.speed"))
+    assert (code, other_code) == (1, 1), output
+    full, unwritable = lines(output, "FAIL", "run-dir")
+    assert full.startswith(
+        f"n1 (rank 0): {tmp_path}/tiny: No space left on device; the file system"
+    )
+    assert unwritable.startswith(f"n2 (rank 1): {tmp_path}/file/run: Not a directory")
+    (wrong,) = lines(output, "FAIL", "collectives")
+    assert re.match(r"n2 \(rank 1\): all-reduce over 2 ranks: 1 of \d+ elements", wrong)
+    assert lines(output, "FAIL", "alphas")
+
+
+def test_rank_that_hangs_and_rank_that_is_killed(checkout, tmp_path):
+    """n2's rank is named, the other checks run. Two runs at a time: they mostly wait."""
+    runs = {}
+    for fault in ("hangs", "dies"):
+        folder = tmp_path / fault
+        folder.mkdir()
+        port = free_port()
+        runs[fault] = [
+            start(checkout, folder, port, name, "--disk-mib", "1", "--limit", "6", fault=kind)
+            for name, kind in (("n1", "none"), ("n2", fault))
+        ]
+    (code, output), (other_code, other) = (node.wait() for node in runs["hangs"])
+    assert (code, other_code) == (1, 1)
+    assert lines(output, "ok", "run-dir")
+    assert lines(output, "FAIL", "data")[0].startswith("n2 (rank 1): no answer")
+    assert lines(output, "ok", "gpus")
+    assert "not every rank answers" in lines(output, "FAIL", "collectives")[0]
+    assert "preflight_faults.py" in other  # where it hangs
+    assert "FAIL join" not in output + other
+
+    (code, output), (other_code, other) = (node.wait() for node in runs["dies"])
+    assert (code, other_code) == (1, 1)
+    assert any(f.startswith("n2 (rank 1): no answer") for f in lines(output, "FAIL", "collectives"))
+    assert lines(output, "FAIL", "alphas")
+    assert "exitcode: -9" in other
+    assert "FAIL join" not in output + other
+
+
+@pytest.mark.parametrize("present, absent", [("n1", "n2"), ("n2", "n1")])
+def test_node_that_does_not_join_is_named(checkout, tmp_path, port, present, absent):
+    begin = time.monotonic()
+    node = start(checkout, tmp_path, port, present, PREFLIGHT_TIMEOUT="4")
+    code, output = node.wait()
+    assert code == 1
+    assert f"{present}: not all of 2 nodes joined within 4 s; did not answer: {absent};" in output
+    assert "Traceback" not in output
+    assert time.monotonic() - begin < 90  # most of it to start, on a busy machine
+
+
+def test_rank_0_may_publish_and_end_between_two_questions():
+    """A rank that is slow to ask has its answer though rank 0 has given its verdict since."""
+
+    class Store(torch.distributed.HashStore):
+        def check(self, keys):
+            found = super().check(keys)
+            for key in ("last/all", "verdict"):
+                self.set(key, "0")
+            return found
+
+    board = object.__new__(exchange.Board)
+    board.rank, board.store, board._stopped_at = 1, Store(), None
+    assert board._get("last/all", time.monotonic() + 5) == b"0"
+    with pytest.raises(TimeoutError, match="has ended the preflight"):
+        board._get("one more/all", time.monotonic() + 5)
+
+
+def test_help_and_wrong_usage(checkout, tmp_path):
+    script = str(checkout / "examples/preflight.sh")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True, env=environment)
+    assert not shown.returncode
+    assert "PREFLIGHT_TIMEOUT" in shown.stdout
+    assert "--min-bandwidth" in shown.stdout
+    wrong = subprocess.run(
+        [script], capture_output=True, text=True, env={**environment, "DEVICE": "tpu"}
+    )
+    assert wrong.returncode == 2
+    assert "DEVICE=tpu" in wrong.stderr
+
+
+# --- what is judged on GPUs, from figures alone: no GPU is needed to compare them ---
+
+
+def test_slow_gpu_is_found():
+    speeds = {0: 700.0, 1: 690.0, 2: 590.0, 3: 710.0}
+    assert gpus.slow_ones(speeds, gpus.SLOW_GPU) == {2: 590.0}
+    assert not gpus.slow_ones({0: 700.0, 1: 600.0}, gpus.SLOW_GPU)
+
+
+def test_nodes_outside_the_largest_set_are_strangers():
+    everyone = {"a", "b", "c", "d"}
+    blind = {"a": {"c"}, "b": {"c"}, "c": everyone - {"c"}, "d": {"c"}}
+    assert nodes.strangers(blind) == [("c", ["a", "b", "d"])]
+    assert nodes.strangers({"a": set(), "b": set()}) == []
+
+
+def test_versions_of_the_minority_are_odd():
+    found = exchange.Answers({0: {"torch": "1"}, 4: {"torch": "2"}, 8: {"torch": "2"}})
+    assert list(nodes.odd_ones_out(found)) == [(0, "torch", "1", "2", 2)]
+
+
+def test_prefixes_of_all_arguments(tmp_path):
+    (tmp_path / "list.txt").write_text("0.3 a\n0.7 b\n")
+    (tmp_path / "splits.json").write_text('{"train": ["1", "c"], "valid": "0.5 d", "test": null}')
+    args = argparse.Namespace(
+        data_path=["2", "x"],
+        train_data_path=["x"],
+        valid_data_path=["y"],
+        test_data_path=[],
+        data_args_path=str(tmp_path / "list.txt"),
+        per_split_data_args_path=str(tmp_path / "splits.json"),
+    )
+    assert data_files.prefixes(args) == ["x", "y", "a", "b", "c", "d"]
+
+
+def test_dataset_written_by_megatron_is_whole(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "real.bin"), dtype=np.uint16)
+    for length in (3, 1, 7):
+        builder.add_item(torch.arange(length))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "real.idx"))
+    assert data_files.dataset_sizes(str(tmp_path / "real"))[0] == 22
+    index = tmp_path / "real.idx"
+    index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(exchange.Problem, match="is damaged"):
+        data_files.dataset_sizes(str(tmp_path / "real"))
+
+
+def test_tokenizer_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert "every node would download it" in data_files.tokenizer_warning("some/name")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(exchange.Problem, match="HF_HUB_OFFLINE"):
+        data_files.tokenizer_warning("some/name")
+    snapshot = tmp_path / "hub/models--some--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert data_files.tokenizer_warning("some/name") == ""
+    with pytest.raises(exchange.Problem, match="no such file"):
+        data_files.tokenizer_warning("/absent/tokenizer")

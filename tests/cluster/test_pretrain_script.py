@@ -1,0 +1,240 @@
+"""examples/pretrain.sh: what every model, activation and front end would run, and what is refused.
+
+The expected outputs lie in dry_runs/; ``python tests/cluster/test_pretrain_script.py`` writes them
+anew, to be read before they are committed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_kubernetes
+from launch import REPOSITORY
+
+from megatron_xielu.checkpoints.optimizer_format import default_bucket_size
+
+MODELS = ["llama_1b", "llama_3b", "debug"]
+ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
+EXPECTED = Path(__file__).parent / "dry_runs"
+LAUNCHER = "examples/pretrain.sh --dry-run"
+SBATCH = "bash examples/slurm/pretrain.sbatch --dry-run"
+ON_SLURM = {"NNODES": "11"}
+IN_PYXIS = {"IMAGE": "registry/xielu:1", "MOUNTS": "/scratch:/scratch,/data:/data"}
+IN_APPTAINER = {"IMAGE": "/images/xielu.sif", "MOUNTS": "/scratch,/data"}
+SLURM_SETS = {"NNODES": "11", "MASTER_ADDR": "node1", "MASTER_PORT": "20000"}
+# Front end: its command line, what is set for it, what it sets for pretrain.sh.
+FRONT_ENDS = {
+    "slurm": (SBATCH, ON_SLURM, SLURM_SETS),
+    "slurm-pyxis": (SBATCH, ON_SLURM | IN_PYXIS, SLURM_SETS),
+    "slurm-apptainer": (SBATCH, ON_SLURM | IN_APPTAINER, SLURM_SETS),
+    "torchrun": (
+        "examples/torchrun/launch.sh a b -- --dry-run",
+        {"MICRO_BATCH": "1", "GLOBAL_BATCH": "448"},
+        {"NNODES": "2", "MASTER_ADDR": "a"},
+    ),
+}
+
+
+def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The front end of a pod: what its container runs, on node 3 of 11."""
+    injected, inner = test_kubernetes.INJECTED[kind], test_kubernetes.container(kind)
+    job = test_kubernetes.documents()["TrainJob"]["spec"]["trainer"]["env"]
+    variables = {x["name"]: x["value"] for x in [*job, *inner["env"]] if "value" in x}
+    del variables["DATA_ARGS"]  # is not here, which would be refused
+    (script,) = inner["args"]
+    sets = {
+        "NNODES": "11",
+        "NODE_RANK": "3",
+        "MASTER_ADDR": injected["PET_MASTER_ADDR"],
+        "MASTER_PORT": injected["PET_MASTER_PORT"],
+        **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER")},
+    }
+    command = script.replace(test_kubernetes.PRETRAIN, "examples/pretrain.sh --dry-run")
+    return command, variables | injected, sets
+
+
+FRONT_ENDS |= {f"kubernetes-{k.lower()}": kubernetes(k) for k in test_kubernetes.INJECTED}
+
+# A batch that divides by every layout of these tests, and a run that has many of them.
+EVERYWHERE = {"MICRO_BATCH": "1", "GLOBAL_BATCH": "1760", "TOKENS": "125e9"}
+
+
+def run(command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command line of the repository with only these variables set."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=REPOSITORY,
+        env={
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "FAULT_TOLERANCE": "0",
+            "ASYNC_SAVE": "mcore",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def output(command: str, **variables: str) -> str:
+    """Standard output of a dry run, without this machine's paths."""
+    result = run(command, **variables)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    return result.stdout.replace(str(REPOSITORY), "/repository")
+
+
+def cases() -> dict[str, tuple[str, dict[str, str]]]:
+    """Name of the expected output: command line, variables."""
+    launcher = {
+        f"{model}-{activation}": (LAUNCHER, {"MODEL": model, "ACTIVATION": activation})
+        for model in MODELS
+        for activation in ACTIVATIONS
+    }
+    return launcher | {name: front_end[:2] for name, front_end in FRONT_ENDS.items()}
+
+
+@pytest.mark.parametrize("name", cases())
+def test_dry_run(name):
+    command, variables = cases()[name]
+    assert output(command, **variables) == (EXPECTED / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_front_ends_run_the_launchers_command(model, activation, front_end):
+    """A front end adds its own first lines and nothing else."""
+    command, variables, sets = FRONT_ENDS[front_end]
+    what = {"MODEL": model, "ACTIVATION": activation, **EVERYWHERE}
+    whole = output(command, **{**variables, **what})
+    run_dir = {"RUN_DIR": f"/repository/runs/{model}-{activation}"}
+    command = output(LAUNCHER, **{**run_dir, **sets, **what})
+    assert whole.endswith(command)
+    # A Slurm step or a list of hosts; a pod has nothing to add.
+    assert bool(whole.removesuffix(command)) is not front_end.startswith("kubernetes")
+
+
+@pytest.mark.parametrize("model", ["llama_1b", "llama_3b"])
+def test_activations_have_equal_parameters_and_flops(model):
+    plans = [output(LAUNCHER, MODEL=model, ACTIVATION=activation) for activation in ACTIVATIONS]
+    for pattern in (r"parameters +([\d,]+)", r"FLOPs per token +([\d.e+]+)"):
+        numbers = [float(re.search(pattern, plan)[1].replace(",", "")) for plan in plans]
+        assert max(numbers) / min(numbers) - 1 < 1e-3
+
+
+def flag(text: str, name: str) -> str:
+    """Value of a flag in the printed command."""
+    return re.search(rf"{name} (\S+)", text)[1]
+
+
+def test_tokens_become_samples_for_any_batch():
+    """125e9 tokens, warm-up and decay in the published proportions, in whole batches."""
+    for batch in (440, 512, 2048):
+        text = output(LAUNCHER, TOKENS="125e9", GLOBAL_BATCH=str(batch), MICRO_BATCH="1")
+        samples = int(flag(text, "--train-samples"))
+        assert samples % batch == 0
+        assert 0 <= samples * 4096 - 125e9 < batch * 4096
+        assert int(flag(text, "--lr-warmup-samples")) == pytest.approx(samples / 35, abs=batch)
+        decay = int(flag(text, "--lr-wsd-decay-samples"))
+        assert decay == pytest.approx(samples * 14500 / 70000, abs=batch)
+        assert flag(text, "--lr-decay-samples") == str(samples)
+
+
+def test_published_schedule_is_met_exactly():
+    for model, steps, warmup, decay in (
+        ("llama_1b", 70_000, 2_000, 14_500),
+        ("llama_3b", 48_000, 2_000, 10_000),
+    ):
+        text = output(LAUNCHER, MODEL=model)
+        batch = int(flag(text, "--global-batch-size"))
+        assert int(flag(text, "--train-samples")) == steps * batch
+        assert int(flag(text, "--lr-warmup-samples")) == warmup * batch
+        assert int(flag(text, "--lr-wsd-decay-samples")) == decay * batch
+
+
+def test_environment_and_trailing_flags_override():
+    text = output(LAUNCHER + " --lr 5e-4 --seed=7", NUM_LAYERS="12", LR="3e-4", RUN_DIR="/r")
+    assert flag(text, "--num-layers") == "12"
+    assert re.findall(r"--lr (\S+)", text) == ["3e-4", "5e-4"]
+    assert text.index("--lr 5e-4") < text.index("--seed=7")
+    assert flag(text, "--save") == "/r/checkpoints"
+
+
+@pytest.mark.parametrize("model, nodes", [("llama_1b", 11), ("llama_3b", 32)])
+def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nodes):
+    """A resume needs the same ones, and Megatron's own size changes with the node count."""
+    papers = output(LAUNCHER, MODEL=model, NNODES=str(nodes))
+    ranks = int(re.search(r"DP (\d+)", papers)[1])
+    assert int(flag(papers, "--ddp-bucket-size")) == default_bucket_size(ranks) > 40_000_000
+    fewer = output(LAUNCHER, MODEL=model)
+    assert flag(fewer, "--ddp-bucket-size") == flag(papers, "--ddp-bucket-size")
+    assert "later jobs keep TP, PP, EP and buckets\n" in fewer
+    assert flag(output(LAUNCHER, BUCKET_SIZE="5"), "--ddp-bucket-size") == "5"
+
+
+def test_the_optimizer_state_is_gathered_only_on_request():
+    full = "--dist-ckpt-optim-fully-reshardable"
+    for variables, given in (({}, False), ({"OPTIMIZER_FORMAT": "full"}, True)):
+        text = output(LAUNCHER, **variables)
+        command, _, plan = text.partition("\n\n")
+        assert (full in command) is given
+        assert ("fully_reshardable: a later job" in plan) is given
+        assert "--ckpt-fully-parallel-load" in command
+
+
+def test_data_in_one_list_or_by_split(tmp_path):
+    for name, flags in (
+        ("list.txt", "--data-args-path {} --split 7"),
+        ("splits.json", "--per-split-data-args-path {}"),
+    ):
+        (tmp_path / name).write_text("{}" if name.endswith("json") else "")
+        text = output(LAUNCHER, DATA_ARGS=str(tmp_path / name), SPLIT="7")
+        text = re.sub(r"[\\\s]+", " ", text)
+        assert flags.format(tmp_path / name) in text
+        assert ("--split" in text) == (name == "list.txt")
+
+
+def test_other_scripts_get_the_layer_spec():
+    text = output(LAUNCHER, ENTRY="/opt/megatron-lm/pretrain_gpt.py")
+    assert "--spec megatron_xielu.layer_specs xielu_layer_spec" in text.replace(" \\\n   ", "")
+    assert "--use-te-activation-func" in text and "--xielu " not in text
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"MODEL": "llama_9b"}, "MODEL=llama_9b: no file"),
+        ({"ACTIVATION": "selu"}, "ACTIVATION=selu: choose"),
+        ({"TOKENS": "125 billion"}, "TOKENS=125 billion is not a number"),
+        ({"TP": "two"}, "TP=two is not a whole number"),
+        ({"PRECISION": "fp8"}, "PRECISION=fp8: choose"),
+        ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
+        ({"OPTIMIZER_FORMAT": "tp"}, "OPTIMIZER_FORMAT=tp: choose"),
+        ({"BUCKET_SIZE": "88M"}, "BUCKET_SIZE=88M is not a whole number"),
+        ({"TOKENIZER": "null"}, "TOKENIZER=null needs VOCAB_SIZE"),
+        ({}, "no data: set DATA_ARGS"),
+        ({"MOCK_DATA": "1", "NNODES": "8"}, "--global-batch-size"),
+    ],
+)
+def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_path):
+    result = run("examples/pretrain.sh", RUN_DIR=str(tmp_path / "run"), **variables)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_variable():
+    text = run("examples/pretrain.sh --help").stdout
+    script = (REPOSITORY / "examples/pretrain.sh").read_text()
+    defaults = set(re.findall(r'"\$\{([A-Z_]+):=', script)) - {"VOCAB_SIZE", "PADDED_VOCAB_SIZE"}
+    assert {name for name in defaults if not re.search(rf"\b{name}\b", text)} == set()
+
+
+if __name__ == "__main__":
+    EXPECTED.mkdir(exist_ok=True)
+    for case, (case_command, case_variables) in cases().items():
+        (EXPECTED / f"{case}.txt").write_text(output(case_command, **case_variables))

@@ -1,0 +1,125 @@
+"""What supervises a rank: the event log, how a rank's end is told, failures that torchrun reports.
+
+The whole of it, with Megatron and several nodes, is tested in tests/cluster.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from launch import REPOSITORY
+
+from megatron_xielu.common import event_log
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    path = tmp_path / "n1.log"
+    monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(path))
+    monkeypatch.setenv("MEGATRON_XIELU_NODE", "n1")
+    monkeypatch.setenv("RANK", "3")
+    return path
+
+
+def test_one_line_per_event(log, capsys):
+    event_log.write("checkpoint", '\n  verified "well"\nand more\n', iteration=200)
+    event_log.write("start")
+    first, second = log.read_text().splitlines()
+    time, _, rest = first.partition(" ")
+    assert len(time) == len("2026-11-24T10:17:20Z")
+    assert rest == r'node=n1 rank=3 event=checkpoint iteration=200 reason="verified \"well\""'
+    assert second.endswith("node=n1 rank=3 event=start")
+    assert capsys.readouterr().err.splitlines() == [f"[event] {first}", f"[event] {second}"]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(log, monkeypatch, capsys):
+    monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(log / "absent"))
+    event_log.write("start")
+    assert "event=start" in capsys.readouterr().err
+
+
+def rank(tmp_path, script: str, *launcher: str) -> subprocess.CompletedProcess:
+    """Run a script as one supervised rank, or under this launcher."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    command = launcher or ("megatron_xielu.cluster.rank",)
+    return subprocess.run(
+        [sys.executable, "-m", *command, str(path), "--save", str(tmp_path / "checkpoints")],
+        env={**os.environ, "MEGATRON_XIELU_FINISHED": str(tmp_path / "finished")},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "script, code, finished, reason",
+    [
+        ("import sys; assert sys.argv[1] == '--save'", 0, True, None),
+        ("raise SystemExit", 0, False, None),
+        ("raise SystemExit(16)", 16, False, "a loss was rejected"),
+        ("raise SystemExit('no such file: x')", 1, False, "no such file: x"),
+        ("raise SystemExit('megatron_xielu: error: --x')", 2, False, "megatron_xielu: error: --x"),
+        ("raise ValueError('one\\ntwo')", 1, False, "ValueError: one"),
+        (
+            "class CheckpointException(Exception): pass\n"
+            "raise CheckpointException('write\\nno space')",
+            1,
+            False,
+            "CheckpointException: write",
+        ),
+    ],
+)
+def test_how_a_rank_ends(log, tmp_path, script, code, finished, reason):
+    done = rank(tmp_path, script)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "finished").exists() is finished is (code == 0 and "Exit" not in script)
+    lines = log.read_text().splitlines() if log.exists() else []
+    failures = [line for line in lines if "event=worker-failed" in line]
+    assert len(failures) == (reason is not None)
+    assert all(reason in line and "rank=3" in line for line in failures)
+
+
+def test_the_launcher_tells_of_killed_ranks_and_restarts(log, tmp_path):
+    """With the rank goes what it started: a checkpoint writer must not outlive it."""
+    script = f"""
+import os, pathlib, subprocess, sys, time
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+    os.kill(os.getpid(), {int(signal.SIGKILL)})
+"""
+    launcher = "megatron_xielu.cluster.launcher --standalone --max-restarts 1 -m"
+    done = rank(tmp_path, script, *launcher.split(), "megatron_xielu.cluster.rank")
+    assert done.returncode == 0, done.stderr
+    first, second = log.read_text().splitlines()[-3:-1]
+    assert 'rank=0 event=rank-failed local_rank=0 exit=-9 reason="killed by SIGKILL"' in first
+    assert "event=restart" in second
+    assert (tmp_path / "finished").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
+
+
+@pytest.mark.parametrize("end", ["'megatron_xielu: error: --x'", "2"])
+def test_what_is_refused_is_not_tried_again(log, tmp_path, end):
+    launcher = "megatron_xielu.cluster.launcher --standalone --max-restarts 3 -m"
+    script = f"raise SystemExit({end})"
+    done = rank(tmp_path, script, *launcher.split(), "megatron_xielu.cluster.rank")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "event=restart" not in log.read_text()
+
+
+@pytest.mark.parametrize("arguments", [(), ("-m",)])
+def test_usage(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_xielu.cluster.rank", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "usage:" in done.stderr

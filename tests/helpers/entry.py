@@ -1,0 +1,99 @@
+"""The package's training entry with eyes: after training it dumps each rank's alphas.
+
+Run by `launch` in place of ``python -m megatron_xielu.pretrain_gpt``; its command line is
+the same. Environment: ``DUMP_FOLDER`` receives ``dump_<rank>.json``; ``BREAK_TP_SUM=1`` takes the
+sum over tensor-parallel ranks out, and ``WITHOUT_MENDS`` the workarounds that it names, to show
+what they prevent.
+"""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+from megatron_xielu import pretrain_gpt
+
+
+def main() -> None:
+    """Train, then dump."""
+    chunks: list = []
+    calls = {"alphas": 0, "formula": 0, "fused_biases": 0, "empty": 0}
+
+    def observe() -> None:
+        import torch
+        from megatron.core import mpu
+
+        from megatron_xielu import activations, layer_specs
+
+        audit = layer_specs.audit
+
+        def audit_and_remember(model, activation):
+            chunks.extend(model)
+            return audit(model, activation)
+
+        layer_specs.audit = audit_and_remember
+        all_reduce = torch.distributed.all_reduce
+
+        def count(tensor, *args, **kwargs):
+            alphas = (
+                tensor.shape == (2,)
+                and kwargs.get("group") is mpu.get_tensor_model_parallel_group()
+            )
+            calls["alphas"] += alphas
+            return all_reduce(tensor, *args, **kwargs)
+
+        torch.distributed.all_reduce = count
+
+        def counted(formula):
+            def compute(x, *args, **kwargs):
+                calls["formula"] += 1
+                calls["fused_biases"] += kwargs["bias"] is not None
+                calls["empty"] += x.numel() == 0
+                return formula(x, *args, **kwargs)
+
+            return compute
+
+        for activation in activations.ACTIVATIONS.values():
+            activation.function = staticmethod(counted(activation.function))
+        if os.environ.get("BREAK_TP_SUM"):
+            activations._SumGradientOverGroup.backward = staticmethod(
+                lambda ctx, grad: (grad, None)
+            )
+
+    train = pretrain_gpt._train
+
+    def observed_train(args) -> None:
+        observe()
+        train(args)
+
+    pretrain_gpt._train = observed_train
+    for name in os.environ.get("WITHOUT_MENDS", "").split():
+        importlib.import_module(f"megatron_xielu.workarounds.{name}").install = lambda: None
+    pretrain_gpt.main()
+    from megatron.core import mpu  # not before CPU mode, which main() turns on
+
+    parameters = {
+        f"{index}.{name}": parameter
+        for index, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+        if "alpha" in name
+    }
+    dump = {
+        "alphas": {name: p.detach().double().tolist() for name, p in parameters.items()},
+        "dtypes": {name: str(p.dtype) for name, p in parameters.items()},
+        # What the last step left: summed over micro-batches, reduced over ranks.
+        "grads": {
+            name: p.main_grad.double().tolist() for name, p in parameters.items() if p.requires_grad
+        },
+        "alpha_collectives": calls["alphas"],
+        # How often the activation was computed: in forward, in evaluation, in recomputation.
+        "formula_calls": calls["formula"],
+        "fused_biases": calls["fused_biases"],
+        "empty_inputs": calls["empty"],  # of experts that the router chose for no token
+        "ep_rank": mpu.get_expert_model_parallel_rank(),
+    }
+    Path(os.environ["DUMP_FOLDER"], f"dump_{os.environ['RANK']}.json").write_text(json.dumps(dump))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Runs the real training entry in real processes, for the tests of this folder.
+
+`train` starts one process per rank (gloo, CPU), as torchrun would, and returns what it left behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from warm_python import Process, WarmPython
+
+REPOSITORY = Path(__file__).parents[2]
+
+# A Llama small enough for a step of 50 ms, with four attention heads so that TP=4 can split it.
+TINY_LLAMA = """
+    --num-layers 4 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4
+    --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope
+    --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 32
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 6
+    --lr 1e-2 --lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+    --log-interval 1 --eval-iters 0 --eval-interval 1000 --save-interval 1000
+    --ckpt-format torch_dist --ckpt-assume-constant-structure
+""".split()
+
+
+@dataclass
+class Run:
+    """What a finished training left behind."""
+
+    returncodes: list[int]
+    output: str
+    dumps: list[dict] = field(default_factory=list)  # by rank; only of tests/helpers/entry.py
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every iteration; the second of a run is Megatron's mean of two."""
+        return [
+            float(x) for x in re.findall(r"iteration +\d+/.*?\| lm loss: (\S+) \|", self.output)
+        ]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Gradient norm of every iteration."""
+        return [
+            float(x) for x in re.findall(r"iteration +\d+/.*?\| grad norm: (\S+) \|", self.output)
+        ]
+
+
+_warm_python = functools.cache(WarmPython)
+
+
+def start(
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    log: Path,
+    command: Sequence[str] = ("-m", "megatron_xielu.pretrain_gpt"),
+    environment: dict[str, str] | None = None,
+) -> list[Process]:
+    """Start one process per rank; all write to ``log``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        **(environment or {}),
+    }
+    log.touch()
+    python = _warm_python()
+    return [
+        python.start(
+            [*command, *arguments],
+            environment={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            folder=log.parent,
+            output=log,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def wait(processes: list[Process], *, timeout: float = 180) -> list[int]:
+    """Wait for all ranks; when one fails, end the others, as torchrun does."""
+    end = time.monotonic() + timeout
+    while any(p.poll() is None for p in processes):
+        failed = any(p.poll() not in (None, 0) for p in processes)
+        if failed:
+            time.sleep(3)  # let the others say why they failed, if they do
+        if failed or time.monotonic() > end:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+        time.sleep(0.05)
+    return [p.wait() for p in processes]
+
+
+def train(
+    folder: Path,
+    arguments: Sequence[str] | str,
+    *,
+    ranks: int = 1,
+    succeeds: bool = True,
+    model: Sequence[str] = TINY_LLAMA,
+    command: Sequence[str] = ("-m", "entry"),
+    environment: dict[str, str] | None = None,
+) -> Run:
+    """Train to the end with ``model`` and then ``arguments`` on the command line.
+
+    The default command is entry.py: the package's own entry, which also dumps the alphas.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(arguments, str):
+        arguments = arguments.split()
+    log = folder / "log.txt"
+    for old in (log, *folder.glob("dump_*.json")):
+        old.unlink(missing_ok=True)
+    returncodes = wait(
+        start(
+            [*model, *arguments],
+            ranks=ranks,
+            log=log,
+            command=command,
+            environment={"DUMP_FOLDER": str(folder), **(environment or {})},
+        )
+    )
+    run = Run(returncodes, log.read_text(errors="replace"))
+    if succeeds:
+        assert not any(returncodes), f"{returncodes}\n{run.output[-6000:]}"
+    else:
+        assert any(returncodes), run.output[-3000:]
+    run.dumps = [json.loads(p.read_text()) for p in sorted(folder.glob("dump_*.json"))]
+    return run
+
+
+def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a ``torch_dist`` checkpoint (``iter_…`` folder), whole, by its key."""
+    reader = dcp.FileSystemReader(folder)
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

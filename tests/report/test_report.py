@@ -1,0 +1,356 @@
+"""The report, on a real training and on run folders of every other kind."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report_runs
+import torch
+from launch import REPOSITORY, train
+from report_runs import statistics, write_checkpoint, write_events
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_xielu.activations import ACTIVATIONS, DEFAULT_ALPHA_INIT, DEFAULT_BETA
+from megatron_xielu.plan import model as plan
+from megatron_xielu.report import events, run_files, terminal
+from megatron_xielu.report.command import main
+from megatron_xielu.report.load import load
+from megatron_xielu.report.nonlinearity import FIXED, Inputs, Shape, nonlinearity
+from megatron_xielu.report.run import name_apart
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: pictures, links to elsewhere, scripts, text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.outside: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        for name, value in attrs:
+            if name in ("src", "href") and not (value or "").startswith("data:"):
+                self.outside.append(str(value))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def report(folders: list[Path], output: Path) -> Page:
+    """Run the command; the page, after what every page must be."""
+    main([*map(str, folders), "--output", str(output)])
+    page = Page(output / "report.html")
+    assert page.images and not page.outside and "script" not in page.tags
+    for image in page.images:
+        assert image["alt"] and str(image["src"]).startswith("data:image/png;base64,")
+        assert (output / str(image["data-file"])).read_bytes()[:4] == b"\x89PNG"
+    files = {path.name for path in output.iterdir()}
+    assert files == {"report.html", *(str(image["data-file"]) for image in page.images)}
+    return page
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, list[float]]:
+    """A run over two pipeline stages, with validation and asynchronous checkpoints; its losses."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train(
+        folder,
+        "--xielu --pipeline-model-parallel-size 2 --save checkpoints --save-interval 3 "
+        "--tensorboard-dir tensorboard --eval-interval 3 --eval-iters 1 --async-save",
+        ranks=2,
+    )
+    return folder, done.losses
+
+
+def test_a_real_run(trained, tmp_path, capsys):
+    folder, losses = trained
+    run = load(folder)
+    saved = run_files.read_alphas(run_files.complete_checkpoints(folder / "checkpoints"), "xielu")
+    assert saved.iterations == [0, 3, 6]
+    assert saved.names == run.alpha_names == [f"layer_{layer:02d}" for layer in range(4)]
+    for history, expected in ((run.alpha_p, saved.positive), (run.alpha_n, saved.negative)):
+        assert history is not None and history.iterations.tolist() == list(range(7))
+        np.testing.assert_allclose(history.values[[0, 3, 6]], expected, rtol=1e-6)
+    assert [layer.shape.alpha_p for layer in run.layers] == pytest.approx(saved.positive[-1])
+
+    model = plan.Model.from_arguments(
+        "--num-layers 4 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 "
+        "--seq-length 32 --position-embedding-type rope --normalization RMSNorm "
+        "--disable-bias-linear --untie-embeddings-and-output-weights --padded-vocab-size 128 "
+        "--xielu".split()
+    )
+    assert run.model is not None and run.parameters == model.parameters()
+    assert run.total_tokens == 6 * 8 * 32
+    assert run.total_flops == 6 * 8 * 32 * model.flops_per_token()
+    assert run.train is not None and run.train.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.train.values[-1] == pytest.approx(losses[-1], rel=1e-5)
+    assert run.validation[""].steps.tolist() == [3, 6]
+    assert run.notes == []
+
+    page = report([folder], tmp_path / "out")
+    files = {image["data-file"] for image in page.images}
+    assert files == {
+        f"{name}.png"
+        for name in (
+            "train-loss-tokens train-loss-flops validation-loss validation-perplexity "
+            "gradient-norm step-time alphas-by-depth alpha-p-over-time alpha-n-over-time "
+            "activation gradient nonlinearity alpha-gradient-norm"
+        ).split()
+    }
+    assert "--activation-statistics" in page.text
+    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+
+
+def test_experts_and_prediction_layers_have_the_names_of_the_curves(tmp_path):
+    train(
+        tmp_path,
+        "--xiprelu --num-layers 2 --num-experts 2 --moe-router-topk 2 --moe-layer-freq [0,1] "
+        "--moe-shared-expert-intermediate-size 32 --mtp-num-layers 1 --train-iters 1 "
+        "--save checkpoints --tensorboard-dir events",
+    )
+    run = load(tmp_path)
+    assert {"layer_00", "layer_01.experts.001", "layer_01.shared_experts"} < set(run.alpha_names)
+    assert [layer.depth for layer in run.layers if layer.name.startswith("mtp_0")] == [2, 2, 2]
+    # The curves agree with the checkpoint, or a note would say so.
+    assert run.alpha_p is not None and run.alpha_p.iterations.tolist() == [0, 1]
+    assert run.notes == [
+        "FLOPs are counted for dense GPT models; this one has num_experts",
+    ]
+    assert run.parameters and run.activation == "xiprelu"
+
+
+def test_attempts_of_a_resumed_run(tmp_path):
+    """What an attempt wrote after the checkpoint from which the next one started is gone."""
+    write_events(tmp_path / "tensorboard", range(1, 31))
+    write_events(tmp_path / "tensorboard", range(21, 26), shift=1.0)
+    run = load(tmp_path)
+    assert run.train is not None and run.train.steps.tolist() == list(range(1, 26))
+    assert (run.train.values[20:] > 3.5 + 0.5).all() and run.iterations == 25
+    assert run.tokens(np.array([0, 10, 25, 50])).tolist() == [0, 2560, 6400, 12800]
+    curve = run_files.read_events(tmp_path / "tensorboard")["lm loss"]
+    assert [step for step, _ in curve] == list(range(1, 26))
+
+
+def test_the_test_set_is_not_the_validation_set(tmp_path):
+    """Megatron writes both under one tag, at one iteration."""
+    write_events(tmp_path, [50])
+    writer = SummaryWriter(str(tmp_path), filename_suffix="later")
+    for value in (1.5, 9.9):
+        writer.add_scalar("lm loss validation", value, 60)
+    writer.close()
+    assert load(tmp_path).validation[""].values[-1] == 1.5
+
+
+def test_few_of_many_alphas_are_read_and_the_last(tmp_path):
+    write_events(tmp_path, range(1, 501), layers=24, arguments={})
+    found = events.read(list(tmp_path.glob(events.PATTERN)), wide_limit=50, keep={123})
+    steps = found.scalars["alpha_p/layer_23"].steps.tolist()
+    assert steps == sorted({*range(1, 501, 10), 123, 500})
+    assert len(found.scalars["lm loss"].steps) == 500
+    everything = events.read(list(tmp_path.glob(events.PATTERN)))
+    assert len(everything.scalars["alpha_p/layer_23"].steps) == 500
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "noise"])
+def test_damaged_event_files(tmp_path, damage):
+    """The end of a file that is being written is no damage."""
+    write_events(tmp_path, range(1, 101))
+    (path,) = tmp_path.glob(events.PATTERN)
+    content = bytearray(path.read_bytes())
+    if damage == "noise":
+        content[len(content) // 2 :] = b"\xff" * (len(content) // 2)
+    content += b"\0" * 100 if damage == "zeros" else b""
+    path.write_bytes(content[:-7] if damage == "cut" else content)
+    run = load(tmp_path)
+    assert run.train is not None
+    assert len(run.train.steps) == (100 if damage == "zeros" else pytest.approx(99, abs=60))
+    assert any("damaged after byte" in note for note in run.notes) == (damage == "noise")
+
+
+def test_runs_of_every_kind_together(tmp_path, capsys):
+    """Names that collide, names that are HTML; with and without alphas, events, checkpoints."""
+    (awkward := tmp_path / "a" / "<b>&'$x$").mkdir(parents=True)
+    write_events(awkward / "tensorboard", range(1, 401))
+    (awkward / "evaluation.json").write_text(
+        json.dumps({"iteration": 400, "loss": 2.2, "bits_per_byte": 0.75, "layers": statistics()})
+    )
+    gated = report_runs.ARGUMENTS | {"xielu": False, "swiglu": True, "train_iters": 500}
+    write_events(tmp_path / "b" / "run" / "events", range(1, 301), layers=0, arguments=gated)
+    raw = torch.tensor([[1.0], [2.0]])
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    for iteration in (10, 20):
+        write_checkpoint(
+            tmp_path / "c" / "run" / "checkpoints",
+            iteration,
+            {key.format("p"): raw * iteration, key.format("n"): -raw},
+            num_layers=2,
+        )
+    unknown = tmp_path / "d"
+    write_events(unknown, range(1, 20), arguments={})
+    writer = SummaryWriter(str(unknown), filename_suffix="later")
+    writer.add_scalar("lm loss", math.nan, 20)
+    writer.close()
+    only_evaluated = tmp_path / "e"
+    only_evaluated.mkdir()
+    (only_evaluated / "evaluation.json").write_text('{"loss": 2.5, "iteration": 7}')
+
+    folders = [awkward, tmp_path / "b/run", tmp_path / "c/run", unknown, only_evaluated]
+    page = report(folders, tmp_path / "out")
+    for text in ("<b>&'$x$", "b/run", "c/run", "SwiGLU", "300 of 500", "0.7500", "was not finite"):
+        assert text in page.text
+    assert "b" not in page.tags  # the name is text
+    shown = {str(image["data-file"]) for image in page.images}
+    assert {"3-c-run-activation.png", "negative-share.png", "4-d-alphas-by-depth.png"} <= shown
+    assert "4-d-activation.png" not in shown  # nothing says which activation
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "c/run: nonlinearity by layer" in out
+
+    report([tmp_path / "b/run"], tmp_path / "out")  # old pictures go
+    assert len(list((tmp_path / "out").iterdir())) == 7
+
+    saved = load(tmp_path / "c/run")
+    assert saved.alpha_p is not None and saved.alpha_p.iterations.tolist() == [0, 10, 20]
+    assert saved.alpha_p.values[:, 1].tolist() == pytest.approx([0.8, 20.0, 40.0])
+    measured = load(awkward)
+    assert measured.measured["layer_03"].negative_share == pytest.approx(0.788, abs=1e-3)
+    assert measured.layers[0].by_measured != measured.layers[0].by_normal
+
+
+def test_colours_only_where_asked(tmp_path):
+    write_events(tmp_path, range(1, 11))
+    run = load(tmp_path)
+    name_apart([run])
+    plain, coloured = (terminal.render([run], colours=colours) for colours in (False, True))
+    assert "\x1b" not in plain and "\x1b[48;2;" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+
+
+def test_curves_and_checkpoint_of_different_runs_are_told_apart(tmp_path):
+    write_events(tmp_path / "events", range(1, 11))
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    tensors = {key.format(side): torch.ones(4, 1) for side in "pn"}
+    write_checkpoint(tmp_path / "checkpoints", 10, tensors)
+    notes = "\n".join(load(tmp_path).notes)
+    assert "alpha_p at iteration 10 is another" in notes and "alpha_n" in notes
+
+
+def test_unreadable_parts_are_notes(tmp_path):
+    write_events(tmp_path, range(1, 11))
+    write_checkpoint(tmp_path, 10, {"x": torch.ones(1)})
+    (tmp_path / "iter_0000010" / ".metadata").write_bytes(b"none")
+    (tmp_path / "evaluation.json").write_text("{")
+    run = load(tmp_path)
+    assert run.activation == "xielu" and run.layers  # of the event files
+    notes = "\n".join(run.notes)
+    assert ".metadata cannot be read" in notes and "evaluation.json cannot be read" in notes
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{tmp}/none"], "{tmp}/none is not a folder"),
+        (["{tmp}/empty"], "{tmp}/empty is no run: it has neither event files"),
+        (["{tmp}/many"], "{tmp}/many holds runs but is none; name them: {tmp}/many/one"),
+        (["{tmp}/many/one", "--output", "{tmp}/file"], "--output {tmp}/file is a file"),
+    ],
+)
+def test_refusals(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    write_events(tmp_path / "many" / "one" / "events", [1])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as refusal:
+        main([word.format(tmp=tmp_path) for word in arguments])
+    line = str(refusal.value)
+    assert line.startswith(f"megatron_xielu.report: error: {message.format(tmp=tmp_path)}")
+    assert "\n" not in line and sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_plotting_libraries(tmp_path):
+    """As a command, where Matplotlib is missing."""
+    (tmp_path / "matplotlib.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_xielu.report", str(tmp_path)],
+        env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "pip install 'megatron_xielu[plots]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+# The number for "how far from linear"
+
+
+def gaussian_moments(alpha_p: float, alpha_n: float) -> float:
+    """Nonlinearity of xIPReLU on a standard normal in closed form; β = 0.5."""
+    third = math.sqrt(2 / math.pi)  # E[x³; x > 0]
+    covariance = 0.5 + (alpha_p - alpha_n) * third
+    mean = (alpha_p + alpha_n) / 2
+    square = 1.5 * (alpha_p**2 + alpha_n**2) + 0.25 + 2 * 0.5 * (alpha_p - alpha_n) * third
+    return 1 - covariance**2 / (square - mean**2)
+
+
+def test_nonlinearity_against_closed_forms():
+    normal = Inputs.standard_normal()
+    relu = 1 - 0.25 / (0.5 - 1 / (2 * math.pi))
+    assert nonlinearity(FIXED["ReLU"], normal) == pytest.approx(relu, abs=1e-6)
+    assert nonlinearity(FIXED["ReLU²"], normal) == pytest.approx(1 - (2 / math.pi) / 1.25, abs=1e-6)
+    assert nonlinearity(lambda x: 3 * x - 1, normal) == pytest.approx(0, abs=1e-12)
+    assert nonlinearity(lambda x: 0 * x, normal) == 0
+    for alphas in ((0.8, 0.8), (2.0, 0.3), (166.0, 40.0), (1e-3, 1e-3)):
+        shape = Shape("xiprelu", *alphas, 0.5)
+        assert nonlinearity(shape.value, normal) == pytest.approx(
+            gaussian_moments(*alphas), abs=1e-6
+        )
+    # The nearer to linear its alphas, the nearer to linear the activation.
+    values = [
+        nonlinearity(Shape("xielu", alpha_p, 0.5001, 0.5).value, normal)
+        for alpha_p in (0.01, 0.1, 1.0, 10.0)
+    ]
+    assert values == sorted(values)
+
+
+def test_nonlinearity_on_a_histogram_of_normal_inputs():
+    entry = statistics(1)[0]
+    inputs = Inputs.histogram(**entry["histogram"])
+    shape = Shape("xielu", 0.8, 0.8, 0.5)
+    normal = Inputs.standard_normal()
+    shifted = Inputs(normal.x + entry["mean"], normal.weights)
+    assert nonlinearity(shape.value, inputs) == pytest.approx(
+        nonlinearity(shape.value, shifted), abs=2e-3
+    )
+    with pytest.raises(ValueError, match="rising edges"):
+        Inputs.histogram([0, 1], [0])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_shapes_are_the_activation(name):
+    """And the constants that are repeated where Megatron is not imported."""
+    module = ACTIVATIONS[name](alpha_p_init=1.7, alpha_n_init=0.9).double()
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    shape = Shape(name, 1.7, 0.9, 0.5)
+    at = x.detach().numpy()
+    np.testing.assert_allclose(shape.value(at), y.detach().numpy(), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(shape.slope(at), x.grad.numpy(), rtol=1e-6)
+    assert run_files.alpha_n_floor(name, 0.5) == ACTIVATIONS[name].alpha_n_floor(0.5)
+    assert run_files.beta(None) == DEFAULT_BETA
+    assert run_files.initial_alphas(None) == (DEFAULT_ALPHA_INIT,) * 2

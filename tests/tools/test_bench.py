@@ -1,0 +1,260 @@
+"""`make bench`: what it writes, what it refuses, and that it measures what it says it does."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import bench_activation
+import bench_measure
+import bench_providers
+import bench_report
+import pytest
+import torch
+from bench_measure import Step
+from bench_providers import Candidate, Request
+from torch import Tensor
+
+from megatron_xielu import functional
+
+X_BYTES = 4_000_000
+
+
+def run(folder: Path, *flags: str) -> tuple[int, list[dict[str, str]]]:
+    """Exit status and the rows of the CSV file."""
+    status = bench_activation.main(["--device", "cpu", "--quick", "--output", str(folder), *flags])
+    with (folder / "cpu.csv").open(newline="") as file:
+        return status, list(csv.DictReader(file))
+
+
+def test_rows_table_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    providers = ["copy", "hf", "eager", "ours-eager", "ours-triton", "swiglu"]
+    flags = ["--dtypes", "bfloat16", "--providers", *providers, "--shapes", "64x96"]
+    status, rows = run(tmp_path, *flags)
+    assert status == 0
+    printed = capsys.readouterr().out
+    found = {(r["what"], r["shape"], r["mode"], r["provider"]) for r in rows}
+    measured = [name for name in providers if name != "ours-triton"]
+    assert found == {
+        (what, shape, mode, name)
+        for what, shape in (("op", "64x96"), ("block", "32x96x576"))
+        for mode in bench_providers.MODES
+        for name in measured
+        if (what, name) != ("block", "copy")
+    }
+    for row in rows:
+        assert row["status"] == "ok"
+        assert float(row["median_ms"]) > 0
+        assert int(row["rounds"]) == bench_activation.QUICK_ROUNDS
+        assert bench_providers.LABELS[row["provider"]] in printed
+        if row["what"] == "op":
+            assert float(row["of_copy"]) > 0
+            assert float(row["faster_than_hf"]) == 1.0 or row["provider"] != "hf"
+        else:
+            assert (row["of_copy"], row["gb_per_s"]) == ("", "")
+            assert float(row["time_over_swiglu"]) > 0
+    assert "ours, Triton is not there in bfloat16: it needs a CUDA device" in printed
+    assert "not measured  ours, eager vs HF, 2048x9216" in printed
+    assert printed.index("versions: torch") < printed.index("checking")
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "REFUSED" not in (tmp_path / "cpu.txt").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.png", "cpu.txt"]
+
+
+def spoiled(name: str, spoil: Callable[[Tensor], Tensor]) -> Callable[[Request], Candidate]:
+    """A provider whose y is something else."""
+
+    def build(request: Request) -> Candidate:
+        right = PROVIDERS[name](request)
+        return dataclasses.replace(right, call=lambda x: spoil(right.call(x)))
+
+    return build
+
+
+PROVIDERS = dict(bench_providers.PROVIDERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "status", "reason"),
+    [
+        ("ours-eager", lambda y: y * (1 + 1e-5), 1, "excess_y is"),
+        ("ours-eager", lambda y: y[:1].repeat(64, 1), 1, "y is off by"),
+        ("ours-eager", lambda y: y * float("nan"), 1, "y is off by nan"),
+        ("ours-eager", lambda y: y.bfloat16(), 1, "y is (64, 768) in torch.bfloat16"),
+        # A peer may be as inexact as it is, but it must be the same function.
+        ("eager", lambda y: y * (1 + 1e-3), 0, None),
+        ("eager", lambda y: y * 2, 0, "y is off by"),
+    ],
+)
+def test_refuses_a_wrong_result(
+    name: str,
+    spoil: Callable[[Tensor], Tensor],
+    status: int,
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(bench_providers.PROVIDERS, name, spoiled(name, spoil))
+    flags = ["--op", "--dtypes", "float32", "--modes", "forward", "--providers", name, "copy"]
+    got, rows = run(tmp_path, *flags)
+    assert got == status
+    (row,) = (r for r in rows if r["provider"] == name)
+    if reason is None:
+        assert row["status"] == "ok"
+        assert float(row["error_y"]) > 1e-4
+    else:
+        assert row["status"] == "refused"
+        assert row["reason"].startswith(reason)
+        assert row["median_ms"] == ""
+        assert f"REFUSED, {reason}" in capsys.readouterr().out
+    assert [r["status"] for r in rows if r["provider"] == "copy"] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        (itertools.repeat(1.0), None),
+        (itertools.repeat(1.0 + 1e-4), "alpha is 1.00e-04, over 1.00e-05"),
+        (itertools.count(1.0, 1e-6), "alpha gradients differ in repetition 1"),
+    ],
+    ids=["right", "biased", "not repeatable"],
+)
+def test_refuses_alpha_gradients(factors: Iterator[float], reason: str | None) -> None:
+    class Scaled(torch.autograd.Function):
+        """Identity with a gradient that is multiplied by the next factor."""
+
+        @staticmethod
+        def forward(ctx, alpha: Tensor) -> Tensor:
+            return alpha.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return gradient * next(factors)
+
+    right = PROVIDERS["ours-eager"](Request("cpu", torch.float32, 64, 96))
+    scaled = dataclasses.replace(
+        right, call=lambda x: functional.xielu(x, *map(Scaled.apply, right.alphas))
+    )
+    if reason is None:
+        errors = bench_measure.check(scaled, (64, 96), torch.float32, "cpu")
+        assert errors.repeats == bench_measure.REPEATS["cpu"]
+        return
+    with pytest.raises(bench_measure.RefusedError, match=reason):
+        bench_measure.check(scaled, (64, 96), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_peak_memory_of_a_known_function(compiled: bool) -> None:
+    class Known(torch.autograd.Function):
+        """Forward: y and one temporary, x kept. Backward: dx and two temporaries."""
+
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            temporary = x + 1
+            return temporary + 1
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            first = x + dy
+            second = first + dy
+            return second + first
+
+    function = torch.compile(lambda x: x.sin() + 1) if compiled else Known.apply
+    x, dy = torch.randn(2, 1000, 1000).unbind()
+    step = Step(function, (x.requires_grad_(),), dy)
+    step.backward(step.forward())  # what compilation allocates is not of interest
+    peaks = bench_measure.peak_on_cpu(step, True)
+    # Compiled, both passes are one fused loop that allocates its result only.
+    expected = (1, 1, 2) if compiled else (2, 3, 4)
+    for mode, buffers in zip(("forward", "backward", "both"), expected, strict=True):
+        assert peaks[mode] == pytest.approx(buffers * X_BYTES, rel=0.01)
+
+
+def test_bytes_moved() -> None:
+    count = bench_providers.bytes_moved
+    # bf16, 8192 x 9216: 4 bytes an element forward, 6 backward.
+    elements = 8192 * 9216
+    assert count("forward", 8192, 9216, 2, gated=False) == 4 * elements
+    assert count("backward", 8192, 9216, 2, gated=False) == 6 * elements
+    assert count("both", 8192, 9216, 2, gated=False) == 10 * elements
+    # SwiGLU at equal parameters: x has 12288 columns, y 6144.
+    assert count("forward", 8192, 9216, 2, gated=True) == 2 * 8192 * (12288 + 6144)
+    assert count("backward", 8192, 9216, 2, gated=True) == 2 * 8192 * (2 * 12288 + 6144)
+
+
+def test_ratios_are_formed_within_a_round() -> None:
+    # Twice as fast in every round, on a machine whose speed drifts: medians would say 1.5.
+    times = {"hf": [2.0, 6.0, 40.0], "ours-eager": [1.0, 3.0, 20.0], "copy": []}
+    assert bench_report.ratio(times, "hf", "ours-eager") == 2.0
+    assert bench_report.ratio(times, "copy", "hf") != bench_report.ratio(times, "copy", "hf")
+
+
+def test_inputs_rotate_through_more_than_the_cache() -> None:
+    cache = bench_measure.last_level_cache("cpu")
+    for per_set in (2**10, 10 * cache):
+        sets = bench_measure.sets_needed("cpu", per_set)
+        assert sets >= 2
+        assert sets * per_set >= 3 * cache
+    buffers = bench_measure.rotating(3, ((4, 6), (4, 6)), torch.float32, "cpu")
+    pointers = [next(buffers)[0].data_ptr() for _ in range(6)]
+    assert len(set(pointers)) == 3
+    assert pointers[:3] == pointers[3:]
+
+
+def test_targets_say_what_was_met() -> None:
+    def measured(provider: str, faster: float, peak: float) -> bench_report.Row:
+        return bench_report.Row(
+            "op",
+            "2048x9216",
+            "float32",
+            "both",
+            provider,
+            faster_than_hf=faster,
+            peak_extra_buffers=peak,
+        )
+
+    rows = [measured("ours-compiled", 10.5, 2.0), measured("ours-eager", 1.9, 3.0)]
+    lines = [str(t) for t in bench_report.targets(rows, "cpu")]
+    assert [line[:12].strip() for line in lines] == ["met", "NOT met", "met", *["not measured"] * 3]
+    # On a GPU every target of the issue has a line, measured or not.
+    assert len(bench_report.targets([], "cuda")) == 2 * (2 * 5 + 2 + 3) + 4
+    assert {str(t)[:12] for t in bench_report.targets([], "cuda")} == {"not measured"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shapes", "12"], "--shapes 12: give 2 positive sizes joined by x"),
+        (["--shapes", "0x8"], "--shapes 0x8"),
+        (["--block-shapes", "4x8"], "--block-shapes 4x8: give 3 positive sizes"),
+        (["--op", "--block-shapes", "4x8x9"], "--block-shapes has no effect without --block"),
+        (["--rounds", "1"], "--rounds 1: a spread needs at least 2"),
+        (["--providers", "nobody"], "--providers"),
+        (["--output", __file__], "--output"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_activation.main(["--device", "cpu", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_no_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_activation.main(["--device", "cuda"])
+    assert "--device cuda: PyTorch sees no CUDA device here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    status = bench_activation.main(["--device", "cuda", "--quick", "--output", str(tmp_path)])
+    assert status == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cuda.csv", "cuda.png", "cuda.txt"]

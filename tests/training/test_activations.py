@@ -1,0 +1,112 @@
+"""The modules on their own: parameters, precision, and what Megatron asks of a module."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+import megatron_xielu
+from megatron_xielu import XIELU, XIPReLU
+from megatron_xielu.kernels import reference
+
+BOTH = pytest.mark.parametrize("activation", [XIELU, XIPReLU])
+
+
+def test_importing_patches_nothing_and_needs_nothing():
+    code = (
+        "import sys, megatron_xielu, megatron_xielu.functional\n"
+        "loaded = {m.split('.')[0] for m in sys.modules}\n"
+        "assert not loaded & {'megatron', 'triton', 'transformer_engine', 'apex'}, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'GELU'"):
+        _ = megatron_xielu.GELU
+
+
+@BOTH
+def test_without_any_configuration(activation):
+    module = activation(alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5)
+    assert isinstance(module, MegatronModule) and module.tp_group is None
+    assert [a.shape for a in module.parameters()] == [(1,), (1,)]  # 1-D: no weight decay
+    assert [a.dtype for a in module.parameters()] == [torch.float32] * 2
+    assert [a.item() for a in module.effective_alphas()] == pytest.approx([0.8, 0.8])
+    x = torch.randn(5, 7)
+    formula = reference.xielu if activation is XIELU else reference.xiprelu
+    torch.testing.assert_close(
+        module(x).double(), formula(x, module.alpha_p, module.alpha_n), rtol=1e-6, atol=1e-7
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("initial", [1e-6, 0.3, 30.0, 166.0])
+def test_initial_alphas(activation, initial):
+    floor = 0.5 if activation is XIELU else 0.0
+    module = activation(alpha_p_init=initial, alpha_n_init=floor + initial)
+    alpha_p, alpha_n = module.effective_alphas()
+    assert alpha_p.item() == pytest.approx(initial, rel=1e-5)
+    assert alpha_n.item() - floor == pytest.approx(initial, rel=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_alphas_stay_fp32_in_a_16_bit_model(activation, cast):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), activation(alpha_p_init=166.3))
+    before = [a.clone() for a in model[1].parameters()]
+    getattr(model, cast)()
+    assert model[0].weight.dtype in (torch.half, torch.bfloat16)
+    assert all(
+        a.dtype == torch.float32 and torch.equal(a, b)
+        for a, b in zip(model[1].parameters(), before, strict=True)
+    )
+    out = model(torch.randn(3, 4, dtype=model[0].weight.dtype))
+    out.float().sum().backward()
+    assert out.dtype == model[0].weight.dtype
+    assert all(a.grad.dtype == torch.float32 for a in model[1].parameters())
+
+
+@BOTH
+def test_other_casts_and_moves(activation):
+    module = activation()
+    assert copy.deepcopy(module).double().alpha_p.dtype == torch.float64
+    assert copy.deepcopy(module).double().float().alpha_p.dtype == torch.float64  # never narrowed
+    with torch.device("meta"):
+        on_meta = activation()
+    assert on_meta.alpha_n.is_meta
+    materialised = on_meta.to_empty(device="cpu")
+    materialised.reset_parameters()
+    assert torch.equal(materialised.alpha_p, module.alpha_p)
+    assert torch.equal(materialised.alpha_n, module.alpha_n)
+    other = activation(alpha_p_init=3.0)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.alpha_p, module.alpha_p)
+
+
+@BOTH
+def test_compiles_into_one_graph(activation):
+    module = activation()
+    x = torch.randn(4, 6, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True)
+    compiled(x).sum().backward()
+    expected = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
+    for grad, wanted in zip(
+        [x.grad, *(a.grad for a in module.parameters())], expected, strict=True
+    ):
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize(
+    ("activation", "settings", "message"),
+    [
+        (XIELU, {"alpha_n_init": 0.5}, r"alpha_n_init of XIELU must be .* above 0\.5, got 0\.5"),
+        (XIELU, {"alpha_n_init": 0.8, "beta": 0.9}, r"above 0\.9"),
+        (XIPReLU, {"alpha_n_init": 0.0}, "alpha_n_init of XIPReLU"),
+        (XIPReLU, {"alpha_p_init": float("inf")}, "alpha_p_init must be a finite number"),
+        (XIELU, {"beta": -1.0}, "beta must be a finite number above 0"),
+    ],
+)
+def test_bad_settings(activation, settings, message):
+    with pytest.raises(ValueError, match=message):
+        activation(**settings)

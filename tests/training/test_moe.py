@@ -1,0 +1,181 @@
+"""Experts, shared experts and multi-token prediction: every layout trains as one rank does.
+
+All start from the weights of one checkpoint, which each layout reshards for itself, and train in
+fp32. Each routed expert has its own pair of alphas, shared experts one, the prediction layer its
+own. Differences come from the order of summation alone.
+"""
+
+import pytest
+import torch
+from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
+
+MOE = (
+    "--xielu --num-layers 2 --num-experts 4 --moe-router-topk 2 --moe-layer-freq [0,1] "
+    "--moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 32 "
+    "--moe-token-dispatcher-type alltoall --mtp-num-layers 1 --train-iters 4 --no-save-optim"
+)
+EP2 = "--expert-model-parallel-size 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+ETP1 = "--expert-tensor-parallel-size 1"
+LAYOUTS = {
+    "ep2-overlap": (
+        2,
+        f"{EP2} --moe-shared-expert-overlap --use-distributed-optimizer --overlap-grad-reduce "
+        "--overlap-param-gather --ddp-average-in-collective",
+    ),
+    "tp2-etp1": (2, f"{TP2} {ETP1} --moe-token-dispatcher-type allgather"),
+    "tp2-etp2": (2, TP2),
+    "tp2-etp1-ep2": (
+        2,
+        f"{TP2} {ETP1} {EP2} --recompute-granularity selective "
+        "--recompute-modules moe shared_experts",
+    ),
+    "tp2-etp2-ep2": (4, f"{TP2} {EP2}"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+}
+# Layer 0 is dense, layer 1 and the prediction layer have four experts and shared experts.
+LAYERS = {
+    "decoder.layers.0.mlp": (1,),
+    "decoder.layers.1.mlp.experts.experts": (4, 1),
+    "decoder.layers.1.mlp.shared_experts": (1,),
+    "mtp.layers.0.transformer_layer.mlp.experts.experts": (4, 1),
+    "mtp.layers.0.transformer_layer.mlp.shared_experts": (1,),
+}
+
+
+def alphas_of(folder):
+    """The alphas in a checkpoint, by key."""
+    tensors = load_checkpoint(folder)
+    return {key: value for key, value in tensors.items() if "activation_func" in key}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A one-rank checkpoint after iteration 1, without optimizer state."""
+    folder = tmp_path_factory.mktemp("moe_start")
+    train(folder, f"{MOE} --save checkpoints --save-interval 1 --exit-interval 1")
+    return f"{MOE} --no-load-optim --load {folder / 'checkpoints'}"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, start):
+    """One rank, from iteration 1 to 4: the run, and its alphas at the end."""
+    folder = tmp_path_factory.mktemp("moe_one")
+    run = train(folder, f"{start} --save checkpoints")
+    return run, alphas_of(folder / "checkpoints" / "iter_0000004")
+
+
+def test_every_mlp_trains_its_own_pair(one, start):
+    """None has another activation (the audit), a fixed one, or one that is shared."""
+    run, alphas = one
+    names = [f"{layer}.activation_func.{a}" for layer in LAYERS for a in ("alpha_p", "alpha_n")]
+    assert alphas.keys() == set(names)
+    assert [tuple(alphas[name].shape) for name in names[::2]] == list(LAYERS.values())
+    for alpha in ("alpha_p", "alpha_n"):
+        values = torch.cat([alphas[name].flatten() for name in names if name.endswith(alpha)])
+        assert len(values.unique()) == 3 + 2 * 4
+    assert all(any(grad) for grad in run.dumps[0]["grads"].values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trains_as_one_rank(layout, tmp_path, start, one):
+    ranks, flags = LAYOUTS[layout]
+    expected_run, expected = one
+    save = "--save checkpoints" if layout in ("tp2-etp2-ep2", "pp2") else ""  # it takes a while
+    run = train(tmp_path, f"{start} {save} --xielu-check-tp-sync 1 {flags}", ranks=ranks)
+    assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
+    assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
+
+    wanted, seen = expected_run.dumps[0], set()
+    for dump in run.dumps:
+        for name, alpha in dump["alphas"].items():
+            same = as_on_one_rank(name, dump["ep_rank"], flags)
+            assert alpha == pytest.approx(wanted["alphas"][same], rel=2e-5), name
+            if "distributed-optimizer" not in flags:  # with it, a rank holds a shard of these
+                grad = pytest.approx(wanted["grads"][same], rel=2e-4, abs=1e-6)
+                assert dump["grads"][name] == grad, name
+            seen.add(same)
+    assert seen == wanted["alphas"].keys()
+    if save:
+        actual = alphas_of(tmp_path / "checkpoints" / "iter_0000004")
+        assert actual.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(actual[key], expected[key], rtol=2e-5, atol=1e-6)
+
+
+def as_on_one_rank(name, ep_rank, flags):
+    """The name that a parameter of this rank has where one rank holds everything."""
+    if EP2 in flags:
+        head, found, tail = name.partition("local_experts.")
+        if found:
+            return f"{head}{found}{int(tail[0]) + 2 * ep_rank}{tail[1:]}"
+    if "pipeline" in flags and name.startswith("0.decoder.layers.0.mlp."):
+        is_moe = "experts" in name
+        return name.replace("layers.0", "layers.1") if is_moe else name
+    return name
+
+
+def test_unmodified_script_trains_as_our_entry_does(tmp_path, start, one):
+    """Megatron makes the spec of the prediction layer itself, and not from the one it was given."""
+    spec = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
+    script = str(REPOSITORY / "tests/helpers/stock_script.py")
+    run = train(
+        tmp_path,
+        f"{start.replace('--xielu', spec)} --save checkpoints",
+        command=["-m", "megatron_xielu.cpu", script],
+    )
+    assert run.losses == one[0].losses
+    actual = alphas_of(tmp_path / "checkpoints" / "iter_0000004")
+    assert actual.keys() == one[1].keys()
+    assert all(torch.equal(actual[key], one[1][key]) for key in actual)
+
+
+def test_without_the_sum_expert_tensor_parallel_ranks_drift(tmp_path, start):
+    """Takes the sum out, so that the tests above can fail."""
+    run = train(
+        tmp_path,
+        f"{start} {TP2} --xielu-check-tp-sync 2",
+        ranks=2,
+        environment={"BREAK_TP_SUM": "1"},
+        succeeds=False,
+    )
+    assert "--xielu-check-tp-sync: at iteration 2 alphas differ" in run.output
+    for mlp in ("experts.local_experts.3", "shared_experts"):
+        assert f"decoder.layers.1.mlp.{mlp}.activation_func.alpha_p: [" in run.output
+        assert f"mtp.layers.0.mtp_model_layer.mlp.{mlp}.activation_func.alpha_p: [" in run.output
+
+
+def test_resume_in_bf16_is_the_same_trajectory(tmp_path):
+    """Experts have an optimizer of their own, and fp32 alphas in it."""
+    flags = f"{MOE.replace('--no-save-optim', '')} {EP2} --bf16 --use-distributed-optimizer"
+    whole = train(tmp_path / "whole", f"{flags} --save checkpoints --save-interval 2", ranks=2)
+    assert set(whole.dumps[0]["dtypes"].values()) == {"torch.float32"}
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = train(tmp_path / "resumed", f"{flags} --load {checkpoints}", ranks=2)
+    assert resumed.losses[0] == whole.losses[2]
+    # The last gradients depend on every weight, and on the optimizer's state before.
+    for expected, actual in zip(whole.dumps, resumed.dumps, strict=True):
+        assert actual["alphas"] == expected["alphas"] and actual["grads"] == expected["grads"]
+
+
+def test_recomputed_output_and_fused_bias(tmp_path):
+    """Of experts too, whose output is scaled by the router between the activation and fc2.
+
+    With so many experts that some have no token.
+    """
+    model = [word for word in TINY_LLAMA if word != "--disable-bias-linear"]
+    flags = (
+        f"{MOE} {EP2} --num-experts 16 --moe-router-topk 1 --moe-router-pre-softmax "
+        "--num-layers 1 --moe-layer-freq 1 --micro-batch-size 1 --train-iters 2"
+    ).replace("--moe-shared-expert-intermediate-size 32", "")  # Megatron's have no bias
+    plain, recomputed = (
+        train(tmp_path / more, f"{flags} {more}", ranks=2, model=model)
+        for more in ("", "--xielu-recompute-output")
+    )
+    assert recomputed.losses == plain.losses and recomputed.grad_norms == plain.grad_norms
+    assert sum(dump["empty_inputs"] for dump in plain.dumps) > 0
+    for once, twice in zip(plain.dumps, recomputed.dumps, strict=True):
+        assert once["fused_biases"] == once["formula_calls"] > 0
+        assert twice["formula_calls"] == 2 * once["formula_calls"]
+        assert once["alphas"] == twice["alphas"] and once["grads"] == twice["grads"]

@@ -1,0 +1,60 @@
+"""``--spec`` from a script that does not know this package.
+
+With ``MEGATRON_LM_DIR`` set to a Megatron-LM checkout, its own ``pretrain_gpt.py`` is tested too.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from launch import REPOSITORY, load_checkpoint, train
+
+SCRIPTS = [str(REPOSITORY / "tests/helpers/stock_script.py")]
+if "MEGATRON_LM_DIR" in os.environ:
+    SCRIPTS.append(str(Path(os.environ["MEGATRON_LM_DIR"], "pretrain_gpt.py")))
+
+SPEC = "--spec megatron_xielu.layer_specs {}_layer_spec"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: Path(script).name)
+@pytest.mark.parametrize("activation", ["xielu", "xiprelu"])
+def test_trains_as_our_entry_does(script, activation, tmp_path):
+    ours = train(tmp_path / "ours", f"--{activation} {TP2} --save checkpoints", ranks=2)
+    stock = train(
+        tmp_path / "stock",
+        f"{SPEC.format(activation)} --use-te-activation-func {TP2} --save checkpoints",
+        ranks=2,
+        command=["-m", "megatron_xielu.cpu", script],
+    )
+    assert stock.losses == ours.losses
+    saved = load_checkpoint(tmp_path / "stock" / "checkpoints" / "iter_0000006")
+    for name, value in ours.dumps[0]["alphas"].items():
+        layer, alpha = int(name.split(".")[3]), name.rsplit(".", 1)[1]
+        key = f"decoder.layers.mlp.activation_func.{alpha}"
+        assert saved[key][layer].double().tolist() == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "add --use-te-activation-func"),
+        (
+            "--use-te-activation-func --num-experts 2 --moe-router-topk 2 --moe-use-upcycling "
+            "--save x",
+            "--moe-use-upcycling does not work with xIELU",
+        ),
+        (
+            "--use-te-activation-func --optimizer soap --use-distributed-optimizer --save x",
+            "--optimizer soap cannot be resumed with --ckpt-format torch_dist",
+        ),
+    ],
+)
+def test_refused(flags, message, tmp_path):
+    run = train(
+        tmp_path,
+        f"{SPEC.format('xielu')} {flags}",
+        succeeds=False,
+        command=["-m", "megatron_xielu.cpu", SCRIPTS[0]],
+    )
+    assert message in run.output

@@ -1,0 +1,138 @@
+"""docs/versions.md: every way into every release, on the real wheels, with TP=2 and on the CPU.
+
+All of them are compared with this package's entry on the installed 0.19: from the same seed they
+train the same model, to the last printed digit. `--spec` on 0.19 is in test_stock_script.py, what
+the patching itself may and may not do in test_patches.py.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from launch import REPOSITORY, Run, train
+from megatron_wheels import RELEASES, train_stock, unpack
+
+from megatron_xielu import patch
+from megatron_xielu.kernels import reference
+from megatron_xielu.workarounds import releases
+
+TP2 = "--tensor-model-parallel-size 2"
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Run:
+    """This package's entry, the way in that the others are compared with."""
+    return train(tmp_path_factory.mktemp("ours"), f"--xielu {TP2}", ranks=2)
+
+
+@pytest.fixture(scope="module")
+def patched_0_18(tmp_path_factory):
+    """A patched 0.18.2."""
+    tree = unpack("0.18.2", tmp_path_factory.mktemp("megatron"))
+    patch.apply(tree)
+    return tree
+
+
+def contents(tree) -> dict:
+    """Mode and bytes of every file, but for what running it leaves."""
+    files = (file for file in tree.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    return {file: (file.stat().st_mode, file.read_bytes()) for file in files}
+
+
+def assert_trained_as(ours: Run, run: Run) -> None:
+    """The same losses, and on all ranks the same bits in alphas that have moved."""
+    assert len(run.losses) == 6 and run.losses == ours.losses
+    alphas, others = run.dumps[0]["alphas"], run.dumps[1]["alphas"]
+    assert alphas == others
+    # Scripts differ in how many wrappers stand before the name.
+    assert sorted(alphas.values()) == sorted(ours.dumps[0]["alphas"].values())
+    for name, (value,) in alphas.items():
+        effective = 0.8 if name.endswith("alpha_p") else 0.8 - 0.5
+        start = reference.inverse_softplus(torch.tensor(effective, dtype=torch.double))
+        assert abs(value - start) > 1e-4, f"{name} has not moved"
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_patch(version, ours, tmp_path):
+    tree = unpack(version, tmp_path / "megatron")
+    before = contents(tree)
+    patch.apply(tree)
+    run = train_stock(
+        tmp_path / "run", version, tree, f"--xielu --xielu-check-tp-sync 1 {TP2}", ranks=2
+    )
+    assert_trained_as(ours, run)
+    patch.revert(tree)
+    assert contents(tree) == before
+
+
+@pytest.mark.parametrize("version", [v for v in RELEASES if not v.startswith("0.19")])
+def test_spec(version, ours, tmp_path):
+    tree = unpack(version, tmp_path / "megatron")
+    flags = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
+    assert_trained_as(ours, train_stock(tmp_path / "run", version, tree, f"{flags} {TP2}", ranks=2))
+
+
+def test_patch_and_checkpoints(patched_0_18, tmp_path):
+    """Saved, restored by --use-checkpoint-args bit for bit, and not loaded into a GELU model."""
+    half = "--bf16 --use-distributed-optimizer --ckpt-fully-parallel-save"
+    straight = train_stock(
+        tmp_path / "straight",
+        "0.18.2",
+        patched_0_18,
+        f"--xielu {half} --save {tmp_path}/saved --save-interval 3",
+    )
+    latest = tmp_path / "saved" / "latest_checkpointed_iteration.txt"
+    latest.write_text("3")
+    load = f"{half} --load {tmp_path}/saved"
+    resumed = train_stock(
+        tmp_path / "resumed", "0.18.2", patched_0_18, f"{load} --use-checkpoint-args"
+    )
+    assert resumed.dumps == straight.dumps
+    # The second loss that a run prints is Megatron's mean of two.
+    assert [resumed.losses[i] for i in (0, 2)] == [straight.losses[i] for i in (3, 5)]
+
+    refused = train_stock(tmp_path / "refused", "0.18.2", patched_0_18, load, succeeds=False)
+    assert "was trained with --xielu, but this run asks for GELU; add --xielu" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--xielu --swiglu", "--xielu does not work with --swiglu"),
+        ("--xielu --yaml-cfg x.yaml", "--xielu does not work with --yaml-cfg"),
+    ],
+)
+def test_patch_refuses(patched_0_18, flags, message, tmp_path):
+    run = train_stock(tmp_path, "0.18.2", patched_0_18, flags, succeeds=False)
+    assert f"megatron_xielu: error: {message}" in run.output
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.20.0"])
+def test_entry_refuses_other_releases(version, tmp_path):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").touch()
+    major, minor, micro = version.split(".")
+    (core / "package_info.py").write_text(f"MAJOR = {major}\nMINOR = {minor}\nPATCH = {micro}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_xielu.pretrain_gpt", "--xielu"],
+        env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert (
+        f"this entry is for megatron-core 0.19, and {tmp_path}/megatron is {version}; with it"
+        in (done.stderr)
+    )
+    assert "--spec megatron_xielu.layer_specs" in done.stderr
+
+
+def test_spec_on_untested_releases(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(releases, "installed", lambda: (tmp_path, "0.16.1"))
+    with pytest.raises(releases.UnsupportedRelease, match=r"needs megatron-core 0.17 or newer"):
+        releases.check_spec()
+    monkeypatch.setattr(releases, "installed", lambda: (tmp_path, "0.20.0"))
+    releases.check_spec()
+    assert "tested up to megatron-core 0.19" in caplog.text

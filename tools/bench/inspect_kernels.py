@@ -1,0 +1,217 @@
+"""Compiles the Triton kernels for an H100 (sm_90), without one, and tells what came out.
+
+    python tools/bench/inspect_kernels.py [--output docs/benchmarks/sm90-code.md]
+
+For each kernel: registers of a thread, bytes spilled, bytes of its widest and narrowest access to
+the tensors, and the machine instructions of the main loop for each element. The last is what
+decides whether memory or the instruction units are the limit. An H100 issues 128 a cycle on each of
+132 multiprocessors, so that while one element moves to and from memory it can issue
+
+    132 * 128 * clock / (bandwidth / bytes an element)
+
+instructions; the table gives the share of that which the kernel needs, at the copy bandwidth of an
+H100 (3.0 TB/s) and an H200 (4.3 TB/s) and 1.7 GHz, which both hold under such a load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from megatron_xielu.kernels import gpu_triton
+
+MULTIPROCESSORS, LANES, CLOCK = 132, 128, 1.7e9
+BANDWIDTHS = {"H100": 3.0e12, "H200": 4.3e12}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+TENSORS = {"_forward_kernel": ("x_ptr", "y_ptr"), "_backward_kernel": ("x_ptr", "dy_ptr", "dx_ptr")}
+
+
+_HEADING = """\
+# What the kernels compile to for sm_90
+
+Triton {version}, without a GPU: `python tools/bench/inspect_kernels.py --output FILE`. Nothing here
+was timed. Instructions are those of the main loop for each element. Share is what part that is of
+the instructions that an H100 or H200 can issue while the element's bytes move at copy bandwidth
+(3.0 and 4.3 TB/s; 132 multiprocessors, 128 instructions a cycle, 1.7 GHz): below 1, memory is the limit.
+
+| kernel | activation | dtype | bias | registers | spilled bytes | bytes an access \
+| instructions | {shares} |"""
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a kernel was compiled to."""
+
+    kernel: str
+    activation: str
+    dtype: str
+    has_bias: bool
+    registers: int
+    spilled: int  # bytes of stack and local memory
+    access_bytes: tuple[int, ...]  # widths of the loop's loads and stores, each once
+    instructions: float  # of the main loop, for each element
+
+    def share(self, bandwidth: float) -> float:
+        """Of the instructions that can be issued while an element moves at this bandwidth."""
+        moved = len(TENSORS[self.kernel]) * BYTES[self.dtype]
+        return self.instructions / (MULTIPROCESSORS * LANES * CLOCK / (bandwidth / moved))
+
+
+def main() -> None:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, help="a Markdown file to write")
+    options = parser.parse_args()
+    if gpu_triton.is_interpreted():
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    text = report(list(inspect_all()))
+    if options.output is None:
+        print(text, end="")
+        return
+    beside = options.output.with_suffix(".tmp")
+    beside.write_text(text)
+    os.replace(beside, options.output)
+
+
+def inspect_all() -> Iterator[Code]:
+    """Both kernels, for each activation and dtype, with and without a bias."""
+    for kernel in TENSORS:
+        for activation in ("xielu", "xiprelu"):
+            for dtype in BYTES:
+                for has_bias in (False, True):
+                    yield inspect(kernel, activation, dtype, has_bias)
+
+
+def inspect(kernel: str, activation: str, dtype: str, has_bias: bool) -> Code:
+    """Compile one kernel as a launch on aligned tensors of a multiple of 16 elements would."""
+    compiled = compile_for_sm90(kernel, activation, dtype, has_bias)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        assembly = _tool("nvdisasm", "-c", str(cubin))
+    loop = _main_loop(assembly)
+    return Code(
+        kernel,
+        activation,
+        dtype,
+        has_bias,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spilled=sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        access_bytes=tuple(sorted({_width(line) for line in loop if _is_access(line)})),
+        instructions=len(loop) * 32 * gpu_triton.NUM_WARPS / gpu_triton.BLOCK,
+    )
+
+
+def compile_for_sm90(
+    kernel: str,
+    activation: str,
+    dtype: str,
+    has_bias: bool,
+    *,
+    numel: str = "i32",
+    constants: dict[str, int] | None = None,
+) -> triton.compiler.CompiledKernel:
+    """A kernel of `gpu_triton` by its name; `_finish_kernel` too.
+
+    Args:
+        numel: its integer type, as Triton chooses it by its value.
+        constants: arguments that Triton compiles in because they are 1.
+    """
+    function = getattr(gpu_triton, kernel)
+    values = {
+        "NAME": activation,
+        "HAS_BIAS": has_bias,
+        "BLOCK": gpu_triton.BLOCK,
+        "PROGRAMS_BLOCK": 2048,
+        **(constants or {}),
+    }
+    signature, attributes = {}, {}
+    for i, name in enumerate(function.arg_names):
+        if "bias" in name and name.endswith("_ptr") and not has_bias:
+            values[name] = None
+        if name in values:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            of_alphas = "alpha" in name or "sums" in name
+            signature[name] = "*fp32" if of_alphas else f"*{dtype}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name == "beta":
+            signature[name] = "fp32"
+        else:
+            signature[name] = numel if name == "numel" else "i32"
+            if name in ("numel", "cols"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={k: v for k, v in values.items() if k in function.arg_names},
+        attrs=attributes,
+    )
+    options = {"num_warps": gpu_triton.NUM_WARPS, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Run one of the CUDA tools that come with Triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _main_loop(assembly: str) -> list[str]:
+    """The instructions between the longest backward jump and its target."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+            jump = re.search(r"\bBRA.*`\((\.L_\w+)\)", instruction[1])
+            if jump and jump[1] in labels:
+                longest = max(longest, instructions[labels[jump[1]] :], key=len)
+    return longest
+
+
+def _is_access(instruction: str) -> bool:
+    return bool(re.search(r"\b(LDG|STG)\.", instruction))
+
+
+def _width(instruction: str) -> int:
+    bits = re.search(r"\.(128|64|U16|U8|S16|S8)\b", instruction)
+    return int(re.sub(r"\D", "", bits[1])) // 8 if bits else 4
+
+
+def report(codes: list[Code]) -> str:
+    """The table in Markdown, with what made it."""
+    shares = " | ".join(f"share, {name}" for name in BANDWIDTHS)
+    lines = [_HEADING.format(version=triton.__version__, shares=shares), "|---" * 10 + "|"]
+    for code in codes:
+        cells = [
+            code.kernel.strip("_").removesuffix("_kernel"),
+            code.activation,
+            code.dtype,
+            "yes" if code.has_bias else "no",
+            str(code.registers),
+            str(code.spilled),
+            "–".join(map(str, code.access_bytes)),
+            f"{code.instructions:.1f}",
+            *(f"{code.share(bandwidth):.2f}" for bandwidth in BANDWIDTHS.values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

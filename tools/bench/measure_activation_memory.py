@@ -1,0 +1,146 @@
+"""Measures what Megatron's MLP keeps for its backward pass, by activation, in bytes per token.
+
+Builds Megatron's real dense MLP (local layers, bf16, no linear bias, one rank) on the CPU at the
+widths of the paper's models and runs one forward pass. Every tensor that autograd saves passes
+through `torch.autograd.graph.saved_tensors_hooks`. Their distinct storages are counted at the size
+they have after the forward pass: a parameter not at all, and an output that was freed as 0.
+
+    python tools/bench/measure_activation_memory.py [--output table.md]
+
+prints a Markdown table; docs/memory.md has it, and what the numbers leave out.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xielu import cpu
+
+MODELS = {"1.1B": (1536, 6144), "3B": (2048, 8192)}  # hidden size, ffn size of SwiGLU
+TOKENS = (16, 2)  # sequence, micro-batch
+
+
+def saved_bytes(mlp: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the storages that autograd holds after ``mlp(x)``, without those of parameters."""
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = mlp(x)[0]
+    parameters = {parameter.untyped_storage()._cdata for parameter in mlp.parameters()}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+    output.sum().backward()  # what was counted is what the backward pass lives on
+    return sum(size for key, size in storages.items() if key not in parameters)
+
+
+def build_mlp(hidden: int, ffn: int, builder: Any, **options: Any) -> torch.nn.Module:
+    """Megatron's dense MLP with its own activation, or with ``builder`` in the activation slot."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_xielu.layer_specs import with_activation
+
+    settings = {
+        "num_layers": 1,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "num_attention_heads": 8,
+        "add_bias_linear": False,
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "use_cpu_initialization": True,
+        "use_te_activation_func": builder is not None,
+        **options,
+    }
+    config = TransformerConfig(**settings)
+    spec = get_gpt_layer_local_spec()
+    if builder is not None:
+        spec = with_activation(spec, builder)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
+
+
+def measure() -> str:
+    """The table, in Markdown.
+
+    Raises:
+        RuntimeError: the MLPs of a model do not have the same number of weights.
+    """
+    from megatron.core.activations import squared_relu
+
+    from megatron_xielu.activations import XIELU, ActivationBuilder, XIPReLU
+    from megatron_xielu.features import recompute
+
+    xielu, xiprelu = ActivationBuilder(XIELU), ActivationBuilder(XIPReLU)
+    # Megatron's default for SwiGLU is the fused form, which saves its input alone.
+    swiglu = {
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": True,
+    }
+    rows: list[tuple[str, Any, dict, bool]] = [
+        ("SwiGLU", None, swiglu, False),
+        ("GELU", None, {}, False),
+        ("ReLU²", None, {"activation_func": squared_relu}, False),
+        ("xIELU", xielu, {}, False),
+        ("xIPReLU", xiprelu, {}, False),
+        ("xIELU, `--xielu-recompute-output`", xielu, {}, True),
+        ("xIPReLU, `--xielu-recompute-output`", xiprelu, {}, True),
+    ]
+    lines = [
+        "| model | MLP | hidden | ffn | weights | bytes per token and layer | of SwiGLU's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, (hidden, gated_ffn) in MODELS.items():
+        weights_of_swiglu = bytes_of_swiglu = 0
+        for name, builder, options, recomputed in rows:
+            ffn = gated_ffn if options is swiglu else gated_ffn * 3 // 2
+            mlp = build_mlp(hidden, ffn, builder, **options)
+            if recomputed:
+                recompute.install([mlp])
+            weights = sum(p.numel() for p in mlp.parameters() if p.dim() == 2)
+            x = torch.randn(*TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
+            per_token, remainder = divmod(saved_bytes(mlp, x), TOKENS[0] * TOKENS[1])
+            weights_of_swiglu = weights_of_swiglu or weights
+            bytes_of_swiglu = bytes_of_swiglu or per_token
+            if weights != weights_of_swiglu:
+                raise RuntimeError(f"{name}: {weights:,} weights, SwiGLU {weights_of_swiglu:,}")
+            if remainder:
+                raise RuntimeError(f"{name}: {remainder} bytes were saved that are no token's")
+            lines.append(
+                f"| {model} | {name} | {hidden} | {ffn} | {weights:,} | {per_token:,} "
+                f"| {per_token / bytes_of_swiglu:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and write where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+
+    cpu.hide_gpus()
+    cpu.activate()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    table = measure()
+    print(table)
+    if args.output:
+        args.output.write_text(table + "\n")
+
+
+if __name__ == "__main__":
+    main()
