@@ -80,7 +80,7 @@ def test_cut_link_and_interrupt(hosts, reference, tmp_path):
     assert count(run, "finished") == 2
     assert_same_run(run, reference)
     assert_no_secrets(run, launch.log, again.log)
-    assert not hosts.processes("host1", "cluster.worker")
+    assert not hosts.processes("host1", "cluster.rank")
 
 
 def test_hung_rank(hosts, reference, tmp_path):

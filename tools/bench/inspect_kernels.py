@@ -42,7 +42,8 @@ _HEADING = """\
 Triton {version}, without a GPU: `python tools/bench/inspect_kernels.py --output FILE`. Nothing here
 was timed. Instructions are those of the main loop for each element. Share is what part that is of
 the instructions that an H100 or H200 can issue while the element's bytes move at copy bandwidth
-(3.0 and 4.3 TB/s; 132 multiprocessors, 128 instructions a cycle, 1.7 GHz): below 1, memory is the limit.
+(3.0 and 4.3 TB/s; 132 multiprocessors, 128 instructions a cycle, 1.7 GHz): below 1, memory is the
+limit.
 
 | kernel | activation | dtype | bias | registers | spilled bytes | bytes an access \
 | instructions | {shares} |"""
