@@ -1,6 +1,8 @@
 """``python -m megatron_xielu.plan``: its options, and a `Plan` as text or JSON.
 
-Standard library only; see `model`.
+It prints what the command will train, hold in memory, write and cost, from its arguments alone,
+and ends with status 2 and one line a problem where the cluster would end the run (`checks`). It
+counts dense GPT models. Standard library only, Python 3.9 and newer: it runs on a login node.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import checks
-from megatron_xielu.plan.model import GIB, MEMORY_MARGIN, Cluster, Plan, PlanError
+from megatron_xielu.plan.flags import PlanError
+from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan
 
 _ACTIVATIONS = {"xielu": "xIELU", "xiprelu": "xIPReLU", "relu2": "ReLU²", "swiglu": "SwiGLU"}
 

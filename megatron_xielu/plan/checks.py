@@ -1,7 +1,7 @@
 """What would end a planned run on the cluster, found before it is queued: one line each.
 
 Every line names the flag or variable, and what to change. `problems` end the launch, `warnings`
-do not. Standard library only; see `plan`.
+do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_xielu.checkpoints import optimizer_format
-from megatron_xielu.plan.model import GIB, MEMORY_MARGIN, Plan
+from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
 # README, Limits. tests/plan/test_plan.py compares these with the package's own lists.

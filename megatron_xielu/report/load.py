@@ -18,7 +18,8 @@ import numpy as np
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.common.event_log import describe
 from megatron_xielu.convert.source import Refused
-from megatron_xielu.plan import model as plan
+from megatron_xielu.plan.flags import PlanError
+from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, run_files
 from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.events import Series
@@ -134,7 +135,7 @@ def _arguments_of(texts: dict[str, str]) -> Namespace | None:
     return Namespace(**values)
 
 
-def _model(arguments: Namespace | None, notes: list[str]) -> plan.Model | None:
+def _model(arguments: Namespace | None, notes: list[str]) -> Model | None:
     if arguments is None:
         return None
     for name in ("num_experts", "mtp_num_layers", "multi_latent_attention", "hybrid_layer_pattern"):
@@ -142,44 +143,19 @@ def _model(arguments: Namespace | None, notes: list[str]) -> plan.Model | None:
             notes.append(f"FLOPs are counted for dense GPT models; this one has {name}")
             return None
     try:
-        return plan.Model.from_arguments(_command_line(arguments))
-    except plan.PlanError as error:
+        return Model.of(arguments)
+    except PlanError as error:
         notes.append(f"FLOPs are not known: {error.problems[0]}")
         return None
 
 
-def _command_line(arguments: Namespace) -> list[str]:
-    """The part of Megatron's command line that says what model it is."""
-    values = vars(arguments)
-    argv = []
-    for name in (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels num_query_groups "
-        "seq_length max_position_embeddings vocab_size padded_vocab_size normalization "
-        "position_embedding_type tensor_model_parallel_size"
-    ).split():
-        if values.get(name) is not None:
-            argv += [f"--{name.replace('_', '-')}", str(values[name])]
-    for name in (
-        "xielu xiprelu swiglu squared_relu quick_geglu group_query_attention qk_layernorm "
-        "untie_embeddings_and_output_weights add_qkv_bias use_rotary_position_embeddings"
-    ).split():
-        if values.get(name):
-            argv.append(f"--{name.replace('_', '-')}")
-    if not values.get("add_bias_linear", True):
-        argv.append("--disable-bias-linear")
-    if values.get("spec"):
-        argv += ["--spec", *map(str, values["spec"])]
-    return argv
-
-
-def _activation(arguments: Namespace | None, model: plan.Model | None) -> str | None:
+def _activation(arguments: Namespace | None, model: Model | None) -> str | None:
     if model is not None:
         return model.activation
     if arguments is None:
         return None
-    with suppress(plan.PlanError):
-        argv = [*_command_line(arguments), "--padded-vocab-size", "1"]
-        return plan.Model.from_arguments(argv).activation
+    with suppress(PlanError):
+        return Model.of(arguments, vocab_size=1).activation
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xielu.plan import model as plan
+from megatron_xielu.plan.model import Model
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape
 
@@ -82,7 +82,7 @@ class Run:
     arguments: Namespace | None
     scalars: dict[str, Series]
     samples: Series
-    model: plan.Model | None  # None where it is not known, or is no dense GPT model
+    model: Model | None  # None where it is not known, or is no dense GPT model
     activation: str | None
     parameters: int | None
     evaluation: dict[str, Any] | None

@@ -10,7 +10,7 @@ from launch import TINY_LLAMA, load_checkpoint, train
 
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL, check_resume
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.plan.model import Cluster, Plan
+from megatron_xielu.plan.run import Cluster, Plan
 
 RANKS = 2
 FORMATS = {DP: "", FULL: "--dist-ckpt-optim-fully-reshardable"}

@@ -15,7 +15,9 @@ from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import __main__ as plan_report
 from megatron_xielu.plan import checks as plan_checks
-from megatron_xielu.plan.model import GIB, Cluster, Model, Plan, PlanError
+from megatron_xielu.plan.flags import PlanError, parse
+from megatron_xielu.plan.model import Model
+from megatron_xielu.plan.run import GIB, Cluster, Plan
 
 SHARED = """
     --seq-length 4096 --max-position-embeddings 4096 --position-embedding-type rope
@@ -231,7 +233,7 @@ def test_mlp_keeps_what_the_docs_measured():
 
 def test_the_papers_models():
     ungated, gated = (
-        [Model.from_arguments(f"{paper} {mlp}".split()) for paper, mlp in sizes]
+        [Model.of(parse(f"{paper} {mlp}".split())) for paper, mlp in sizes]
         for sizes in (
             [
                 (PAPER_1B, "--xielu --ffn-hidden-size 9216"),
@@ -591,13 +593,14 @@ def test_command():
 
 def test_runs_on_a_login_node():
     code = (
-        "import sys, megatron_xielu.plan.__main__ as r; "
-        "sys.exit(bool({'torch', 'numpy', 'megatron'} & set(sys.modules)))"
+        "import sys, megatron_xielu.plan.__main__; "
+        "sys.exit({'torch', 'numpy', 'megatron'} & set(sys.modules) or print(*("
+        "m.__file__ for name, m in sys.modules.items() if name.startswith('megatron_xielu'))))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
-    for name in (
-        *("__init__", "plan/__init__", "plan/model", "plan/checks", "plan/__main__"),
-        *("checkpoints/__init__", "checkpoints/optimizer_format"),
-    ):
-        source = (REPOSITORY / "megatron_xielu" / f"{name}.py").read_text()
-        ast.parse(source, feature_version=(3, 9))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sources = done.stdout.split()
+    assert {"checks.py", "optimizer_format.py"} < {Path(source).name for source in sources}
+    for source in sources:
+        ast.parse(Path(source).read_text(), feature_version=(3, 9))

@@ -19,7 +19,8 @@ from report_runs import statistics, write_checkpoint, write_events
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_xielu.activations import ACTIVATIONS, DEFAULT_ALPHA_INIT, DEFAULT_BETA
-from megatron_xielu.plan import model as plan
+from megatron_xielu.plan import flags as plan_flags
+from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, run_files, terminal
 from megatron_xielu.report.command import main
 from megatron_xielu.report.load import load
@@ -87,11 +88,13 @@ def test_a_real_run(trained, tmp_path, capsys):
         np.testing.assert_allclose(history.values[[0, 3, 6]], expected, rtol=1e-6)
     assert [layer.shape.alpha_p for layer in run.layers] == pytest.approx(saved.positive[-1])
 
-    model = plan.Model.from_arguments(
-        "--num-layers 4 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 "
-        "--seq-length 32 --position-embedding-type rope --normalization RMSNorm "
-        "--disable-bias-linear --untie-embeddings-and-output-weights --padded-vocab-size 128 "
-        "--xielu".split()
+    model = Model.of(
+        plan_flags.parse(
+            "--num-layers 4 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 "
+            "--seq-length 32 --position-embedding-type rope --normalization RMSNorm "
+            "--disable-bias-linear --untie-embeddings-and-output-weights --padded-vocab-size 128 "
+            "--xielu".split()
+        )
     )
     assert run.model is not None and run.parameters == model.parameters()
     assert run.total_tokens == 6 * 8 * 32

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from megatron_xielu import arguments, checkout
 from megatron_xielu.convert import cli
 from megatron_xielu.plan import checks as plan_checks
-from megatron_xielu.plan import model as plan
+from megatron_xielu.plan.run import Plan
 from megatron_xielu.report.run_files import read_events
 
 LAYERS = 4  # of TINY_LLAMA
@@ -141,8 +141,7 @@ def test_shared_alphas_are_one_pair(shared):
     # Once in the count, which the plan agrees with.
     (counted,) = re.findall(r"parallel rank \(0, 0, 0\): (\d+)", run.output)
     flags = [*TINY_LLAMA, *SHARED.split()]
-    assert plan.Plan(flags, cluster=plan.Cluster()).parameters_on(0) == int(counted)
-    assert plan.Model.from_arguments(flags).parameters() == int(counted)
+    assert Plan(flags).parameters_on(0) == Plan(flags).model.parameters() == int(counted)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +247,7 @@ def test_refused(parse, flags, message):
         arguments.validate(parse(flags))
     if "--num-experts" in flags or "--mtp" in flags:  # which the plan does not know
         return
-    problems = plan_checks.problems(
-        plan.Plan([*TINY_LLAMA, *flags.split()], cluster=plan.Cluster()), environment={}
-    )
+    problems = plan_checks.problems(Plan([*TINY_LLAMA, *flags.split()]), environment={})
     assert any(re.search(message, problem) for problem in problems), problems
 
 

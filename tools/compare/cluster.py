@@ -15,7 +15,7 @@ from pathlib import Path
 
 from compare import equal_cost
 from compare.variants import Variant
-from megatron_xielu.plan.model import Cluster, Plan
+from megatron_xielu.plan.run import Cluster, Plan
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _LAUNCHER = _REPOSITORY / "examples" / "pretrain.sh"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 
 TOLERANCE = 0.001
@@ -37,7 +38,7 @@ class Cost:
 
 def costs(flags: Mapping[str, list[str]]) -> dict[str, Cost]:
     """Costs by variant, from Megatron's flags by variant."""
-    return {name: Cost(Model.from_arguments(words)) for name, words in flags.items()}
+    return {name: Cost(Model.of(plan_flags.parse(words))) for name, words in flags.items()}
 
 
 def check(found: Mapping[str, Cost], baseline: str) -> None:
