@@ -32,7 +32,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_xielu.common import event_log
+from megatron_xielu.common import text
 
 if TYPE_CHECKING:  # imported by a check, so that a broken PyTorch or Megatron is reported by name
     import torch
@@ -169,7 +169,7 @@ def check_compiled(name: str, dtype: torch.dtype) -> str:
     except AssertionError:
         raise
     except Exception as error:
-        raise Skipped(f"torch.compile does not work here: {event_log.describe(error)}") from error
+        raise Skipped(f"torch.compile does not work here: {text.describe(error)}") from error
 
 
 def check_triton(name: str, dtype: torch.dtype) -> str:
@@ -309,7 +309,7 @@ class _Report:
         except Skipped as reason:
             result, detail = "skipped", str(reason)
         except Exception as error:
-            result, detail = "FAIL", event_log.describe(error)
+            result, detail = "FAIL", text.describe(error)
             self.failed.append(name)
         seconds = time.perf_counter() - start
         if result == "FAIL" or self.rank == 0:

@@ -30,6 +30,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_xielu.common import files
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
@@ -258,11 +260,8 @@ def _read(log: Path, made_with: str) -> list[Walked]:
 
 
 def _write(log: Path, made_with: str, done: list[Walked]) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    beside = log.with_name(f"{log.name}.incomplete")
     content = {"made with": made_with, "walked": [asdict(walked) for walked in done]}
-    beside.write_text(json.dumps(content))
-    beside.rename(log)
+    files.write(log, json.dumps(content))
 
 
 def main() -> int:

@@ -38,10 +38,8 @@ from megatron_xielu.checkpoints.folder import (
     lock,
     read_tracker,
     size_and_stamp,
-    size_text,
-    write,
 )
-from megatron_xielu.common import event_log
+from megatron_xielu.common import event_log, files, text
 
 
 class NoGoodCheckpoint(RuntimeError):
@@ -57,7 +55,7 @@ def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> b
         start = time.monotonic()
         try:
             check(folder, whole=not quick)
-            size = size_text(size_and_stamp(folder)[0])
+            size = text.size(size_and_stamp(folder)[0])
             print(f"iter {iteration} ok {size} {time.monotonic() - start:.1f} s", flush=True)
         except Damaged as error:
             good = False
@@ -103,7 +101,7 @@ def _repair(save_dir: Path, last: int) -> int | None:
         except Damaged as error:
             record.verified.pop(folder.name, None)
             aside = _set_aside(folder)
-            reason = f"{error}; now {aside.name}, {size_text(size_and_stamp(aside)[0])}"
+            reason = f"{error}; now {aside.name}, {text.size(size_and_stamp(aside)[0])}"
             print(f"iter {iteration} DAMAGED: {reason}", flush=True)
             event_log.write("checkpoint-damaged", reason, iteration=iteration)
             continue
@@ -122,7 +120,7 @@ def _repair(save_dir: Path, last: int) -> int | None:
         print("resume none", flush=True)
         return None
     if tracker != newest:
-        write(save_dir / TRACKER, str(newest))
+        files.write(save_dir / TRACKER, str(newest))
         reason = f"tracker was {tracker}, is {newest}"
         print(reason, flush=True)
         event_log.write("tracker-repaired", reason, iteration=newest)
@@ -155,10 +153,10 @@ def status(save_dir: Path) -> None:
     print(f"{'iteration':>9}  {'size':>9}  {'verified':<20}  kept because")
     for iteration, folder in reversed(checkpoints(save_dir).items()):
         when = record.verified[folder.name]["time"] if folder in record else "no"
-        size = size_text(size_and_stamp(folder)[0])
+        size = text.size(size_and_stamp(folder)[0])
         print(f"{iteration:>9}  {size:>9}  {when:<20}  {reasons.get(iteration, 'to be deleted')}")
     for folder in sorted(save_dir.glob("damaged_iter_*")):
-        print(f"{folder.name}  {size_text(size_and_stamp(folder)[0])}")
+        print(f"{folder.name}  {text.size(size_and_stamp(folder)[0])}")
     print(f"tracker: {read_tracker(save_dir)}")
 
 

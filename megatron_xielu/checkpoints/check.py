@@ -13,7 +13,6 @@ existence and the zips are checked.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -22,6 +21,8 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from megatron_xielu.common import files
 
 
 class Damaged(Exception):
@@ -192,6 +193,5 @@ def _check_zips(path: Path, records: list[tuple[int, int]], *, whole: bool) -> N
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-            raise Damaged(f"{path.name}: SHA-256 is not that of integrity.json")
+    if files.sha256(path) != expected:
+        raise Damaged(f"{path.name}: SHA-256 is not that of integrity.json")

@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.common import event_log
-from megatron_xielu.data.records import is_alive
+from megatron_xielu.common import event_log, files, processes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "verified.json"
@@ -48,36 +47,14 @@ def read_tracker(save_dir: Path) -> int | str:
     return text if text == "release" else repr(text[:40]) if text else "empty"
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file as a whole: after a crash it has the old content or the new.
-
-    Raises:
-        OSError: it has the old content; the error names the file.
-    """
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot
-        os.fsync(folder)
-    os.close(folder)
-
-
 def size_and_stamp(folder: Path) -> tuple[int, int]:
     """Bytes in a checkpoint, and a number that another set of names, sizes or times changes."""
-    files = []
+    found = []
     for parent, _, names in os.walk(folder):
         for name in names:
             status = os.stat(os.path.join(parent, name))
-            files.append((name, status.st_size, status.st_mtime_ns))
-    return sum(size for _, size, _ in files), zlib.crc32(repr(sorted(files)).encode())
+            found.append((name, status.st_size, status.st_mtime_ns))
+    return sum(size for _, size, _ in found), zlib.crc32(repr(sorted(found)).encode())
 
 
 class Record:
@@ -106,7 +83,7 @@ class Record:
         """Write it; a full disk costs only the checks that are then made again."""
         content = {"policy": self.policy, "checkpoints": self.verified}
         try:
-            write(self._path, json.dumps(content, indent=1) + "\n")
+            files.write(self._path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             event_log.write("checkpoint-record-failed", f"{self._path}: {error.strerror}")
 
@@ -155,7 +132,7 @@ def lock(save_dir: Path) -> Iterator[None]:
 def _has_ended(holder: str) -> bool:
     """Whether the process that wrote this into its lock was on this node and is no more."""
     node, _, pid = holder.partition(" ")
-    return node == os.uname().nodename and pid.isdigit() and not is_alive(int(pid))
+    return node == os.uname().nodename and pid.isdigit() and not processes.is_alive(int(pid))
 
 
 def kept(save_dir: Path, record: Record) -> dict[int, str]:
@@ -180,12 +157,3 @@ def kept(save_dir: Path, record: Record) -> dict[int, str]:
         elif folder.is_symlink():
             reasons[iteration] = "a link"
     return reasons
-
-
-def size_text(number: float) -> str:
-    """A number of bytes for people: 12.3 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

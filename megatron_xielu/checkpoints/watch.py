@@ -24,9 +24,8 @@ from megatron_xielu.checkpoints.folder import (
     lock,
     read_tracker,
     size_and_stamp,
-    size_text,
 )
-from megatron_xielu.common import event_log
+from megatron_xielu.common import event_log, text
 
 _ROOM = 1.1  # free space wanted for the next checkpoint, in sizes of the last
 
@@ -82,7 +81,7 @@ class Watcher:
                 record.save()
             event_log.write(
                 "checkpoint",
-                f"verified, {size_text(record.verified[folder.name]['bytes'])}",
+                f"verified, {text.size(record.verified[folder.name]['bytes'])}",
                 iteration=iteration,
                 seconds=f"{time.monotonic() - start:.1f}",
             )
@@ -112,8 +111,8 @@ class Watcher:
             self._warned = tracker
             event_log.write(
                 "disk-low",
-                f"{size_text(free)} free in {self._save_dir}, a checkpoint takes "
-                f"{size_text(size)}: the next save will fail; make room, or keep fewer checkpoints",
+                f"{text.size(free)} free in {self._save_dir}, a checkpoint takes "
+                f"{text.size(size)}: the next save will fail; make room, or keep fewer checkpoints",
                 iteration=tracker,
             )
 

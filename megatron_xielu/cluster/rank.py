@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from megatron_xielu import workarounds
 from megatron_xielu.checkpoints import __main__ as checkpoints
 from megatron_xielu.cluster.launcher import REFUSED
-from megatron_xielu.common import event_log
+from megatron_xielu.common import event_log, text
 
 # Exit codes of Megatron's rerun state machine, which checks every loss for NaN, Inf and spikes.
 _REJECTED_RESULT = {
@@ -102,11 +102,11 @@ def _kill_children() -> None:
 
 def _reason(error: BaseException, save: Path | None) -> str:
     """One line; of a failed save also how full the disk is, which PyTorch's error does not say."""
-    reason = event_log.describe(error)
+    reason = text.describe(error)
     if save and save.is_dir() and type(error).__name__ == "CheckpointException":
         free = shutil.disk_usage(save).free
         last = str(error).strip().rpartition("\n")[2].strip()
-        reason += f" ({last}); {free / 1e9:.3f} GB are free in {save}"
+        reason += f" ({last}); {text.size(free)} are free in {save}"
     return reason
 
 

@@ -15,22 +15,12 @@ import socket
 import sys
 import time
 
-_REASON_LENGTH = 500
+from megatron_xielu.common.text import LONGEST_LINE, first_line
 
 
 def node() -> str:
     """Name of this node: ``MEGATRON_XIELU_NODE``, or the host name."""
     return os.environ.get("MEGATRON_XIELU_NODE") or socket.gethostname()
-
-
-def first_line(text: str) -> str:
-    """The first line that is not empty, without the spaces around it."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line of limited length."""
-    return f"{type(error).__name__}: {first_line(str(error))}"[:_REASON_LENGTH]
 
 
 def write(event: str, reason: str = "", **fields: object) -> None:
@@ -46,7 +36,7 @@ def write(event: str, reason: str = "", **fields: object) -> None:
     line += "".join(f" {name}={value}" for name, value in pairs.items())
     text = first_line(reason)
     if text:
-        line += f" reason={json.dumps(text[:_REASON_LENGTH], ensure_ascii=False)}"
+        line += f" reason={json.dumps(text[:LONGEST_LINE], ensure_ascii=False)}"
     # One write: many processes share the log, and print() may write the line end apart.
     print(f"[event] {line}\n", end="", file=sys.stderr, flush=True)
     path = os.environ.get("MEGATRON_XIELU_EVENTS")

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_xielu.common import files
 from megatron_xielu.convert.source import Refused
 
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
@@ -62,7 +63,8 @@ def written(out: Path) -> Iterator[Path]:
     try:
         with _locked(staging):
             yield staging
-            _to_disk(staging)
+            for path in [*staging.rglob("*"), staging]:
+                files.sync(path)
             _replace(out, staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -76,15 +78,6 @@ def _replace(out: Path, staging: Path) -> None:
         out.rename(old)
     staging.rename(out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from megatron_xielu.common import text
 from megatron_xielu.data import recipe as plans
 from megatron_xielu.data import sentences
 from megatron_xielu.data.errors import DataError
@@ -118,19 +119,12 @@ def check_disk(plan: Plan, output: Path, expected: Estimate) -> str:
     free = shutil.disk_usage(output).free
     line = (
         f"about {expected.train_tokens * share:.3g} training tokens of {plan.tokenizer.dtype}, "
-        f"{_size(needed)} to write, {_size(free)} free in {output}"
+        f"{text.size(needed)} to write, {text.size(free)} free in {output}"
     )
     if needed > free:
         raise DataError(
-            f"--output: the disk is too small: {line}. Free {_size(needed - free)}, choose another "
-            "--output, or a smaller --max-tokens (--no-disk-check starts in spite of this estimate)"
+            f"--output: the disk is too small: {line}. Free {text.size(needed - free)}, choose "
+            "another --output, or a smaller --max-tokens (--no-disk-check starts in spite of this "
+            "estimate)"
         )
     return line
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}"

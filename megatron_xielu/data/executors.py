@@ -22,8 +22,8 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
+from megatron_xielu.common import files
 from megatron_xielu.data import recipe as plans
-from megatron_xielu.data import records
 from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.tokenise import OWNER, SplitTokenizer
 
@@ -46,7 +46,7 @@ class Request:
 
     def save(self, output: Path) -> None:
         """For the process that runs it."""
-        records.write_whole(output / "work" / "request.json", json.dumps(asdict(self)) + "\n")
+        files.write(output / "work" / "request.json", json.dumps(asdict(self)) + "\n")
 
 
 def _load_request(output: Path) -> Request:

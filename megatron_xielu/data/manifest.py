@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.common import files
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.recipe import Plan
@@ -27,7 +28,7 @@ def finish(plan: Plan, output: Path, used: int) -> dict[str, Any]:
     for task in range(used, plan.tasks):  # tasks that the budget turned out not to need
         records.forget(output, task)
         for split in SPLITS:
-            for path in records.files(output, split, task):
+            for path in records.shard_files(output, split, task):
                 path.unlink(missing_ok=True)
     records.remove_dead_attempts(output, all_of_them=True)
     done = {task: done[task] for task in range(used)}
@@ -56,7 +57,7 @@ def finish(plan: Plan, output: Path, used: int) -> dict[str, Any]:
         "shards": [entry for entry in every if entry["documents"]],
     }
     _write_data_args(output, manifest)
-    records.write_whole(output / NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    files.write(output / NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
 
@@ -101,6 +102,6 @@ def _write_data_args(output: Path, manifest: dict[str, Any]) -> None:
         words[entry["split"]] += [str(entry["tokens"]), str(output.absolute() / entry["prefix"])]
     train = words["train"]
     lines = [f"{weight} {path}\n" for weight, path in zip(train[::2], train[1::2], strict=True)]
-    records.write_whole(output / "data_args.txt", "".join(lines))
+    files.write(output / "data_args.txt", "".join(lines))
     per_split = {"train": train, "valid": words["valid"] or None, "test": None}
-    records.write_whole(output / "per_split_data_args.json", json.dumps(per_split, indent=1) + "\n")
+    files.write(output / "per_split_data_args.json", json.dumps(per_split, indent=1) + "\n")

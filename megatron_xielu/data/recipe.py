@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.data import records
+from megatron_xielu.common import files
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.sources import File, Group
 from megatron_xielu.data.tokenizer_files import TokenizerInfo
@@ -55,11 +55,11 @@ class Plan:
     def save(self, output: Path) -> None:
         """Write the plan, and the lists of paths for the readers."""
         for index, group in enumerate(self.groups):
-            records.write_whole(
+            files.write(
                 paths_file(output, index), "".join(f"{file.path}\n" for file in group.files)
             )
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-        records.write_whole(_path(output), text + "\n")
+        files.write(_path(output), text + "\n")
 
 
 def paths_file(output: Path, group: int) -> Path:

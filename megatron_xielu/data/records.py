@@ -10,7 +10,6 @@ file, and what they rename is the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_xielu.common import files, processes
 
 SPLITS = ("train", "valid")
 _PROGRESS_INTERVAL = 1.0  # seconds
@@ -57,21 +58,10 @@ def prefix(output: Path, split: str, task: int) -> Path:
     return output / split / f"{task:05d}"
 
 
-def files(output: Path, split: str, task: int) -> tuple[Path, Path]:
+def shard_files(output: Path, split: str, task: int) -> tuple[Path, Path]:
     """A shard's .bin and .idx."""
     path = prefix(output, split, task)
     return path.with_suffix(".bin"), path.with_suffix(".idx")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write beside the file and rename: it is never there in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with unfinished.open("wb") as stream:
-        stream.write(content if isinstance(content, bytes) else content.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
 
 
 def path_of(output: Path, task: int) -> Path:
@@ -81,7 +71,7 @@ def path_of(output: Path, task: int) -> Path:
 
 def save(output: Path, task: int, record: Record) -> None:
     """Mark the task as finished."""
-    write_whole(path_of(output, task), json.dumps(asdict(record)) + "\n")
+    files.write(path_of(output, task), json.dumps(asdict(record)) + "\n")
 
 
 def load(output: Path, task: int) -> Record | None:
@@ -111,24 +101,12 @@ def missing_or_truncated(output: Path, task: int, record: Record) -> str | None:
     """What is wrong with the sizes of a task's files, in words."""
     for split, shard in record.shards.items():
         if shard.documents:
-            for path, size in zip(files(output, split, task), shard.sizes, strict=True):
+            for path, size in zip(shard_files(output, split, task), shard.sizes, strict=True):
                 if not path.is_file():
                     return f"{path} is missing"
                 if path.stat().st_size != size:
                     return f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
     return None
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the file on the disk, not only in the kernel's memory."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 class Attempt:
@@ -145,7 +123,7 @@ class Attempt:
     def report(self, tokens: int) -> None:
         """Say how far it is, at most once a second."""
         if time.monotonic() - self._reported >= _PROGRESS_INTERVAL:
-            write_whole(self.folder / "progress.json", str(tokens))
+            files.write(self.folder / "progress.json", str(tokens))
             self._reported = time.monotonic()
 
 
@@ -179,21 +157,9 @@ def attempts(output: Path) -> list[Seen]:
             tokens = int((folder / "progress.json").read_text())
         except (FileNotFoundError, ValueError):
             tokens = 0
-        alive = host != socket.gethostname() or is_alive(int(pid))
+        alive = host != socket.gethostname() or processes.is_alive(int(pid))
         seen.append(Seen(folder, int(task), alive, tokens))
     return seen
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs, and is no zombie."""
-    try:
-        os.kill(pid, 0)
-        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except (PermissionError, FileNotFoundError, IndexError):
-        return True
-    return status not in "ZX"
 
 
 def remove_dead_attempts(output: Path, *, all_of_them: bool = False) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_xielu.common import files
 from megatron_xielu.data import executors, records
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.executors import Request
@@ -196,7 +197,7 @@ def _slurm_round(plan: Plan, output: Path, request: Request, bar: tqdm) -> None:
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             raise DataError(f"--executor slurm: sbatch failed: {error}") from error
         job = str(executor.job_id)
-        records.write_whole(job_file, job + "\n")
+        files.write(job_file, job + "\n")
     bar.write(f"Slurm job {job}; logs in {output / 'work/slurm'}")
     while _in_queue(job):
         time.sleep(_POLL)

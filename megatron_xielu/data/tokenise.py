@@ -21,6 +21,7 @@ from datatrove.pipeline.tokens.megatron_tokenizer import (
 from datatrove.utils.batching import batched
 from datatrove.utils.logging import logger
 
+from megatron_xielu.common import files, processes
 from megatron_xielu.data import records, sentences
 from megatron_xielu.data.records import Attempt, Record, Shard
 
@@ -84,7 +85,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
                 self._publish(attempt, record)
         except Exception as error:
             name = "" if "Error: " in str(error)[:40] else f"{type(error).__name__}: "
-            records.write_whole(failure, f"{name}{error}\n")
+            files.write(failure, f"{name}{error}\n")
             if self.raise_errors:
                 raise
             logger.error(f"task {rank} failed: {error}")
@@ -102,7 +103,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         owner = int(os.environ.get(OWNER, "0"))
         left_out, stopped = 0, False
         for batch in batched(data, self.batch_size):
-            if owner and not records.is_alive(owner):
+            if owner and not processes.is_alive(owner):
                 raise SystemExit("the process that started this task has ended")
             with self.track_time(unit="batch"):
                 for document, sequences in zip(batch, self._encode(batch), strict=True):
@@ -159,7 +160,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
     def _publish(self, attempt: Attempt, record: Record) -> None:
         """Rename the shards to their place, then write the record that vouches for them."""
         for split, shard in record.shards.items():
-            places = records.files(self.output, split, attempt.task)
+            places = records.shard_files(self.output, split, attempt.task)
             for place in places:
                 written = attempt.folder / f"{split}{place.suffix}"
                 if shard.documents:
@@ -183,12 +184,12 @@ def _finish(
 ) -> Shard:
     paths = (prefix.with_suffix(".bin"), prefix.with_suffix(".idx"))
     for path in paths:
-        records.sync(path)
+        files.sync(path)
     return Shard(
         tokens=tokens,
         documents=documents,
         sequences=len(file.sequence_lengths),
         text_bytes=text_bytes,
         sizes=(paths[0].stat().st_size, paths[1].stat().st_size),
-        sha256=(records.hash_file(paths[0]), records.hash_file(paths[1])),
+        sha256=(files.sha256(paths[0]), files.sha256(paths[1])),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron_xielu.data import records
+from megatron_xielu.common import files
 from megatron_xielu.data.errors import DataError
 
 
@@ -92,7 +92,7 @@ def inspect(name: str, eod_token: str | None) -> tuple[TokenizerInfo, Path, dict
     entries = max(tokenizer.get_vocab().values()) + 1
     info = TokenizerInfo(
         name=name if not is_local(name) else path.name,
-        sha256=records.hash_file(path),
+        sha256=files.sha256(path),
         vocab_size=entries,
         eod_token=eod,
         eod_id=eod_id,
@@ -106,5 +106,5 @@ def inspect(name: str, eod_token: str | None) -> tuple[TokenizerInfo, Path, dict
 
 def keep(path: Path, config: dict, folder: Path) -> None:
     """Copy the tokeniser into the output."""
-    records.write_whole(folder / "tokenizer.json", path.read_bytes())
-    records.write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    files.write(folder / "tokenizer.json", path.read_bytes())
+    files.write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

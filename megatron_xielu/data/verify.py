@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_xielu.common import files
 from megatron_xielu.data import manifest as manifests
 from megatron_xielu.data import records, tokenizer_files
 from megatron_xielu.data.errors import DataError
@@ -73,7 +74,7 @@ def _check(output: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> str
         size = path.stat().st_size
         if size != entry[kind]["bytes"]:
             return f".{kind} has {size:,} bytes instead of {entry[kind]['bytes']:,}"
-        if records.hash_file(path) != entry[kind]["sha256"]:
+        if files.sha256(path) != entry[kind]["sha256"]:
             return f".{kind} has another checksum than in the manifest"
     return _check_content(output / entry["prefix"], entry, manifest)
 
@@ -110,7 +111,7 @@ def _open(prefix: Path) -> Any:
 
 def _check_tokenizer(output: Path, manifest: dict[str, Any]) -> None:
     path = output / "tokenizer" / "tokenizer.json"
-    if not path.is_file() or records.hash_file(path) != manifest["tokenizer"]["sha256"]:
+    if not path.is_file() or files.sha256(path) != manifest["tokenizer"]["sha256"]:
         raise DataError(
             f"{path} is not the tokeniser of this data ({manifest['tokenizer']['name']}, sha256 "
             f"{manifest['tokenizer']['sha256'][:12]}); copy that one back"

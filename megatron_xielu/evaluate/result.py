@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_xielu.common import files
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def report(evaluation: Evaluation, output: Path | None) -> None:
     """Print the table and write the file, whole or not at all."""
     where = "not written: name a file with --evaluation-output"
     if output is not None:
-        unfinished = output.with_name(f".{output.name}.{socket.gethostname()}.{os.getpid()}")
-        unfinished.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n")
-        os.replace(unfinished, output)
+        files.write(output, json.dumps(evaluation.to_json(), indent=1) + "\n")
         where = str(output)
     print(_table(evaluation, where), flush=True)
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_xielu import arguments
 from megatron_xielu.activations import ACTIVATIONS
-from megatron_xielu.common.event_log import first_line
+from megatron_xielu.common.text import first_line
 from megatron_xielu.pretrain_gpt import check_supported
 from megatron_xielu.workarounds import checkpoint_arguments
 

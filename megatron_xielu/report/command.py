@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_xielu.common import files
 from megatron_xielu.report.errors import NoReport
 
 PAGE = "report.html"
@@ -95,11 +96,6 @@ def _write(output: Path, pictures: dict[str, bytes], html: str) -> None:
     page = output / PAGE
     old = page.read_text(errors="replace") if page.is_file() else ""
     for name, content in {**pictures, PAGE: html.encode()}.items():
-        unfinished = output / f".{name}.unfinished"
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(output / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        files.write(output / name, content)
     for name in set(re.findall(r'data-file="([\w.-]+\.png)"', old)) - set(pictures):
         (output / name).unlink(missing_ok=True)

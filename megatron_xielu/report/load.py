@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.common.event_log import describe
+from megatron_xielu.common.text import describe
 from megatron_xielu.convert.source import Refused
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model

@@ -28,6 +28,7 @@ import pytest
 from launch import REPOSITORY, train
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
+from megatron_xielu.common import processes
 from megatron_xielu.data import command, records, scheduler, sources, tokenise
 from megatron_xielu.data.records import Record, Shard
 
@@ -316,7 +317,7 @@ class TestInterruptions:
                 pid = int(seen.folder.name.rsplit("-", 1)[1])
                 if seen.alive:
                     os.kill(pid, signal.SIGKILL)
-                    while records.is_alive(pid):
+                    while processes.is_alive(pid):
                         time.sleep(0.01)
                     if not records.path_of(output, seen.task).exists():
                         killed = seen.task
@@ -331,7 +332,7 @@ class TestInterruptions:
         """--verify names both; the next run makes the two again, and nothing else."""
         tasks = [int(path.stem) for path in sorted((copy / "train").glob("*.bin"))]
         truncated, changed = (copy / "train" / f"{task:05d}.bin" for task in tasks[:2])
-        untouched = records.files(copy, "train", tasks[2])[0]
+        untouched = records.shard_files(copy, "train", tasks[2])[0]
         inode = untouched.stat().st_ino
         os.truncate(truncated, truncated.stat().st_size - 10)
         with changed.open("r+b") as stream:

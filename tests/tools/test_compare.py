@@ -250,7 +250,7 @@ class TestResults:
         for picture in ("loss.png", "differences.png", "alphas.png"):
             assert (out / picture).read_bytes().startswith(b"\x89PNG")
             assert (out / picture).stat().st_size < 150_000
-        assert not list(out.glob("*.unfinished"))
+        assert not list(out.glob(".*"))
 
     def test_one_run(self, tmp_path: Path) -> None:
         found = {"swiglu": {42: make_record("swiglu")}}

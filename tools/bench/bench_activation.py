@@ -50,6 +50,8 @@ from bench_providers import (
 from bench_report import Row
 from torch import Tensor
 
+from megatron_xielu.common import files
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The paper's 1.1B model and one like Apertus-70B; the former on a CPU, with fewer tokens.
@@ -134,10 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     stem = options.output / options.device
     heading = "".join(f"{name}: {value}\n" for name, value in header.items())
-    report.replace(stem.with_suffix(".txt"), lambda p: p.write_text(f"{heading}{text}\n"))
-    report.replace(stem.with_suffix(".csv"), lambda p: report.write_csv(rows, header, p))
+    files.write(stem.with_suffix(".txt"), f"{heading}{text}\n")
+    with files.whole(stem.with_suffix(".csv")) as path:
+        report.write_csv(rows, header, path)
     if any(r.status == "ok" for r in rows):
-        report.replace(stem.with_suffix(".png"), lambda p: draw(rows, header, options.device, p))
+        with files.whole(stem.with_suffix(".png")) as path:
+            draw(rows, header, options.device, path)
     print(f"\n{time.monotonic() - begin:.0f} s; written to {stem}.csv, .png, .txt")
     ours_refused = [r for r in rows if r.status == "refused" and r.provider.startswith("ours")]
     return 1 if ours_refused else 0

@@ -79,7 +79,7 @@ def draw(rows: list[Row], header: dict[str, str], device: str, path: Path) -> No
         frameon=False,
     )
     figure.tight_layout(rect=(0, 0, 1, 1 - _TOP_INCHES / height))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, format="png", dpi=130)
     pyplot.close(figure)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
@@ -131,16 +130,6 @@ def table(rows: list[Row]) -> str:
             )
         lines += [f"{LABELS[r.provider]}: REFUSED, {r.reason}" for r in group if r.status != "ok"]
     return "\n".join(lines)
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the path, then rename: what is there is always whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_csv(rows: list[Row], header: dict[str, str], path: Path) -> None:

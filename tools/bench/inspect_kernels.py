@@ -16,7 +16,6 @@ H100 (3.0 TB/s) and an H200 (4.3 TB/s) and 1.7 GHz, which both hold under such a
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
+from megatron_xielu.common import files
 from megatron_xielu.kernels import gpu_triton
 
 MULTIPROCESSORS, LANES, CLOCK = 132, 128, 1.7e9
@@ -79,9 +79,7 @@ def main() -> None:
     if options.output is None:
         print(text, end="")
         return
-    beside = options.output.with_suffix(".tmp")
-    beside.write_text(text)
-    os.replace(beside, options.output)
+    files.write(options.output, text)
 
 
 def inspect_all() -> Iterator[Code]:

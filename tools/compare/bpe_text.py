@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from compare import package_text
 from compare.text import SPLITS, Text
+from megatron_xielu.common import files
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _TOOL = Path(__file__).resolve().parents[1] / "prepare_data.py"
@@ -79,9 +79,7 @@ def train_tokenizer(corpus: Path, path: Path, vocab_size: int) -> None:
             f"compare: the text gives a tokenizer of {tokenizer.get_vocab_size():,} tokens, not "
             f"{vocab_size:,}; give more text, or compare with the preset tiny"
         )
-    unfinished = path.with_name(path.name + ".unfinished")
-    tokenizer.save(str(unfinished))
-    os.replace(unfinished, path)
+    files.write(path, tokenizer.to_str(pretty=True))
 
 
 def _texts(corpus: Path) -> Iterator[str]:

@@ -25,7 +25,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from compare.text import SPLITS, files_below, split_of, write_json, write_text
+from compare.text import SPLITS, files_below, split_of, write_json
+from megatron_xielu.common import files
 
 _LEAST_BYTES = 200
 _MOST_BYTES = 1_000_000
@@ -169,13 +170,13 @@ def write_corpus(out: Path, folder: Path | None = None) -> None:
     written.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     documents = Documents(set(), {}, {})
-    files = {split: (out / f"{split}.jsonl.unfinished").open("w") for split in SPLITS}
+    parts = {split: (out / f"{split}.jsonl.unfinished").open("w") for split in SPLITS}
     for source, name, text in _read_folder(folder) if folder else _read_packages(out / "packages"):
         if documents.take(source, text):
             line = json.dumps({"id": f"{source}/{name}", "text": text}, ensure_ascii=False)
-            files[split_of(text.encode())].write(line + "\n")
-    empty = [split for split, file in files.items() if not file.tell()]
-    for split, file in files.items():
+            parts[split_of(text.encode())].write(line + "\n")
+    empty = [split for split, file in parts.items() if not file.tell()]
+    for split, file in parts.items():
         file.close()
         os.replace(file.name, out / f"{split}.jsonl")
     if empty:
@@ -183,7 +184,7 @@ def write_corpus(out: Path, folder: Path | None = None) -> None:
             f"compare: {folder or 'the packages'}: no document in the {empty[0]} split; there is "
             "too little text"
         )
-    write_text(out / "SOURCES.md", sources(documents, folder))
+    files.write(out / "SOURCES.md", sources(documents, folder))
     write_json(written, described)
 
 
@@ -248,7 +249,7 @@ def fetch(package: Package, folder: Path) -> Path:
         SystemExit: the client is missing or fails, or what came is not what is pinned.
     """
     place = folder / f"{package.label}.{'whl' if package.client == 'pip' else 'tgz'}"
-    if place.exists() and _sha256(place) == package.sha256:
+    if place.exists() and files.sha256(place) == package.sha256:
         return place
     work = folder / "incoming"
     shutil.rmtree(work, ignore_errors=True)
@@ -275,7 +276,7 @@ def fetch(package: Package, folder: Path) -> Path:
             f"{said[-1] if said else 'no reason given'}\n{hint}"
         )
     (archive,) = work.iterdir()
-    if (found := _sha256(archive)) != package.sha256:
+    if (found := files.sha256(archive)) != package.sha256:
         raise SystemExit(
             f"compare: {package.label} as {package.client} brought it has sha256 {found}, not "
             f"{package.sha256}; it is not used"
@@ -283,11 +284,6 @@ def fetch(package: Package, folder: Path) -> Path:
     os.replace(archive, place)
     work.rmdir()
     return place
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_wheel(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from compare.paired import DIFFERENCE, Comparison, Spread
 from compare.records import Record
 from compare.variants import Variant
+from megatron_xielu.common import files
 from megatron_xielu.report.run_files import Curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the dashes do it in grey.
@@ -208,7 +208,6 @@ def _dress(axes: Any, *, x_label: bool = True) -> None:
 def _finish(figure: Any, title: str, caption: str, path: Path) -> None:
     figure.suptitle(f"{title}\n{caption}", fontsize=11)
     figure.tight_layout()
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format="png", dpi=110, facecolor="white")
-    os.replace(unfinished, path)
+    with files.whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=110, facecolor="white")
     _pyplot().close(figure)

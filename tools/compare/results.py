@@ -15,8 +15,9 @@ from compare import paired, plots
 from compare.equal_cost import Cost
 from compare.paired import Comparison, Spread
 from compare.plots import Records
-from compare.text import write_json, write_text
+from compare.text import write_json
 from compare.variants import Variant
+from megatron_xielu.common import files
 
 TINY_NOTE = (
     "These are tiny models on very little text: no evidence for or against the paper's claim."
@@ -76,7 +77,7 @@ def write(
         )
     if any(variant.has_alphas for variant in variants):
         plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
-    write_text(out / "results.md", shown)
+    files.write(out / "results.md", shown)
     return shown
 
 

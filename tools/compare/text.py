@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.common import files
+
 SPLITS = ("train", "valid")
 _HELD_OUT_PERCENT = 4
 
@@ -53,24 +55,16 @@ def split_of(key: bytes) -> str:
 def files_below(folder: Path, *, suffixes: frozenset[str] = SUFFIXES) -> Iterator[str]:
     """Relative paths (with ``/``) of the text files in ``folder``, sorted."""
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__" and name[0] != "."]
         found += [
             (Path(parent) / name).relative_to(folder).as_posix()
-            for name in files
+            for name in names
             if Path(name).suffix.lower() in suffixes
         ]
     return iter(sorted(found))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` beside ``path`` and rename, so that a reader never sees half a file."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write ``content`` beside ``path`` and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, path)
+    """Write ``content`` whole, so that a reader never sees half a file."""
+    files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

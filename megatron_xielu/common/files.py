@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place unless the block raises.
+
+    After a crash there is the old content or the new.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    with suppress(OSError):  # some network file systems cannot
+        sync(path.parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Replace a file as a `whole`.
+
+    Raises:
+        OSError: it has the old content; the error names the file.
+    """
+    try:
+        with whole(path) as beside:
+            beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk, not only in the kernel's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

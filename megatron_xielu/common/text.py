@@ -1,0 +1,29 @@
+"""Words for people: one line of an error, a number of bytes."""
+
+from __future__ import annotations
+
+LONGEST_LINE = 500
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty, without the spaces around it."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def describe(error: BaseException) -> str:
+    """An exception with its type, in one line of limited length."""
+    return f"{type(error).__name__}: {first_line(str(error))}"[:LONGEST_LINE]
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return first_line(str(error)) or type(error).__name__
+
+
+def size(number: float) -> str:
+    """A number of bytes: 12.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

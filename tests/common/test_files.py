@@ -1,0 +1,39 @@
+"""Files are there whole or not at all; an error names the file, and leaves the old content."""
+
+import os
+
+import pytest
+
+from megatron_xielu.common import files
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    for content in ("first", "α".encode()):
+        files.write(path, content)
+    assert path.read_text() == "α"
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("fails_at", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch, fails_at):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails_at, fail)
+        with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{path}'$"):
+            files.write(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_what_raises_within_the_block_writes_nothing(tmp_path):
+    path = tmp_path / "file.txt"
+    with pytest.raises(ValueError, match="half"), files.whole(path) as beside:
+        beside.write_text("half")
+        raise ValueError("half")
+    assert not os.listdir(tmp_path)
