@@ -92,7 +92,7 @@ def run(plan: Plan, output: Path, request: Request, expected_tokens: float) -> M
             if not left.tasks:
                 return left
             failures = output / "work" / "failures"
-            for failure in failures.glob("*"):
+            for failure in failures.glob("[0-9]*"):
                 failure.unlink()
             for task in left.tasks:
                 records.forget(output, task)
@@ -100,7 +100,7 @@ def run(plan: Plan, output: Path, request: Request, expected_tokens: float) -> M
             this = replace(request, tasks=max(left.tasks) + 1, limits=left.limits)
             one_round = _slurm_round if request.executor == "slurm" else _local_round
             one_round(plan, output, this, bar)
-            reasons = {int(f.name): f.read_text().strip() for f in sorted(failures.glob("*"))}
+            reasons = {int(f.name): f.read_text().strip() for f in sorted(failures.glob("[0-9]*"))}
             after = records.load_all(output, plan.tasks)
             if reasons:
                 raise DataError(_say_failures(reasons, len(after), output))
