@@ -41,7 +41,7 @@ from compare.text import Text, write_json
 from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
-from megatron_xielu.report.run_files import saved_iteration
+from megatron_xielu.checkpoints.folder import checkpoints, find, read_tracker
 
 _FIRST_SEED = 42
 _DEFAULT_BASELINE = "swiglu"
@@ -349,7 +349,8 @@ def do_run(run: Run, place: str, settings: Settings, machine: Machine, lock: int
     if (run.folder / "record.json").exists():
         print(f"{place} {run.label}: finished before", flush=True)
         return
-    if iteration := saved_iteration(run.folder / "checkpoints"):
+    iteration = read_tracker(run.folder / "checkpoints")
+    if isinstance(iteration, int):
         print(f"{place} {run.label}: resumes from iteration {iteration}", flush=True)
     peak_rss = train(
         f"{place} {run.label}:",
@@ -367,11 +368,11 @@ def do_run(run: Run, place: str, settings: Settings, machine: Machine, lock: int
     remove_old_checkpoints(run.folder / "checkpoints")
 
 
-def remove_old_checkpoints(checkpoints: Path) -> None:
+def remove_old_checkpoints(save_dir: Path) -> None:
     """Keep the last one: the record has the rest."""
-    last = saved_iteration(checkpoints)
-    for path in checkpoints.glob("iter_*"):
-        if path.name != f"iter_{last:07}":
+    last = find(save_dir)
+    for path in checkpoints(save_dir).values():
+        if path != last:
             shutil.rmtree(path)
 
 

@@ -7,7 +7,7 @@ the SHA-256 in ``integrity.json`` must be right, too: they cover ``.metadata`` a
 of the zips, which have no checksum of their own. Of the format ``torch`` (``mp_rank_*``) the files'
 existence and the zips are checked.
 
-``.metadata`` is a pickle. It is read into inert objects: no class of it is imported or called.
+``.metadata`` is a pickle. It is read into `inert` objects: no class of it is imported or called.
 """
 
 from __future__ import annotations
@@ -16,35 +16,17 @@ import errno
 import io
 import json
 import os
-import pickle
 import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.checkpoints import inert
 from megatron_xielu.common import files
 
 
 class Damaged(Exception):
     """A checkpoint is not whole; the message says which file and why."""
-
-
-class _Inert:
-    """Stands in for every class in ``.metadata``: has its attributes, runs none of its code."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return {"OrderedDict": dict, "Size": tuple}.get(name, _Inert)
 
 
 class _Window(io.RawIOBase):
@@ -166,8 +148,7 @@ def _read_metadata(path: Path) -> Any:
     if not path.is_file():
         raise Damaged(".metadata is missing: the save did not finish")
     try:
-        with path.open("rb") as file:
-            return _InertUnpickler(file).load()
+        return inert.unpickle(path)
     except OSError:
         raise
     except Exception as error:  # whatever wrong bytes make a pickle raise

@@ -1,29 +1,22 @@
-"""What lies in a Megatron save folder: checkpoints, the tracker, ``verified.json``; and its lock.
+"""What lies in a Megatron save folder: checkpoints and the tracker; and which one is meant.
 
-Nothing half done looks like a checkpoint: files are written aside and renamed.
+The rule is Megatron's (`_load_base_checkpoint` of megatron/training/checkpointing.py): what this
+package reads is what a training would load.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import threading
-import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from megatron_xielu.common import event_log, files, processes
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RECORD = "verified.json"
-_LOCK = ".checkpoints.lock"
-# Longer than NFS keeps a file's attributes: a holder that lives renews the lock in between.
-_STALE_AFTER = 120.0
-_RENEW_EVERY = 5.0
+RELEASE = "release"  # what the tracker says where a model was converted; and its folder
+
+
+class NoCheckpoint(ValueError):
+    """A save folder means no checkpoint; the message names the tracker."""
 
 
 def checkpoints(save_dir: Path) -> dict[int, Path]:
@@ -31,20 +24,61 @@ def checkpoints(save_dir: Path) -> dict[int, Path]:
     found = {
         int(match[1]): path
         for path in save_dir.glob("iter_*")
-        if (match := re.fullmatch(r"iter_(\d{7,})", path.name)) and path.is_dir()
+        if (match := re.fullmatch(r"iter_([0-9]{7}|[1-9][0-9]{7,})", path.name)) and path.is_dir()
     }
     return dict(sorted(found.items(), reverse=True))
 
 
+def complete_checkpoints(save_dir: Path) -> dict[int, Path]:
+    """Checkpoints of the format ``torch_dist`` that the tracker vouches for, oldest first.
+
+    One that a crash left unfinished is newer than the tracker says. A converted model has
+    iteration 0, as in Megatron.
+    """
+    tracker = read_tracker(save_dir)
+    if tracker == RELEASE:
+        found = {0: save_dir / RELEASE}
+    elif isinstance(tracker, int):
+        every = sorted(checkpoints(save_dir).items())
+        found = {iteration: folder for iteration, folder in every if iteration <= tracker}
+    else:
+        found = {}
+    return {i: folder for i, folder in found.items() if (folder / ".metadata").is_file()}
+
+
 def read_tracker(save_dir: Path) -> int | str:
     """The iteration Megatron would load, or ``release``, or what is wrong: missing, empty, …"""
-    try:
-        text = (save_dir / TRACKER).read_text(errors="replace").strip()
-    except FileNotFoundError:
+    path = save_dir / TRACKER
+    if not path.is_file():
         return "missing"
-    if re.fullmatch(r"[0-9]+", text):
-        return int(text)
-    return text if text == "release" else repr(text[:40]) if text else "empty"
+    text = path.read_text(errors="replace").strip()
+    try:
+        if (iteration := int(text)) >= 0:
+            return iteration
+    except ValueError:
+        pass
+    return text if text == RELEASE else repr(text[:40]) if text else "empty"
+
+
+def find(save_dir: Path, step: int | None = None) -> Path:
+    """The checkpoint that Megatron would load; whether it is there is the caller's to see.
+
+    Args:
+        save_dir: ``--load``.
+        step: ``--ckpt-step``. As for Megatron, 0 is none, a tracker that says ``release`` goes
+            before it, and one that cannot be read is an error in spite of it.
+
+    Raises:
+        NoCheckpoint: the tracker is missing, and there is no step; or it names no iteration.
+    """
+    tracker = read_tracker(save_dir)
+    if tracker == RELEASE:
+        return save_dir / RELEASE
+    if tracker == "missing" and not step:
+        raise NoCheckpoint(f"{save_dir / TRACKER} is missing")
+    if isinstance(tracker, str) and tracker != "missing":
+        raise NoCheckpoint(f"{save_dir / TRACKER} names no iteration")
+    return save_dir / f"iter_{step or tracker:07d}"
 
 
 def size_and_stamp(folder: Path) -> tuple[int, int]:
@@ -55,105 +89,3 @@ def size_and_stamp(folder: Path) -> tuple[int, int]:
             status = os.stat(os.path.join(parent, name))
             found.append((name, status.st_size, status.st_mtime_ns))
     return sum(size for _, size, _ in found), zlib.crc32(repr(sorted(found)).encode())
-
-
-class Record:
-    """``verified.json``: the checkpoints that passed a whole check, and the policy of `watch`."""
-
-    def __init__(self, save_dir: Path) -> None:
-        self._path = save_dir / RECORD
-        try:
-            content = json.loads(self._path.read_bytes())
-            self.verified: dict[str, dict[str, Any]] = dict(content["checkpoints"])
-            self.policy: dict[str, int] = dict(content["policy"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self.verified, self.policy = {}, {}
-
-    def __contains__(self, folder: Path) -> bool:
-        entry = self.verified.get(folder.name)
-        return isinstance(entry, dict) and entry.get("stamp") == size_and_stamp(folder)[1]
-
-    def add(self, folder: Path) -> None:
-        """Note that a folder passed, as it is now."""
-        size, stamp = size_and_stamp(folder)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.verified[folder.name] = {"bytes": size, "stamp": stamp, "time": now}
-
-    def save(self) -> None:
-        """Write it; a full disk costs only the checks that are then made again."""
-        content = {"policy": self.policy, "checkpoints": self.verified}
-        try:
-            files.write(self._path, json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            event_log.write("checkpoint-record-failed", f"{self._path}: {error.strerror}")
-
-
-@contextmanager
-def lock(save_dir: Path) -> Iterator[None]:
-    """One process at a time, on all nodes: a file that only one can create, renewed while held.
-
-    A lock whose holder was on this node and has ended, or that nobody renewed, is taken over.
-    Should its holder wake up again, no harm is done: every step is a rename that happens once, or
-    is repeated with the same result.
-    """
-    path = save_dir / _LOCK
-    seen, since = None, time.monotonic()
-    while True:
-        try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            time.sleep(0.05)
-        else:
-            with suppress(OSError):  # a full disk
-                os.write(file, f"{os.uname().nodename} {os.getpid()}".encode())
-            os.close(file)
-            break
-        with suppress(FileNotFoundError):
-            stamp = path.stat().st_mtime_ns
-            if stamp != seen:  # its own clock against itself: nodes' clocks differ
-                seen, since = stamp, time.monotonic()
-            if time.monotonic() - since > _STALE_AFTER or _has_ended(path.read_text()):
-                path.unlink()
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(_RENEW_EVERY):
-            with suppress(OSError):
-                os.utime(path)
-
-    threading.Thread(target=renew, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-        path.unlink(missing_ok=True)
-
-
-def _has_ended(holder: str) -> bool:
-    """Whether the process that wrote this into its lock was on this node and is no more."""
-    node, _, pid = holder.partition(" ")
-    return node == os.uname().nodename and pid.isdigit() and not processes.is_alive(int(pid))
-
-
-def kept(save_dir: Path, record: Record) -> dict[int, str]:
-    """The checkpoints that the policy in the record keeps, with the reason."""
-    keep_last, keep_every = (record.policy.get(name, 0) for name in ("keep_last", "keep_every"))
-    tracker, found = read_tracker(save_dir), checkpoints(save_dir)
-    verified = [iteration for iteration, folder in found.items() if folder in record]
-    reasons = {}
-    for iteration, folder in found.items():
-        if iteration == tracker:
-            reasons[iteration] = "the tracker names it"
-        elif keep_last < 1:
-            reasons[iteration] = "nothing watches this folder"
-        elif not isinstance(tracker, int) or iteration > tracker:
-            reasons[iteration] = "newer than the tracker says"
-        elif tracker not in verified:
-            reasons[iteration] = "the newest is not verified"
-        elif len(verified) < keep_last or iteration >= verified[keep_last - 1]:
-            reasons[iteration] = f"one of the last {keep_last}"
-        elif keep_every and iteration % keep_every == 0:
-            reasons[iteration] = f"a multiple of {keep_every}"
-        elif folder.is_symlink():
-            reasons[iteration] = "a link"
-    return reasons

@@ -315,13 +315,12 @@ def _in_one_bucket(tensors: dict[str, Any], size: float | str) -> bool:
 
 def _tensors(args: Namespace, folder: str) -> dict[str, Any]:
     """The tensors of the checkpoint that would be loaded, by key; none where it is not found."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from megatron_xielu.checkpoints.folder import NoCheckpoint, find
+    from megatron_xielu.checkpoints.source import Refused
+    from megatron_xielu.checkpoints.torch_dist import read_metadata
 
     try:
-        step = getattr(args, "ckpt_step", None)
-        if step is None:
-            step = Path(folder, "latest_checkpointed_iteration.txt").read_text()
-        metadata = FileSystemReader(Path(folder, f"iter_{int(step):07d}")).read_metadata()
-    except (OSError, ValueError):
+        checkpoint = find(Path(folder), getattr(args, "ckpt_step", None))
+        return read_metadata(checkpoint / ".metadata").state_dict_metadata
+    except (NoCheckpoint, Refused):
         return {}
-    return metadata.state_dict_metadata

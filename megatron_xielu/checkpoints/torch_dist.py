@@ -8,6 +8,7 @@ objects: Megatron need not be installed, and a name that no checkpoint needs is 
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import re
@@ -29,7 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_xielu.convert.source import Refused, reason
+from megatron_xielu.checkpoints import inert
+from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.text import reason
 
 # Data classes and enumerations; Megatron keeps the plans of the save there, too.
 _METADATA_CLASSES = {
@@ -43,8 +46,6 @@ _METADATA_CLASSES = {
     ("collections", "OrderedDict"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "Path")),
 }
-# Whose classes may stand among the arguments; no code of theirs runs.
-_ARGUMENT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib", "types", "numpy")
 # Of the state that ranks share: a record since Megatron 0.19, a file before.
 # Of several optimizers, as with Muon or experts, each has a number before it.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -52,28 +53,12 @@ _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_CLASSES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
-
-
-def _inert(name: str) -> Any:
-    """A class that stands in for another: takes its state, runs none of its code."""
-
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        instance: Any = object.__new__(cls)
-        instance.value = args[0] if args else None  # of an enumeration
-        return instance
-
-    def setstate(self: Any, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-    return type(name, (), {"__new__": new, "__setstate__": setstate})
+def _find_metadata_class(module: str, name: str) -> Any:
+    if (module, name) in _METADATA_CLASSES:
+        return getattr(importlib.import_module(module), name)
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        return getattr(torch, name)
+    raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
 
 
 class _Slices(DefaultLoadPlanner):
@@ -100,7 +85,7 @@ class _Slices(DefaultLoadPlanner):
 
 
 class TorchDist:
-    """A ``torch_dist`` checkpoint (a `megatron_xielu.convert.source.Source`).
+    """A ``torch_dist`` checkpoint (a `megatron_xielu.checkpoints.source.Source`).
 
     Args:
         folder: ``iter_…`` or ``release``.
@@ -111,7 +96,7 @@ class TorchDist:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metadata = _read_metadata(folder / ".metadata")
+        self._metadata = read_metadata(folder / ".metadata")
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._tensors = {
@@ -171,7 +156,7 @@ class TorchDist:
             self._read(_COMMON_KEY, _create_read_items(_COMMON_KEY, entry, None), data)
         else:
             raise Refused(f"{self.folder}: neither {_COMMON_FILE} nor {_COMMON_KEY} is there")
-        state = load_inert(data, f"{self.folder}: {where}")
+        state = inert.load(data, f"{self.folder}: {where}")
         state = state[0] if isinstance(state, list) and state else state
         arguments = state.get("args") if isinstance(state, dict) else None
         if not isinstance(arguments, Namespace):
@@ -179,44 +164,14 @@ class TorchDist:
         return arguments
 
 
-def load_inert(data: io.BytesIO | Path, what: str) -> Any:
-    """``torch.load`` without running code: Megatron's classes become inert objects.
-
-    Args:
-        data: a file by ``torch.save``; its tensors stay on the disk (mapped) where it is a path.
-        what: its name, for messages.
+def read_metadata(path: Path) -> Metadata:
+    """What ``.metadata`` says is in a checkpoint, and where.
 
     Raises:
-        Refused: it names something that no checkpoint needs, or cannot be read.
+        Refused: it cannot be read, or names something else than PyTorch's classes for this.
     """
-    mapped = isinstance(data, Path)
     try:
-        if isinstance(data, io.BytesIO):
-            data.seek(0)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(data)
-        for name in names:
-            if name != "argparse.Namespace" and name.partition(".")[0] not in _ARGUMENT_MODULES:
-                raise Refused(
-                    f"{what} names {name}, which does not belong into a checkpoint; nothing of it "
-                    "was executed"
-                )
-        inert: list[Any] = [
-            (Namespace if name == "argparse.Namespace" else _inert(name), name) for name in names
-        ]
-        if isinstance(data, io.BytesIO):
-            data.seek(0)
-        with torch.serialization.safe_globals(inert):
-            return torch.load(data, map_location="cpu", weights_only=True, mmap=mapped)
-    except Refused:
-        raise
-    except Exception as error:  # whatever wrong bytes make torch.load raise
-        raise Refused(f"{what} cannot be read: {reason(error)}") from error
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            content = _MetadataUnpickler(file).load()
+        content = inert.unpickle(path, _find_metadata_class)
     except Exception as error:  # whatever wrong bytes make a pickle raise
         raise Refused(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(content, Metadata):

@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_xielu.checkpoints.check import Damaged, check
-from megatron_xielu.checkpoints.folder import (
-    Record,
-    checkpoints,
-    kept,
-    lock,
-    read_tracker,
-    size_and_stamp,
-)
+from megatron_xielu.checkpoints.folder import checkpoints, read_tracker, size_and_stamp
+from megatron_xielu.checkpoints.ledger import Record, kept, lock
 from megatron_xielu.common import event_log, text
 
 _ROOM = 1.1  # free space wanted for the next checkpoint, in sizes of the last

@@ -25,7 +25,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_xielu import workarounds
-from megatron_xielu.checkpoints import __main__ as checkpoints
+from megatron_xielu.checkpoints.repair import repair
 from megatron_xielu.cluster.launcher import REFUSED
 from megatron_xielu.common import event_log, text
 
@@ -52,7 +52,7 @@ def main() -> None:
     save = _save_folder(arguments)
     try:
         if save and os.environ.get("RANK", "0") == "0":
-            iteration = checkpoints.repair(save)
+            iteration = repair(save)
             event_log.write("resume", iteration=iteration or 0)
         workarounds.mend_optimizers_when_imported()
         sys.argv = [script, *arguments]

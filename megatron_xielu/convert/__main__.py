@@ -1,6 +1,146 @@
-"""``python -m megatron_xielu.convert``: see `megatron_xielu.convert.cli`."""
+"""The command line of ``python -m megatron_xielu.convert``.
 
-from megatron_xielu.convert.cli import main
+to-hf CHECKPOINT OUT     Megatron → Hugging Face
+from-hf MODEL OUT        Hugging Face → Megatron
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_xielu.checkpoints.source import Refused
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a conversion; exit with one line on standard error if it is refused."""
+    args = _parser().parse_args(argv)
+    # As on Ctrl-C, so that what is half written is removed when a job ends.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        args.run(args)
+    except (Refused, OSError) as error:
+        raise SystemExit(f"megatron_xielu.convert: error: {error}") from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "safetensors", "tqdm"):
+            raise
+        raise SystemExit(
+            f"megatron_xielu.convert: error: {error}; pip install 'megatron_xielu[hf]'"
+        ) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_xielu.convert",
+        description="Convert checkpoints between Megatron (torch_dist) and Hugging Face.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="to-hf | from-hf")
+
+    export = commands.add_parser("to-hf", help="Megatron → Hugging Face")
+    export.set_defaults(run=_to_hf)
+    export.add_argument(
+        "checkpoint", type=Path, help="the checkpoints folder of a run (its last one), or iter_…"
+    )
+    export.add_argument("out", type=Path, help="the Hugging Face folder to write")
+    export.add_argument(
+        "--tokenizer",
+        metavar="PATH|NAME",
+        help="a Hugging Face tokenizer (default: the checkpoint's, where that is a local folder)",
+    )
+    export.add_argument(
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="5GB, 500MB, …"
+    )
+    export.add_argument(
+        "--trim-vocab",
+        type=_positive,
+        metavar="N",
+        help="keep the first N rows of the vocabulary (default: all, with Megatron's padding)",
+    )
+    export.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="read a legacy checkpoint (mp_rank_*), whose pickles can execute anything",
+    )
+
+    back = commands.add_parser("from-hf", help="Hugging Face → Megatron")
+    back.set_defaults(run=_from_hf)
+    back.add_argument("model", help="a Hugging Face folder, or with --download a name")
+    back.add_argument("out", type=Path, help="the folder to write, for Megatron's --load")
+    back.add_argument("--download", action="store_true", help="fetch MODEL from the hub")
+    back.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="pad the vocabulary, so that the tensor-parallel size divides it (default: 1)",
+    )
+    for command in (export, back):
+        command.add_argument(
+            "--dtype", choices=_DTYPES, help="of the weights (default: as stored); alphas are fp32"
+        )
+        command.add_argument("--force", action="store_true", help="replace an existing output")
+    return parser
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoints.reader import open_source
+    from megatron_xielu.convert import to_hf
+
+    options = to_hf.Options(
+        tokenizer=args.tokenizer,
+        dtype=_DTYPES.get(args.dtype),
+        shard_bytes=args.max_shard_size,
+        vocabulary=args.trim_vocab,
+        force=args.force,
+    )
+    source = open_source(args.checkpoint, trust_pickle=args.trust_pickle)
+    to_hf.export(source, args.out.absolute(), options)
+
+
+def _from_hf(args: argparse.Namespace) -> None:
+    from megatron_xielu.convert import from_hf
+
+    options = from_hf.Options(
+        dtype=_DTYPES.get(args.dtype),
+        divisor=args.make_vocab_size_divisible_by,
+        force=args.force,
+    )
+    folder = Path(args.model)
+    if not folder.is_dir():
+        if not args.download:
+            raise Refused(f"{folder} is not a folder; add --download to fetch it from the hub")
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "tokenizer*"]
+        folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+    from_hf.convert(folder, args.out.absolute(), options)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.upper())
+    if not match or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS[match[2]]))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
 
 if __name__ == "__main__":
     main()

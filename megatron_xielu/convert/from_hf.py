@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_xielu.checkpoints import writer
+from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.writer import Chunk
 from megatron_xielu.convert import hf_config, megatron_arguments, output
 from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Reader
-from megatron_xielu.convert.source import TRACKER, Refused
 from megatron_xielu.convert.tensors import Part, constants, parts
 
-_RELEASE = "release"
 MARKER = TRACKER
 
 
@@ -84,8 +84,8 @@ def convert(
         chunks = [
             _chunk(reader, old, new, architecture.layers, options, progress) for old, new in both
         ]
-        writer.write(staging / _RELEASE, chunks, arguments)
-        (staging / TRACKER).write_text(_RELEASE)
+        writer.write(staging / RELEASE, chunks, arguments)
+        (staging / TRACKER).write_text(RELEASE)
     report(f"written: {out}")
     flags = [
         "--load",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert.architecture import LLAMA3_ROPE, Architecture
-from megatron_xielu.convert.source import Refused
 
 _CLASSES = {
     "apertus": "ApertusForCausalLM",

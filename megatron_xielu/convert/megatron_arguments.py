@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert.architecture import Architecture
-from megatron_xielu.convert.source import Refused
 
 # Argument: the values that Hugging Face's models imply; the first is what an import writes. An
 # argument that a release does not have has its first value there.

@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import files
-from megatron_xielu.convert.source import Refused
 
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.convert import hf_config, megatron_arguments, output, tokenizer
 from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Entry, Writer
-from megatron_xielu.convert.source import Refused, Source
 from megatron_xielu.convert.tensors import Part, constants, parts
 
 MARKER = "config.json"

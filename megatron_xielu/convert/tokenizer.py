@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.convert.source import Refused, reason
+from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.text import reason
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

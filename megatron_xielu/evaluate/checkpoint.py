@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+from megatron_xielu.checkpoints import folder as save_folder
+from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
 
 
 def find(folder: Path, step: int | None) -> int:
@@ -19,26 +20,22 @@ def find(folder: Path, step: int | None) -> int:
     """
     if not folder.is_dir():
         raise ValueError(f"--load {folder}: no such folder")
-    tracker = folder / _TRACKER
-    last = tracker.read_text().strip() if tracker.is_file() else None
-    if last is None and step is None:
-        inside = folder / "checkpoints" / _TRACKER
+    if not step and save_folder.read_tracker(folder) == "missing":
+        inside = folder / "checkpoints" / TRACKER
         hint = f"; say --load {inside.parent}" if inside.is_file() else ""
-        raise ValueError(f"--load {folder}: no checkpoint, {_TRACKER} is missing{hint}")
-    if last is not None and last != "release" and not last.isdigit():
-        raise ValueError(f"{tracker} names no iteration; say --ckpt-step")
-    if last == "release":
-        iteration, name = 0, "release"
-    else:
-        iteration = step if step is not None else int(last or 0)
-        name = f"iter_{iteration:07d}"
-    checkpoint = folder / name
+        raise ValueError(f"--load {folder}: no checkpoint, {TRACKER} is missing{hint}")
+    try:
+        checkpoint = save_folder.find(folder, step)
+    except save_folder.NoCheckpoint as error:
+        raise ValueError(
+            f"{error}; mend it with python3 -m megatron_xielu.checkpoints {folder} repair"
+        ) from None
     if not checkpoint.is_dir():
-        flag = f"--ckpt-step {step}" if step is not None else f"--load {folder}"
+        flag = f"--ckpt-step {step}" if step else f"--load {folder}"
         there = sorted(path.name for path in folder.glob("iter_*"))
         raise ValueError(f"{flag}: no {checkpoint}; there is {', '.join(there) or 'none'}")
     if not (checkpoint / ".metadata").is_file():
         raise ValueError(
             f"{checkpoint} is not a complete checkpoint of the format torch_dist: no .metadata"
         )
-    return iteration
+    return 0 if checkpoint.name == RELEASE else int(checkpoint.name.removeprefix("iter_"))

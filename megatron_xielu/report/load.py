@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_xielu.checkpoints.folder import complete_checkpoints
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.common.text import describe
-from megatron_xielu.convert.source import Refused
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, run_files
@@ -45,7 +46,7 @@ def load(folder: Path) -> Run:
     saves = {path.resolve(): path for path in map(folder.joinpath, _CHECKPOINT_FOLDERS)}
     checkpoints: dict[int, Path] = {}
     for path in saves.values():
-        checkpoints |= run_files.complete_checkpoints(path)
+        checkpoints |= complete_checkpoints(path)
     evaluation_file = folder / EVALUATION
     if not event_files and not checkpoints and not evaluation_file.exists():
         raise NoReport(_why_no_run(folder))
@@ -96,8 +97,7 @@ def _why_no_run(folder: Path) -> str:
     inside = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_dir()
-        and (_event_files(path) or run_files.complete_checkpoints(path / "checkpoints"))
+        if path.is_dir() and (_event_files(path) or complete_checkpoints(path / "checkpoints"))
     ]
     if inside and {path.name for path in inside} - set(_EVENT_FOLDERS):
         return f"{folder} holds runs but is none; name them: {' '.join(map(str, inside))}"
@@ -191,7 +191,8 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     elif saved is not None:
         run.notes.append("event files and checkpoints have alphas of different layers")
     trained_here = run.arguments is not None and not (
-        getattr(run.arguments, "finetune", False)
+        0 in checkpoints  # a converted model
+        or getattr(run.arguments, "finetune", False)
         or getattr(run.arguments, "pretrained_checkpoint", None)
     )
     start = run_files.initial_alphas(run.arguments) if trained_here else None

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_xielu.checkpoints.source import Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.convert.source import Source
 from megatron_xielu.kernels.reference import softplus
 from megatron_xielu.report import events
 
@@ -54,28 +54,6 @@ def read_events(folder: Path) -> dict[str, Curve]:
     return {
         tag: list(zip(series.steps.tolist(), series.values.tolist(), strict=True))
         for tag, series in scalars.items()
-    }
-
-
-def saved_iteration(checkpoints: Path) -> int | None:
-    """The iteration of the last complete checkpoint, where a training resumes; None if none."""
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    text = tracker.read_text(errors="replace").strip() if tracker.exists() else ""
-    return int(text) if text.isdigit() else None
-
-
-def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
-    """Checkpoint folders by iteration, rising, without one that a crash left unfinished."""
-    last = saved_iteration(checkpoints) or 0
-    found = {
-        int(path.name.removeprefix("iter_")): path
-        for path in checkpoints.glob("iter_*")
-        if path.name.removeprefix("iter_").isdigit()
-    }
-    return {
-        iteration: found[iteration]
-        for iteration in sorted(found)
-        if iteration <= last and (found[iteration] / ".metadata").exists()
     }
 
 

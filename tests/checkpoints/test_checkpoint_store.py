@@ -15,10 +15,11 @@ import pytest
 import torch
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, start, train, wait
 
-from megatron_xielu.checkpoints import folder as save_folder
-from megatron_xielu.checkpoints.__main__ import NoGoodCheckpoint, repair
+from megatron_xielu.checkpoints import ledger
 from megatron_xielu.checkpoints.check import Damaged, check
-from megatron_xielu.checkpoints.folder import RECORD, TRACKER, lock
+from megatron_xielu.checkpoints.folder import TRACKER
+from megatron_xielu.checkpoints.ledger import RECORD, lock
+from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
 from megatron_xielu.checkpoints.watch import Watcher
 
 SAVES = "--xielu --save checkpoints --load checkpoints --save-interval 2"
@@ -311,15 +312,15 @@ def test_lock_of_a_dead_process_is_taken_over(save_dir, monkeypatch):
     assert lock_file.read_text() == f"{os.uname().nodename} {holder.pid}"
     begin = time.monotonic()
     assert repair(save_dir) == 6  # the holder was on this node: at once
-    assert time.monotonic() - begin < 60 < save_folder._STALE_AFTER
+    assert time.monotonic() - begin < 60 < ledger._STALE_AFTER
 
-    monkeypatch.setattr(save_folder, "_STALE_AFTER", 0.3)
+    monkeypatch.setattr(ledger, "_STALE_AFTER", 0.3)
     lock_file.write_text(f"another-node {holder.pid}")
     begin = time.monotonic()
     assert repair(save_dir) == 6
     assert time.monotonic() - begin > 0.3
 
-    monkeypatch.setattr(save_folder, "_RENEW_EVERY", 0.05)
+    monkeypatch.setattr(ledger, "_RENEW_EVERY", 0.05)
     with lock(save_dir):  # one that is alive is waited for
         waiting = subprocess.Popen(
             [sys.executable, "-c", LOCKED, save_dir], cwd=REPOSITORY, stdout=subprocess.PIPE
@@ -331,15 +332,15 @@ def test_lock_of_a_dead_process_is_taken_over(save_dir, monkeypatch):
 
 HOLDER = """
 import os, pathlib, signal, sys
-from megatron_xielu.checkpoints import folder
-with folder.lock(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)
+from megatron_xielu.checkpoints import ledger
+with ledger.lock(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)
 """
 
 LOCKED = """
 import pathlib, sys
-from megatron_xielu.checkpoints import folder
-folder._STALE_AFTER = 0.3
-with folder.lock(pathlib.Path(sys.argv[1])): pass
+from megatron_xielu.checkpoints import ledger
+ledger._STALE_AFTER = 0.3
+with ledger.lock(pathlib.Path(sys.argv[1])): pass
 """
 
 

@@ -18,12 +18,14 @@ from logits_entry import TOKENS
 
 from megatron_xielu.checkpoints import writer
 from megatron_xielu.checkpoints.check import check
+from megatron_xielu.checkpoints.reader import open_source
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.convert import cli, from_hf, hf_config, output, to_hf
+from megatron_xielu.convert import __main__ as cli
+from megatron_xielu.convert import from_hf, hf_config, output, to_hf
 from megatron_xielu.convert.architecture import Architecture
 from megatron_xielu.convert.megatron_arguments import architecture_of, arguments_of
 from megatron_xielu.convert.safetensors_files import Entry, Reader, Writer
-from megatron_xielu.convert.source import Refused, open_source
 from megatron_xielu.convert.tensors import parts
 
 transformers = pytest.importorskip("transformers")
@@ -409,7 +411,7 @@ def test_nothing_in_a_checkpoint_is_executed(where, trained, tmp_path):
 
 _INTERRUPTED = """
 import os, signal, sys
-from megatron_xielu.convert import cli, safetensors_files
+from megatron_xielu.convert import __main__ as cli, safetensors_files
 write = safetensors_files.Writer.write
 def counted(self, *args):
     global count
@@ -476,8 +478,8 @@ def test_force_replaces_nothing_but_a_model(tmp_path):
 _MEASURED = """
 import resource
 import torch, transformers
-import megatron_xielu.convert.fork, megatron_xielu.convert.from_hf
-from megatron_xielu.convert import cli
+import megatron_xielu.checkpoints.fork, megatron_xielu.convert.from_hf
+from megatron_xielu.convert import __main__ as cli
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 cli.main(["from-hf", "hf", "megatron"])

@@ -11,10 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from launch import Run, load_checkpoint, train
 
+from megatron_xielu.checkpoints import fork
+from megatron_xielu.checkpoints.legacy import Legacy
+from megatron_xielu.checkpoints.reader import open_source
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.convert import cli, fork
-from megatron_xielu.convert.legacy import Legacy
-from megatron_xielu.convert.source import Refused, open_source
+from megatron_xielu.convert import __main__ as cli
 from megatron_xielu.kernels import reference
 
 LAYERS = 4

@@ -25,8 +25,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 from tokenizers import ByteLevelBPETokenizer
 
+from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.convert import to_hf
-from megatron_xielu.convert.source import open_source
 from megatron_xielu.evaluate import checkpoint, data, result, validation
 
 EOD = "<|endoftext|>"
@@ -231,7 +231,7 @@ def test_refused_in_one_line(swiglu, prepared, tmp_path):
         f"--data-path {tmp_path}/other": "the data has token 416, the model's vocabulary only 416 ",
     }
     code = (
-        "import json, sys; from megatron_xielu.evaluate import command\n"
+        "import json, sys; from megatron_xielu.evaluate import __main__ as command\n"
         "for flags in json.loads(sys.argv[1]):\n"
         "    sys.argv[1:] = ['--load', 'checkpoints', *flags.split()]\n"
         "    try: command.main()\n"

@@ -19,6 +19,7 @@ from report_runs import statistics, write_checkpoint, write_events
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_xielu.activations import ACTIVATIONS, DEFAULT_ALPHA_INIT, DEFAULT_BETA
+from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, run_files, terminal
@@ -80,7 +81,7 @@ def trained(tmp_path_factory) -> tuple[Path, list[float]]:
 def test_a_real_run(trained, tmp_path, capsys):
     folder, losses = trained
     run = load(folder)
-    saved = run_files.read_alphas(run_files.complete_checkpoints(folder / "checkpoints"), "xielu")
+    saved = run_files.read_alphas(complete_checkpoints(folder / "checkpoints"), "xielu")
     assert saved.iterations == [0, 3, 6]
     assert saved.names == run.alpha_names == [f"layer_{layer:02d}" for layer in range(4)]
     for history, expected in ((run.alpha_p, saved.positive), (run.alpha_n, saved.negative)):

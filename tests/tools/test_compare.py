@@ -34,6 +34,7 @@ from compare import (
 )
 from warm_python import Process
 
+from megatron_xielu.checkpoints.folder import read_tracker
 from megatron_xielu.report import run_files
 
 CPU = tool.Machine("cpu", 2)
@@ -443,7 +444,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
         first.send_signal(signal.SIGTERM)
         output, _ = first.communicate(timeout=120)
     assert not (folder / "record.json").exists()
-    stopped_at = run_files.saved_iteration(folder / "checkpoints")
+    stopped_at = read_tracker(folder / "checkpoints")
     with warm_trainings(), contextlib.redirect_stdout(io.StringIO()) as second:
         tool.main(options)
     return Comparison(out, (first.returncode, output), stopped_at, second.getvalue())

@@ -14,7 +14,7 @@ from megatron.training.arguments import parse_args
 from safetensors.torch import load_file
 
 from megatron_xielu import arguments, checkout
-from megatron_xielu.convert import cli
+from megatron_xielu.convert import __main__ as cli
 from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan.run import Plan
 from megatron_xielu.report.run_files import read_events

@@ -15,10 +15,10 @@ from typing import Any
 
 from compare.settings import Settings
 from compare.variants import Variant
+from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.report.run_files import (
     Alphas,
     Curve,
-    complete_checkpoints,
     count_parameters,
     read_events,
 )

@@ -6,8 +6,8 @@ Found, told, and converted:
 * alphas in a 16-bit dtype: widened. The model computed with the rounded values, so they are taken
   rather than the optimizer's fp32 copies;
 * replicas that drifted apart, since it does not sum alpha gradients over tensor-parallel ranks:
-  the mean effective alpha (see `megatron_xielu.convert.legacy`). Only legacy checkpoints keep them;
-  in ``torch_dist`` only rank 0's is left, and that cannot be told from a healthy one.
+  the mean effective alpha (see `legacy`). Only legacy checkpoints keep them; in ``torch_dist`` only
+  rank 0's is left, and that cannot be told from a healthy one.
 
 Its arguments are Megatron's; those of its own that change the function are refused.
 """
@@ -22,11 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_xielu.convert.legacy import Legacy, open_legacy
-from megatron_xielu.convert.source import Refused, Source
+from megatron_xielu.checkpoints.legacy import Legacy
+from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.kernels import reference
-
-__all__ = ["adapt", "open_legacy"]
 
 _ALPHA = re.compile(r"decoder\.layers\.(?:(\d+)\.)?mlp\.activation_func\.(alpha_[pn])")
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_xielu.checkpoints.torch_dist import load_inert
-from megatron_xielu.convert.source import Refused
+from megatron_xielu.checkpoints.inert import load
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.kernels import reference
 
 _FILE = "model_optim_rng.pt"
@@ -66,7 +66,7 @@ def open_legacy(folder: Path, *, trust_pickle: bool) -> Legacy:
 
 
 class Legacy:
-    """A legacy checkpoint (a `megatron_xielu.convert.source.Source`): one tensor per layer.
+    """A legacy checkpoint (a `megatron_xielu.checkpoints.source.Source`): one tensor per layer.
 
     Args:
         folder: ``iter_…`` or ``release``. Its pickles are executed if they hold anything else than
@@ -191,7 +191,7 @@ def _files(folder: Path) -> dict[tuple[int, int], Path]:
 def _load(path: Path) -> dict[str, Any]:
     """One rank's state; pickled code is executed only if tensors and plain values are not all."""
     try:
-        state = load_inert(path, str(path))
+        state = load(path, str(path))
     except Refused:
         try:
             mapped = zipfile.is_zipfile(path)

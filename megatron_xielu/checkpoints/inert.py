@@ -1,0 +1,103 @@
+"""Reads pickles without executing anything from them: classes become inert objects.
+
+What a checkpoint names is neither imported nor called. PyTorch unpickles ``.metadata`` without any
+restriction, and Megatron's state with classes of its own, so neither is asked to; and Megatron need
+not be installed.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.text import reason
+
+# Whose classes may stand among the arguments; no code of theirs runs.
+_ARGUMENT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib", "types", "numpy")
+
+
+class Inert:
+    """Stands in for another class: has its attributes, runs none of its code."""
+
+    value: Any  # of an enumeration
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        instance = super().__new__(cls)
+        instance.value = args[0] if args else None
+        return instance
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def stand_in(module: str, name: str) -> Any:
+    """An inert class for any name; containers stay what they are."""
+    return {"OrderedDict": dict, "Size": tuple}.get(name, Inert)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BufferedReader, find: Callable[[str, str], Any]) -> None:
+        super().__init__(file)
+        self._find = find
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._find(module, name)
+
+
+def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
+    """A pickle's content.
+
+    Args:
+        path: its file.
+        find: what stands for a class, by module and name; may raise.
+
+    Raises:
+        Exception: whatever wrong bytes make a pickle raise.
+    """
+    with path.open("rb") as file:
+        return _Unpickler(file, find).load()
+
+
+def load(data: io.BytesIO | Path, what: str) -> Any:
+    """``torch.load`` without running code: Megatron's classes become inert objects.
+
+    Args:
+        data: a file by ``torch.save``; its tensors stay on the disk (mapped) where it is a path.
+        what: its name, for messages.
+
+    Raises:
+        Refused: it names something that no checkpoint needs, or cannot be read.
+    """
+    import torch  # not needed by `unpickle`, which goes beside a training
+
+    mapped = isinstance(data, Path)
+    try:
+        if isinstance(data, io.BytesIO):
+            data.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(data)
+        for name in names:
+            if name != "argparse.Namespace" and name.partition(".")[0] not in _ARGUMENT_MODULES:
+                raise Refused(
+                    f"{what} names {name}, which does not belong into a checkpoint; nothing of it "
+                    "was executed"
+                )
+        inert: list[Any] = [
+            (Namespace if name == "argparse.Namespace" else type(name, (Inert,), {}), name)
+            for name in names
+        ]
+        if isinstance(data, io.BytesIO):
+            data.seek(0)
+        with torch.serialization.safe_globals(inert):
+            return torch.load(data, map_location="cpu", weights_only=True, mmap=mapped)
+    except Refused:
+        raise
+    except Exception as error:  # whatever wrong bytes make torch.load raise
+        raise Refused(f"{what} cannot be read: {reason(error)}") from error
