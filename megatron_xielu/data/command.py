@@ -16,7 +16,7 @@ from megatron_xielu.data.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_xielu.data.executors import Request
-    from megatron_xielu.data.recipe import Plan
+    from megatron_xielu.data.recipe import Recipe
 
 _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
@@ -126,7 +126,7 @@ def _prepare(options: argparse.Namespace) -> None:
         work = output / "work"
         begun = any((work / "records").glob("*.json")) or (work / "slurm_job").exists()
         before = recipe.load(output) if begun else None
-        this = _make_plan(options, info, before)
+        this = _make_recipe(options, info, before)
         changed = recipe.changed_tasks(before, this) if before else []
         expected = estimate.estimate(this, output, tokenizer_files.load(tokenizer_path))
         files = sum(len(group.files) for group in this.groups)
@@ -159,9 +159,9 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _make_plan(options: argparse.Namespace, info: object, before: Plan | None) -> Plan:
+def _make_recipe(options: argparse.Namespace, info: object, before: Recipe | None) -> Recipe:
     from megatron_xielu.data import sentences, sources
-    from megatron_xielu.data.recipe import Plan
+    from megatron_xielu.data.recipe import Recipe
 
     groups = tuple(
         group
@@ -178,7 +178,7 @@ def _make_plan(options: argparse.Namespace, info: object, before: Plan | None) -
     )
     tasks = options.tasks or (before.tasks if before else by_size)
     language = options.language if options.split_sentences else None
-    return Plan(
+    return Recipe(
         sources=tuple(options.source),
         subset=options.subset,
         groups=groups,
@@ -215,11 +215,11 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _forget_damaged(plan: Plan, output: Path) -> None:
+def _forget_damaged(recipe: Recipe, output: Path) -> None:
     """Have truncated and lost shards made again; --verify finds what their sizes do not show."""
     from megatron_xielu.data import records
 
-    for task, record in records.load_all(output, plan.tasks).items():
+    for task, record in records.load_all(output, recipe.tasks).items():
         if problem := records.missing_or_truncated(output, task, record):
             print(f"{problem}: task {task} is done again", file=sys.stderr)
             records.forget(output, task)

@@ -13,11 +13,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_xielu.common import text
-from megatron_xielu.data import recipe as plans
+from megatron_xielu.data import recipe as recipes
 from megatron_xielu.data import sentences
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.readers import make_reader, zstd
-from megatron_xielu.data.recipe import Plan
+from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.sources import File, Group
 
 _FILES = 4  # of each group
@@ -36,33 +36,35 @@ class Estimate:
     output_bytes: float
 
 
-def estimate(plan: Plan, output: Path, tokenizer: Tokenizer) -> Estimate:
+def estimate(recipe: Recipe, output: Path, tokenizer: Tokenizer) -> Estimate:
     """Tokenise a little of a few files.
 
     Raises:
         BadInputError: what was read of them cannot be used.
     """
-    splitter = sentences.load(plan.sentences) if plan.sentences else None
-    every = [_estimate_group(plan, output, i, tokenizer, splitter) for i in range(len(plan.groups))]
+    splitter = sentences.load(recipe.sentences) if recipe.sentences else None
+    every = [
+        _estimate_group(recipe, output, i, tokenizer, splitter) for i in range(len(recipe.groups))
+    ]
     tokens, sequences = (sum(column) for column in zip(*every, strict=True))
-    token_bytes = 4 if plan.tokenizer.dtype == "int32" else 2
+    token_bytes = 4 if recipe.tokenizer.dtype == "int32" else 2
     return Estimate(
-        train_tokens=tokens * (1 - plan.valid_fraction),
+        train_tokens=tokens * (1 - recipe.valid_fraction),
         output_bytes=tokens * token_bytes + sequences * _INDEX_BYTES,
     )
 
 
 def _estimate_group(
-    plan: Plan, output: Path, index: int, tokenizer: Tokenizer, splitter: Any
+    recipe: Recipe, output: Path, index: int, tokenizer: Tokenizer, splitter: Any
 ) -> tuple[float, float]:
     """Tokens and sequences of all files of a group."""
-    group = plan.groups[index]
+    group = recipe.groups[index]
     reader = make_reader(
         group,
-        paths_file=str(plans.paths_file(output, index)),
-        tasks=plan.tasks,
-        text_key=plan.text_key,
-        skip_bad_rows=plan.skip_bad_rows,
+        paths_file=str(recipes.paths_file(output, index)),
+        tasks=recipe.tasks,
+        text_key=recipe.text_key,
+        skip_bad_rows=recipe.skip_bad_rows,
     )
     sampled = tokens = sequences = 0.0
     for file in group.files[:: math.ceil(len(group.files) / _FILES)]:
@@ -103,22 +105,22 @@ def _part(group: Group, file: File, reader: Any, documents: int) -> float:
     return max(1.0, file.size * len(plain) / len(head) / average / max(documents, 1))
 
 
-def check_disk(plan: Plan, output: Path, expected: Estimate) -> str:
+def check_disk(recipe: Recipe, output: Path, expected: Estimate) -> str:
     """A line that says what is needed and what is free.
 
     Raises:
         DataError: that does not fit.
     """
     share = 1.0
-    if plan.max_tokens is not None:
-        share = min(1.0, plan.max_tokens / max(expected.train_tokens, 1))
+    if recipe.max_tokens is not None:
+        share = min(1.0, recipe.max_tokens / max(expected.train_tokens, 1))
     there = sum(
         path.stat().st_size for split in ("train", "valid") for path in (output / split).glob("*.*")
     )
     needed = max(0.0, expected.output_bytes * share * _MARGIN - there)
     free = shutil.disk_usage(output).free
     line = (
-        f"about {expected.train_tokens * share:.3g} training tokens of {plan.tokenizer.dtype}, "
+        f"about {expected.train_tokens * share:.3g} training tokens of {recipe.tokenizer.dtype}, "
         f"{text.size(needed)} to write, {text.size(free)} free in {output}"
     )
     if needed > free:

@@ -1,8 +1,8 @@
 """Hands tasks to datatrove's executors: on this machine, to a Ray cluster, or to Slurm.
 
-    python -m megatron_xielu.data.executors OUTPUT    # what rounds.py starts for the first two
+    python -m megatron_xielu.data.executors OUTPUT    # what scheduler.py starts for the first two
 
-The process is one of its own, so that `rounds` can end it with all its workers: a killed worker
+The process is one of its own, so that `scheduler` can end it with all its workers: a killed worker
 leaves a multiprocessing pool, datatrove's included, waiting forever.
 """
 
@@ -23,7 +23,7 @@ from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from megatron_xielu.common import files
-from megatron_xielu.data import recipe as plans
+from megatron_xielu.data import recipe as recipes
 from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.tokenise import OWNER, SplitTokenizer
 
@@ -36,7 +36,7 @@ class Request:
 
     executor: str
     workers: int
-    tasks: int  # the first so many of the plan
+    tasks: int  # the first so many of the recipe
     limits: dict[int, int] = field(default_factory=dict)
     memory_gb: int = 2  # a task's
     ray_address: str | None = None
@@ -62,23 +62,23 @@ class _Slurm(SlurmPipelineExecutor):
 
 def make_executor(output: Path, request: Request) -> PipelineExecutor:
     """The executor with readers and tokeniser, ready to run."""
-    plan = plans.load(output)
-    assert plan is not None
+    recipe = recipes.load(output)
+    assert recipe is not None
     readers = [
         make_reader(
             group,
-            paths_file=str(plans.paths_file(output, index)),
-            tasks=plan.tasks,
-            text_key=plan.text_key,
-            skip_bad_rows=plan.skip_bad_rows,
+            paths_file=str(recipes.paths_file(output, index)),
+            tasks=recipe.tasks,
+            text_key=recipe.text_key,
+            skip_bad_rows=recipe.skip_bad_rows,
         )
-        for index, group in enumerate(plan.groups)
+        for index, group in enumerate(recipe.groups)
     ]
     step = SplitTokenizer(
         output,
-        eod_token=plan.tokenizer.eod_token,
-        valid_fraction=plan.valid_fraction,
-        language=plan.sentences,
+        eod_token=recipe.tokenizer.eod_token,
+        valid_fraction=recipe.valid_fraction,
+        language=recipe.sentences,
         limits=request.limits,
         readers=readers,
         raise_errors=request.executor != "local",

@@ -15,17 +15,17 @@ from typing import Any
 from megatron_xielu.common import files
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
-from megatron_xielu.data.recipe import Plan
+from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.records import SPLITS, Record
 
 NAME = "manifest.json"
 _VERSION = 1
 
 
-def finish(plan: Plan, output: Path, used: int) -> dict[str, Any]:
+def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
     """Write the three files and remove what is not part of the data; returns the manifest."""
-    done = records.load_all(output, plan.tasks)
-    for task in range(used, plan.tasks):  # tasks that the budget turned out not to need
+    done = records.load_all(output, recipe.tasks)
+    for task in range(used, recipe.tasks):  # tasks that the budget turned out not to need
         records.forget(output, task)
         for split in SPLITS:
             for path in records.shard_files(output, split, task):
@@ -41,16 +41,16 @@ def finish(plan: Plan, output: Path, used: int) -> dict[str, Any]:
     every = [_entry(task, split, done[task]) for split in SPLITS for task in done]
     manifest: dict[str, Any] = {
         "version": _VERSION,
-        "sources": list(plan.sources),
-        "subset": plan.subset,
-        "input": {"files": sum(len(g.files) for g in plan.groups), "bytes": plan.input_bytes},
-        "text_key": plan.text_key,
-        "tokenizer": asdict(plan.tokenizer),
-        "sentences": plan.sentences,
-        "punkt_sha256": plan.punkt_sha256,
-        "valid_fraction": plan.valid_fraction,
-        "max_tokens": plan.max_tokens,
-        "tasks": plan.tasks,
+        "sources": list(recipe.sources),
+        "subset": recipe.subset,
+        "input": {"files": sum(len(g.files) for g in recipe.groups), "bytes": recipe.input_bytes},
+        "text_key": recipe.text_key,
+        "tokenizer": asdict(recipe.tokenizer),
+        "sentences": recipe.sentences,
+        "punkt_sha256": recipe.punkt_sha256,
+        "valid_fraction": recipe.valid_fraction,
+        "max_tokens": recipe.max_tokens,
+        "tasks": recipe.tasks,
         "empty_rows": sum(record.empty_rows for record in done.values()),
         "bad_rows": sum(record.bad_rows for record in done.values()),
         **totals,

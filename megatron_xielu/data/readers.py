@@ -34,7 +34,7 @@ class _Strict(BaseDiskReader):
     Args:
         group: the files.
         paths_file: holds their paths, one a line: a task reads every ``tasks``-th.
-        tasks: tasks of the whole plan, of which an executor may run the first few only.
+        tasks: tasks of the whole recipe, of which an executor may run the first few only.
         text_key: column of the text.
     """
 

@@ -28,7 +28,7 @@ _FLAGS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """Everything that decides the bytes of the output, and in which task a file is read."""
 
     sources: tuple[str, ...]
@@ -53,7 +53,7 @@ class Plan:
         return [(g.folder, file) for g in self.groups for file in g.files[task :: self.tasks]]
 
     def save(self, output: Path) -> None:
-        """Write the plan, and the lists of paths for the readers."""
+        """Write the recipe, and the lists of paths for the readers."""
         for index, group in enumerate(self.groups):
             files.write(
                 paths_file(output, index), "".join(f"{file.path}\n" for file in group.files)
@@ -71,8 +71,8 @@ def _path(output: Path) -> Path:
     return output / "work" / "plan.json"
 
 
-def load(output: Path) -> Plan | None:
-    """The plan that the folder was started with."""
+def load(output: Path) -> Recipe | None:
+    """The recipe that the folder was started with."""
     try:
         values: dict[str, Any] = json.loads(_path(output).read_text())
     except FileNotFoundError:
@@ -83,10 +83,10 @@ def load(output: Path) -> Plan | None:
     )
     values["tokenizer"] = TokenizerInfo(**values["tokenizer"])
     values["sources"] = tuple(values["sources"])
-    return Plan(**values)
+    return Recipe(**values)
 
 
-def changed_tasks(old: Plan, new: Plan) -> list[int]:
+def changed_tasks(old: Recipe, new: Recipe) -> list[int]:
     """Tasks whose input files were replaced since.
 
     Raises:
@@ -115,8 +115,8 @@ def changed_tasks(old: Plan, new: Plan) -> list[int]:
     return [task for task in range(new.tasks) if old.files_of(task) != new.files_of(task)]
 
 
-def _names(plan: Plan) -> set[tuple[str, str]]:
-    return {(group.folder, file.path) for group in plan.groups for file in group.files}
+def _names(recipe: Recipe) -> set[tuple[str, str]]:
+    return {(group.folder, file.path) for group in recipe.groups for file in group.files}
 
 
 def _say(value: object) -> str:

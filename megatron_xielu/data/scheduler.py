@@ -25,7 +25,7 @@ from megatron_xielu.common import files
 from megatron_xielu.data import executors, records
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.executors import Request
-from megatron_xielu.data.recipe import Plan
+from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.records import Record
 
 _POLL = 0.5  # seconds
@@ -44,18 +44,18 @@ class Missing:
     used: int  # the data is the first so many tasks
 
 
-def missing(plan: Plan, done: dict[int, Record], expected_tokens: float) -> Missing:
-    """Compare the records with the plan.
+def missing(recipe: Recipe, done: dict[int, Record], expected_tokens: float) -> Missing:
+    """Compare the records with the recipe.
 
     Args:
         done: finished tasks.
         expected_tokens: training tokens of all files, as estimated before the start.
     """
-    if plan.max_tokens is None:
-        tasks = [task for task in range(plan.tasks) if task not in done]
-        return Missing(tasks, {}, plan.tasks)
-    left = plan.max_tokens
-    for task in range(plan.tasks):
+    if recipe.max_tokens is None:
+        tasks = [task for task in range(recipe.tasks) if task not in done]
+        return Missing(tasks, {}, recipe.tasks)
+    left = recipe.max_tokens
+    for task in range(recipe.tasks):
         record = done.get(task)
         if record is None or (record.limit is not None and record.limit != left):
             break
@@ -65,10 +65,10 @@ def missing(plan: Plan, done: dict[int, Record], expected_tokens: float) -> Miss
         if left <= 0:
             return Missing([], {}, task + 1)
     else:
-        return Missing([], {}, plan.tasks)  # the input has no more
+        return Missing([], {}, recipe.tasks)  # the input has no more
     whole = [r.tokens for r in done.values() if r.limit is None]
-    mean = sum(whole) / len(whole) if whole else max(expected_tokens / plan.tasks, 1)
-    last = min(plan.tasks, task + max(1, math.ceil(left / max(mean, 1))))
+    mean = sum(whole) / len(whole) if whole else max(expected_tokens / recipe.tasks, 1)
+    last = min(recipe.tasks, task + max(1, math.ceil(left / max(mean, 1))))
     needed = [
         t for t in range(task, last) if t not in done or (done[t].limit is not None and t == task)
     ]
@@ -76,18 +76,18 @@ def missing(plan: Plan, done: dict[int, Record], expected_tokens: float) -> Miss
     return Missing(needed, {task: left}, last)
 
 
-def run(plan: Plan, output: Path, request: Request, expected_tokens: float) -> Missing:
+def run(recipe: Recipe, output: Path, request: Request, expected_tokens: float) -> Missing:
     """Run until nothing is missing; returns what the data consists of.
 
     Raises:
         DataError: tasks failed, each with its reason, or nothing advances.
     """
     fruitless = 0
-    goal = min(expected_tokens, plan.max_tokens or math.inf)
+    goal = min(expected_tokens, recipe.max_tokens or math.inf)
     with _progress(goal) as bar:
         while True:
-            done = records.load_all(output, plan.tasks)
-            left = missing(plan, done, expected_tokens)
+            done = records.load_all(output, recipe.tasks)
+            left = missing(recipe, done, expected_tokens)
             _show(bar, output, done)
             if not left.tasks:
                 return left
@@ -99,9 +99,9 @@ def run(plan: Plan, output: Path, request: Request, expected_tokens: float) -> M
             _tell_datatrove(output, done, left)
             this = replace(request, tasks=max(left.tasks) + 1, limits=left.limits)
             one_round = _slurm_round if request.executor == "slurm" else _local_round
-            one_round(plan, output, this, bar)
+            one_round(recipe, output, this, bar)
             reasons = {int(f.name): f.read_text().strip() for f in sorted(failures.glob("[0-9]*"))}
-            after = records.load_all(output, plan.tasks)
+            after = records.load_all(output, recipe.tasks)
             if reasons:
                 raise DataError(_say_failures(reasons, len(after), output))
             fruitless = 0 if any(task in after for task in left.tasks) else fruitless + 1
@@ -145,7 +145,7 @@ def _tell_datatrove(output: Path, done: dict[int, Record], left: Missing) -> Non
         (folder / f"{task:05d}").touch()
 
 
-def _local_round(plan: Plan, output: Path, request: Request, bar: tqdm) -> None:
+def _local_round(recipe: Recipe, output: Path, request: Request, bar: tqdm) -> None:
     """One run of the local or Ray executor in a process of its own."""
     records.remove_dead_attempts(output)
     request.save(output)
@@ -162,7 +162,7 @@ def _local_round(plan: Plan, output: Path, request: Request, bar: tqdm) -> None:
         last_seen = time.monotonic()
         while process.poll() is None:
             time.sleep(_POLL)
-            _show(bar, output, records.load_all(output, plan.tasks))
+            _show(bar, output, records.load_all(output, recipe.tasks))
             seen = records.attempts(output)
             if any(attempt.alive for attempt in seen) or request.executor != "local":
                 last_seen = time.monotonic()
@@ -181,7 +181,7 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _slurm_round(plan: Plan, output: Path, request: Request, bar: tqdm) -> None:
+def _slurm_round(recipe: Recipe, output: Path, request: Request, bar: tqdm) -> None:
     """Submit an array of jobs, or find the one of an earlier start, and wait until it has ended.
 
     Interrupting the wait leaves the jobs alone: the same command waits for them again.
@@ -201,7 +201,7 @@ def _slurm_round(plan: Plan, output: Path, request: Request, bar: tqdm) -> None:
     bar.write(f"Slurm job {job}; logs in {output / 'work/slurm'}")
     while _in_queue(job):
         time.sleep(_POLL)
-        _show(bar, output, records.load_all(output, plan.tasks))
+        _show(bar, output, records.load_all(output, recipe.tasks))
     end = time.monotonic() + _SLURM_SETTLES
     while time.monotonic() < end and _unsettled(output, request):
         time.sleep(_POLL)
