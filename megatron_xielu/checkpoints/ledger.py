@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker, size_and_stamp
-from megatron_xielu.common import event_log, files, processes
+from megatron_xielu.common import event_log, files, processes, text
 
 RECORD = "verified.json"
 _LOCK = ".checkpoints.lock"
@@ -40,8 +40,7 @@ class Record:
     def add(self, folder: Path) -> None:
         """Note that a folder passed, as it is now."""
         size, stamp = size_and_stamp(folder)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.verified[folder.name] = {"bytes": size, "stamp": stamp, "time": now}
+        self.verified[folder.name] = {"bytes": size, "stamp": stamp, "time": text.now()}
 
     def save(self) -> None:
         """Write it; a full disk costs only the checks that are then made again."""

@@ -13,9 +13,8 @@ import json
 import os
 import socket
 import sys
-import time
 
-from megatron_xielu.common.text import LONGEST_LINE, first_line
+from megatron_xielu.common.text import LONGEST_LINE, first_line, now
 
 
 def node() -> str:
@@ -32,7 +31,7 @@ def write(event: str, reason: str = "", **fields: object) -> None:
         **fields: further ``name=value`` pairs; ``rank`` replaces this process's own rank.
     """
     pairs = {"node": node(), "rank": os.environ.get("RANK", "-"), "event": event, **fields}
-    line = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = now()
     line += "".join(f" {name}={value}" for name, value in pairs.items())
     text = first_line(reason)
     if text:

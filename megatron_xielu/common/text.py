@@ -1,6 +1,8 @@
-"""Words for people: one line of an error, a number of bytes."""
+"""Words for people: one line of an error, a number of bytes, a time; and what is a number."""
 
 from __future__ import annotations
+
+import time
 
 LONGEST_LINE = 500
 
@@ -27,3 +29,17 @@ def size(number: float) -> str:
             return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def now() -> str:
+    """The time, as ISO 8601 has it, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def is_number(word: str) -> bool:
+    """Whether a word is a number: a weight, in a list of data, and not a prefix of files."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

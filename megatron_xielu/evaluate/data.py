@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_xielu.common.text import is_number
+
 _MANIFEST = "manifest.json"  # what tools/prepare_data.py writes last
 
 
@@ -49,7 +51,7 @@ def find(request: Namespace) -> list[Path]:
         words = _of_manifest(whole, request.data_split or "valid")
     elif request.data_split and request.per_split_data_args_path is None:
         raise ValueError("--data-split needs data that has parts; name the prefixes of one instead")
-    prefixes = [Path(word) for word in words if not _is_weight(word)]
+    prefixes = [Path(word) for word in words if not is_number(word)]
     for prefix in prefixes:
         for suffix in (".idx", ".bin"):
             if not prefix.with_name(prefix.name + suffix).is_file():
@@ -57,14 +59,6 @@ def find(request: Namespace) -> list[Path]:
     if not prefixes:
         raise ValueError(f"{flags[0]}: no data in it, or not in this --data-split")
     return list(dict.fromkeys(prefixes))
-
-
-def _is_weight(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _read(flag: str, path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.cluster.preflight.exchange import MIB, Board, Problem, most_common
+from megatron_xielu.common import text
 
 # Of Megatron's .idx files (megatron/core/datasets/indexed_dataset.py): after the magic, version,
 # dtype code, sequences, documents; then int32 lengths and int64 offsets of all sequences, and int64
@@ -37,15 +38,7 @@ def prefixes(args: Namespace) -> list[str]:
                 words += value.split() if isinstance(value, str) else map(str, value or [])
     except (OSError, ValueError) as error:
         raise Problem(f"cannot read the list of the data: {error}") from error
-    return [word for word in dict.fromkeys(words) if not _is_number(word)]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    return [word for word in dict.fromkeys(words) if not text.is_number(word)]
 
 
 def data(board: Board, args: Namespace) -> None:
@@ -68,17 +61,17 @@ def data(board: Board, args: Namespace) -> None:
                     rank=rank,
                 )
     for rank, node in found.items():
-        for text in node["problems"]:
-            board.fail("data", text, rank=rank)
-        for text in node["warnings"]:
-            board.warn("data", text, rank=rank)
+        for line in node["problems"]:
+            board.fail("data", line, rank=rank)
+        for line in node["warnings"]:
+            board.warn("data", line, rank=rank)
     if not found:
         return
     some = found[min(found)]
     total = sum(size[0] for size in some["sizes"].values())
     tokenizer = f", tokenizer {args.tokenizer_model}" if args.tokenizer_model else ""
     if some["sizes"] or tokenizer:
-        files = f"{len(some['sizes'])} prefixes, {total / 1e9:.3f} GB{tokenizer}"
+        files = f"{len(some['sizes'])} prefixes, {text.size(total)}{tokenizer}"
         board.done("data", f"{files}, readable on {len(found)} nodes")
     else:
         board.done("data", "skipped: no data arguments")
@@ -93,8 +86,8 @@ def _data_here(args: Namespace) -> dict[str, Any]:
         try:
             result["sizes"][prefix] = dataset_sizes(prefix)
         except (OSError, Problem) as error:
-            text = str(error)
-            result["problems"].append(text if prefix in text else f"{prefix}: {text}")
+            why = str(error)
+            result["problems"].append(why if prefix in why else f"{prefix}: {why}")
     if args.tokenizer_model:
         try:
             warning = tokenizer_warning(args.tokenizer_model)
