@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 PATTERN = "*tfevents*"
 
+Curve = list[tuple[int, float]]  # (iteration, value), iterations rising
+
 _LOSS, _LOSS_BY_SAMPLES = "lm loss", "lm loss vs samples"
 _BY_SAMPLES = " vs samples"
 # A record is its length (8 bytes), the length's checksum (4), the event, and its checksum (4).
@@ -105,6 +107,15 @@ def read(
 
     scalars = {tag: _last_attempt(column) for tag, column in columns.items()}
     return Events(scalars, scalars.pop("consumed samples"), texts, problems)
+
+
+def read_events(folder: Path) -> dict[str, Curve]:
+    """All scalars of a folder by tag, as the last attempt of a resumed training has them."""
+    scalars = read(list(folder.glob(PATTERN))).scalars
+    return {
+        tag: list(zip(series.steps.tolist(), series.values.tolist(), strict=True))
+        for tag, series in scalars.items()
+    }
 
 
 def _append(column: tuple[array, array, array], step: int, value: float, time: float) -> None:

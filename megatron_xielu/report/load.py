@@ -15,13 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from megatron_xielu.checkpoints.alphas import (
+    Alphas,
+    count_parameters,
+    initial_alphas,
+    read_alphas,
+)
+from megatron_xielu.checkpoints.alphas import beta as beta_of
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.common.text import describe
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model
-from megatron_xielu.report import events, run_files
+from megatron_xielu.report import events
 from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape, nonlinearity
@@ -116,7 +123,7 @@ def _read_checkpoint(
         return None, None
     try:
         last = checkpoints[max(checkpoints)]
-        return TorchDist(last).arguments, run_files.count_parameters(last)
+        return TorchDist(last).arguments, count_parameters(last)
     except (Refused, OSError) as error:
         notes.append(str(error))
         return None, None
@@ -195,7 +202,7 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
         or getattr(run.arguments, "finetune", False)
         or getattr(run.arguments, "pretrained_checkpoint", None)
     )
-    start = run_files.initial_alphas(run.arguments) if trained_here else None
+    start = initial_alphas(run.arguments) if trained_here else None
     if start is not None:
         for side, value in zip("pn", start, strict=True):
             old = histories[side]
@@ -219,9 +226,7 @@ def _rows(scalars: dict[str, Series], tag: str) -> dict[str, Series]:
     }
 
 
-def _saved_alphas(
-    checkpoints: dict[int, Path], name: str, notes: list[str]
-) -> run_files.Alphas | None:
+def _saved_alphas(checkpoints: dict[int, Path], name: str, notes: list[str]) -> Alphas | None:
     """Of at most `_READ_CHECKPOINTS`, evenly spaced, with the last."""
     chosen = list(checkpoints)
     stride = -(-len(chosen) // _READ_CHECKPOINTS) or 1
@@ -229,7 +234,7 @@ def _saved_alphas(
     if not readable:
         return None
     try:
-        alphas = run_files.read_alphas(readable, name)
+        alphas = read_alphas(readable, name)
     except (Refused, OSError) as error:
         notes.append(f"alphas of checkpoints are left out: {error}")
         return None
@@ -268,7 +273,7 @@ def _merged(written: History, saved: History, notes: list[str], what: str) -> Hi
 
 def _layers(run: Run, start: tuple[float, float] | None) -> list[Layer]:
     assert run.alpha_p is not None and run.alpha_n is not None
-    normal, beta = Inputs.standard_normal(), run_files.beta(run.arguments)
+    normal, beta = Inputs.standard_normal(), beta_of(run.arguments)
     last = getattr(run.arguments, "num_layers", 0)
     layers = []
     for column, name in enumerate(run.alpha_names):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_xielu.checkpoints.alphas import alpha_n_floor
 from megatron_xielu.kernels import reference
-from megatron_xielu.report.run_files import alpha_n_floor
 
 Array = NDArray[np.float64]
 

@@ -19,10 +19,11 @@ from report_runs import statistics, write_checkpoint, write_events
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_xielu.activations import ACTIVATIONS, DEFAULT_ALPHA_INIT, DEFAULT_BETA
+from megatron_xielu.checkpoints.alphas import alpha_n_floor, beta, initial_alphas, read_alphas
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
-from megatron_xielu.report import events, run_files, terminal
+from megatron_xielu.report import events, terminal
 from megatron_xielu.report.command import main
 from megatron_xielu.report.load import load
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, Shape, nonlinearity
@@ -81,7 +82,7 @@ def trained(tmp_path_factory) -> tuple[Path, list[float]]:
 def test_a_real_run(trained, tmp_path, capsys):
     folder, losses = trained
     run = load(folder)
-    saved = run_files.read_alphas(complete_checkpoints(folder / "checkpoints"), "xielu")
+    saved = read_alphas(complete_checkpoints(folder / "checkpoints"), "xielu")
     assert saved.iterations == [0, 3, 6]
     assert saved.names == run.alpha_names == [f"layer_{layer:02d}" for layer in range(4)]
     for history, expected in ((run.alpha_p, saved.positive), (run.alpha_n, saved.negative)):
@@ -145,7 +146,7 @@ def test_attempts_of_a_resumed_run(tmp_path):
     assert run.train is not None and run.train.steps.tolist() == list(range(1, 26))
     assert (run.train.values[20:] > 3.5 + 0.5).all() and run.iterations == 25
     assert run.tokens(np.array([0, 10, 25, 50])).tolist() == [0, 2560, 6400, 12800]
-    curve = run_files.read_events(tmp_path / "tensorboard")["lm loss"]
+    curve = events.read_events(tmp_path / "tensorboard")["lm loss"]
     assert [step for step, _ in curve] == list(range(1, 26))
 
 
@@ -355,6 +356,6 @@ def test_shapes_are_the_activation(name):
     at = x.detach().numpy()
     np.testing.assert_allclose(shape.value(at), y.detach().numpy(), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(shape.slope(at), x.grad.numpy(), rtol=1e-6)
-    assert run_files.alpha_n_floor(name, 0.5) == ACTIVATIONS[name].alpha_n_floor(0.5)
-    assert run_files.beta(None) == DEFAULT_BETA
-    assert run_files.initial_alphas(None) == (DEFAULT_ALPHA_INIT,) * 2
+    assert alpha_n_floor(name, 0.5) == ACTIVATIONS[name].alpha_n_floor(0.5)
+    assert beta(None) == DEFAULT_BETA
+    assert initial_alphas(None) == (DEFAULT_ALPHA_INIT,) * 2

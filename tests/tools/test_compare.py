@@ -34,8 +34,8 @@ from compare import (
 )
 from warm_python import Process
 
+from megatron_xielu.checkpoints.alphas import Alphas
 from megatron_xielu.checkpoints.folder import read_tracker
-from megatron_xielu.report import run_files
 
 CPU = tool.Machine("cpu", 2)
 ALL = [variants.parse(name) for name in variants.ACTIVATIONS]
@@ -200,9 +200,7 @@ def make_record(name: str, seed: int = 42, loss: float = 3.2) -> records.Record:
         memory_of="largest process, resident",
         train=[(step, 5.0 - step / 20) for step in range(1, 41)],
         valid=[(20, 4.1), (40, loss)],
-        alphas=run_files.Alphas(iterations, history, history)
-        if variants.parse(name).has_alphas
-        else None,
+        alphas=Alphas(iterations, history, history) if variants.parse(name).has_alphas else None,
     )
 
 

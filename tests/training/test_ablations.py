@@ -17,7 +17,7 @@ from megatron_xielu import arguments, checkout
 from megatron_xielu.convert import __main__ as cli
 from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan.run import Plan
-from megatron_xielu.report.run_files import read_events
+from megatron_xielu.report.events import read_events
 
 LAYERS = 4  # of TINY_LLAMA
 ALPHAS = ("alpha_p", "alpha_n")

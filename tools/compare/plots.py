@@ -10,7 +10,7 @@ from compare.paired import DIFFERENCE, Comparison, Spread
 from compare.records import Record
 from compare.variants import Variant
 from megatron_xielu.common import files
-from megatron_xielu.report.run_files import Curve
+from megatron_xielu.report.events import Curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the dashes do it in grey.
 _STYLES: dict[str, dict[str, Any]] = {

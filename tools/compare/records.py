@@ -15,13 +15,9 @@ from typing import Any
 
 from compare.settings import Settings
 from compare.variants import Variant
+from megatron_xielu.checkpoints.alphas import Alphas, count_parameters
 from megatron_xielu.checkpoints.folder import complete_checkpoints
-from megatron_xielu.report.run_files import (
-    Alphas,
-    Curve,
-    count_parameters,
-    read_events,
-)
+from megatron_xielu.report.events import Curve, read_events
 
 _TRAIN, _VALID = "lm loss", "lm loss validation"
 _MEMORY = "mem-max-allocated-bytes"

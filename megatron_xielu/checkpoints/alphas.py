@@ -1,7 +1,6 @@
-"""Reads what a training left: curves from event files, parameters and alphas from checkpoints.
+"""What checkpoints say of a model without Megatron or a GPU: its parameters, and its alphas.
 
-Alphas are effective ones, as they stand in the formula. Neither Megatron nor a GPU is needed, and
-nothing in a checkpoint is executed.
+Alphas are effective ones, as they stand in the formula. Nothing in a checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from pathlib import Path
 from megatron_xielu.checkpoints.source import Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.kernels.reference import softplus
-from megatron_xielu.report import events
 
 # Of alphas in a checkpoint. Megatron stacks layers that are all alike, and routed experts: the
 # global shape is (layers or nothing, experts or nothing, 1).
@@ -28,8 +26,6 @@ _ALPHA_KEY = re.compile(
 _SHARED_ALPHA_KEY = "shared_activation.alpha_p"  # see `megatron_xielu.features.shared_alphas`
 # What `megatron_xielu.activations` has, which needs Megatron.
 _DEFAULT_ALPHA_INIT, _DEFAULT_BETA = 0.8, 0.5
-
-Curve = list[tuple[int, float]]  # (iteration, value), iterations rising
 
 
 @dataclass(frozen=True)
@@ -43,18 +39,6 @@ class Alphas:
     positive: list[list[float]]
     negative: list[list[float]]
     names: list[str] = field(default_factory=list)
-
-
-def read_events(folder: Path) -> dict[str, Curve]:
-    """All scalars by tag, as the last attempt of a resumed training has them.
-
-    See `megatron_xielu.report.events.read`.
-    """
-    scalars = events.read(list(folder.glob(events.PATTERN))).scalars
-    return {
-        tag: list(zip(series.steps.tolist(), series.values.tolist(), strict=True))
-        for tag, series in scalars.items()
-    }
 
 
 def count_parameters(checkpoint: Path) -> int:
