@@ -61,6 +61,17 @@ _EXCLUDED_BECAUSE = {
 # What is built from other specs before Megatron 0.19.
 _EXCLUDED_BEFORE_0_19 = {"num_experts": "--num-experts", "mtp_num_layers": "--mtp-num-layers"}
 
+# Megatron's own pretrain_gpt.py has code for these that this entry has not: argument: flag.
+_OTHER_SCRIPTS = {
+    "sft": "--sft",
+    "fim_data": "--fim-data",
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+    "logits_load_dir": "--logits-load-dir",
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "perform_rl_step": "--perform-rl-step",
+}
+
 # Saved with a checkpoint and restored by --use-checkpoint-args.
 _CHECKPOINT_ARGUMENTS = (
     "xielu",
@@ -229,6 +240,25 @@ def validate(args: Namespace) -> None:
     if args.xielu_shared_alphas:
         shared_alphas.check(args)
     args.use_te_activation_func = True
+
+
+def check_supported(args: Namespace) -> None:
+    """Refuse what Megatron's own pretrain_gpt.py has code for and this entry has not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for argument, flag in _OTHER_SCRIPTS.items():
+        if getattr(args, argument, None):
+            raise ValueError(
+                f"{flag} is not supported by this entry; use Megatron-LM's pretrain_gpt.py with "
+                "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
+            )
+    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
+        raise ValueError(
+            "--mtp-num-layers with --pipeline-model-parallel-layout is not supported by this "
+            "entry, which feeds prediction layers on the last stage only; drop one of them"
+        )
 
 
 def check_upcycling(args: Namespace) -> None:

@@ -50,7 +50,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import ApertusForCausalLM, ArceeForCausalLM
 
-from megatron_xielu import layer_specs
+from megatron_xielu.activation_slot import audit, with_activation
 from megatron_xielu.activations import DEFAULT_BETA, XIELU, ActivationBuilder
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
 from megatron_xielu.convert.tensors import XIELU_EPS
@@ -62,7 +62,7 @@ def activation_layer_spec(config: XIELUModelProvider) -> Any:
     """Bridge's layer spec with xIELU; Transformer Engine's layers if installed, else Megatron's
     local ones."""
     spec = default_layer_spec(config) if HAVE_TE else local_layer_spec(config)
-    return layer_specs.with_activation(spec, ActivationBuilder(XIELU, beta=config.xielu_beta))
+    return with_activation(spec, ActivationBuilder(XIELU, beta=config.xielu_beta))
 
 
 @dataclass
@@ -89,7 +89,7 @@ class XIELUModelProvider(GPTModelProvider):
     def provide(self, *args: Any, **kwargs: Any) -> GPTModel:
         """Build this rank's model, and check that every MLP has the activation."""
         model = super().provide(*args, **kwargs)
-        layer_specs.audit([model], XIELU)
+        audit([model], XIELU)
         return model
 
 

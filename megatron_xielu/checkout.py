@@ -98,7 +98,7 @@ def layer_specs(*specs: Any) -> tuple[Any, ...]:
     """
     if _builder is None:
         return specs
-    from megatron_xielu.layer_specs import with_activation
+    from megatron_xielu.activation_slot import with_activation
 
     return tuple(spec and with_activation(spec, _builder) for spec in specs)
 
@@ -116,14 +116,10 @@ def model_built(args: Namespace, model: list) -> None:
     workarounds.mend_optimizers()
     if _builder is None:
         return
-    from megatron_xielu import layer_specs
-    from megatron_xielu.features import bias_fusion, recompute
+    from megatron_xielu.layer_specs import model_hooks
 
-    layer_specs.audit(model, _builder.activation)
-    if args.xielu_fuse_bias:
-        bias_fusion.install(model)
-    if args.xielu_recompute_output:
-        recompute.install(model)
+    for hook in model_hooks(args, _builder):
+        hook(model)
 
 
 def check_tp_sync(args: Namespace, model: list, iteration: int) -> None:

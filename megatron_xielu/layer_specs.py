@@ -1,13 +1,4 @@
-"""Puts an activation into Megatron's layer specs, and audits that the built model has it.
-
-Megatron's MLP has a slot for an activation module, ``MLPSubmodules.activation_func``, used when
-``config.use_te_activation_func`` is set. `with_activation` copies a spec with that slot filled in
-every MLP, expert and shared expert, whatever its backend (local, Transformer Engine) and form
-(``ModuleSpec``, ``functools.partial``). No Megatron class is patched for it.
-
-Megatron builds some MLPs from specs of its own (those of multi-token prediction: see
-`fill_prediction_layers`) and would silently leave GELU there, so `audit` looks at the model that
-was really built. ``docs/moe.md`` has the kinds of MLPs and models.
+"""What Megatron builds a model from, with our activation in it: by our entry, or by ``--spec``.
 
 From an unmodified Megatron-LM script::
 
@@ -16,20 +7,14 @@ From an unmodified Megatron-LM script::
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
-
-from megatron_xielu import arguments, workarounds
-from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder, TrainableActivation
+from megatron_xielu import arguments
+from megatron_xielu.activation_slot import audit, fill_prediction_layers, with_activation
+from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import bias_fusion, recompute, shared_alphas
 from megatron_xielu.workarounds import releases
@@ -45,211 +30,66 @@ _UNSUPPORTED = {
     "use_kitchen": "--use-kitchen",
 }
 
-# Fields of Megatron's spec dataclasses that lead to MLPs: of blocks, of layers, of hybrid stacks
-# and of multi-token prediction.
-_LEADING_TO_MLPS = (
-    "layer_specs",
-    "mlp",
-    "mlp_layer",
-    "moe_layer",
-    "mtp_block_spec",
-    "mtp_model_layer",
-)
 
-
-def with_activation(spec: Any, builder: ActivationBuilder) -> Any:
-    """Copy a layer, block or stack spec with ``builder`` in the activation slot of every MLP.
+def model_config(args: Namespace) -> Any:
+    """Megatron's own configuration of a model, with our activation where ``args`` ask for one.
 
     Args:
-        spec: ``ModuleSpec`` of a layer (GPT, BERT), of a hybrid stack, or of a multi-token
-            prediction layer; or submodules such as ``TransformerBlockSubmodules`` (GPT, T5).
-        builder: called by Megatron as ``builder(config=config)``. Routed experts get a copy of it
-            that is marked as theirs.
+        args: validated.
 
-    Raises:
-        ValueError: an MLP is of a kind whose activation cannot be replaced, or there is no place
-            for one. A hybrid stack lists layers of all kinds: it raises when such a layer is built.
+    Returns:
+        Megatron's ``GPTModelConfig``.
     """
-    workarounds.mend_optimizers()  # every way in leads here, before there is an optimizer
-    if isinstance(spec, ModuleSpec):
-        return dataclasses.replace(spec, submodules=with_activation(spec.submodules, builder))
-    filled = {
-        field: _filled(field, getattr(spec, field), builder)
-        for field in _LEADING_TO_MLPS
-        if hasattr(spec, field)
-    }
-    if not filled:
-        raise ValueError(f"{type(spec).__name__} is not a spec of layers that have an MLP")
-    return dataclasses.replace(spec, **filled)
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config = gpt_config_from_args(args)
+    # Megatron 0.19 reads this flag and forgets it: any --rope-scaling-factor would be 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
+    builder = arguments.activation_builder(args)
+    if builder is not None:
+        config.transformer_layer_spec = partial(layer_spec, builder)
+        config.pre_wrap_hooks += [
+            partial(fill_prediction_layers, builder=builder),
+            *model_hooks(args, builder),
+        ]
+    return config
 
 
-def _filled(field: str, value: Any, builder: ActivationBuilder) -> Any:
-    if value is None or value is IdentityOp:  # a layer without an MLP
-        return value
-    if field == "layer_specs":
-        return [with_activation(layer, builder) for layer in value]
-    if field == "mlp":
-        return _mlp_with_activation(value, builder)
-    if field != "moe_layer":
-        return with_activation(value, builder)
-    try:
-        return with_activation(value, builder)
-    except ValueError as error:
-        refusing = dataclasses.replace(value.submodules, mlp=partial(_refuse, str(error)))
-        return dataclasses.replace(value, submodules=refusing)
-
-
-def _refuse(message: str, **kwargs: Any) -> None:
-    raise ValueError(message)
-
-
-def _mlp_with_activation(mlp: Any, builder: ActivationBuilder) -> Any:
-    module, submodules = _parts(mlp)
-    if module is MLP and isinstance(submodules, MLPSubmodules):
-        return _with_submodules(mlp, dataclasses.replace(submodules, activation_func=builder))
-    if module is not MoELayer:
-        raise ValueError(
-            f"the activation of {_name(module, mlp)} cannot be replaced; drop "
-            "--use-transformer-engine-op-fuser and --use-grouped-gemm-for-dense-mlp"
-        )
-    experts_module, experts = _parts(submodules.experts)
-    if experts_module is not SequentialMLP:
-        raise ValueError(
-            f"the activation of {_name(experts_module, submodules.experts)} cannot be replaced; "
-            "drop --moe-grouped-gemm, and each expert is an MLP of its own"
-        )
-    expert_builder = dataclasses.replace(builder, is_expert=True)
-    experts = dataclasses.replace(experts, activation_func=expert_builder)
-    filled = {"experts": _with_submodules(submodules.experts, experts)}
-    if submodules.shared_experts is not None:
-        _, shared = _parts(submodules.shared_experts)
-        shared = dataclasses.replace(shared, activation_func=builder)
-        filled["shared_experts"] = _with_submodules(submodules.shared_experts, shared)
-    return _with_submodules(mlp, dataclasses.replace(submodules, **filled))
-
-
-def _parts(spec: Any) -> tuple[Any, Any]:
-    """Class and submodules of a ``ModuleSpec``, or of a partial of a class or class method."""
-    if isinstance(spec, partial):
-        return getattr(spec.func, "__self__", spec.func), spec.keywords.get("submodules")
-    return getattr(spec, "module", None), getattr(spec, "submodules", None)
-
-
-def _with_submodules(spec: Any, submodules: Any) -> Any:
-    if isinstance(spec, partial):
-        return partial(spec.func, *spec.args, **{**spec.keywords, "submodules": submodules})
-    return dataclasses.replace(spec, submodules=submodules)
-
-
-def _name(module: Any, spec: Any) -> str:
-    return getattr(module, "__name__", str(spec))
-
-
-def fill_prediction_layers(model: list, builder: ActivationBuilder) -> None:
-    """Give every MLP of the multi-token prediction layers of ``model`` the activation.
-
-    Megatron 0.19 makes the spec of these layers itself, whatever spec it was given for the others.
+def model_hooks(args: Namespace, builder: ActivationBuilder) -> list[Callable[[list], list]]:
+    """What is to be done with the built model, in order: the audit, and what flags ask for.
 
     Args:
-        model: model chunks of this rank, before wrapping.
+        args: validated.
         builder: see `with_activation`.
+
+    Returns:
+        Functions of the model chunks of this rank, as Megatron's ``pre_wrap_hooks`` are.
     """
-    for chunk in model:
-        modules = list(chunk.mtp.modules()) if getattr(chunk, "mtp", None) is not None else []
-        experts = {e for m in modules if isinstance(m, SequentialMLP) for e in m.local_experts}
-        for mlp in modules:
-            if isinstance(mlp, MLP) and not isinstance(mlp.activation_func, TrainableActivation):
-                own = dataclasses.replace(builder, is_expert=mlp in experts)
-                mlp.activation_func = own(config=mlp.config)
-                # As in an MLP that was built with it: parameters have an order.
-                mlp._modules["linear_fc2"] = mlp._modules.pop("linear_fc2")
+    hooks = [_audit_hook(builder)]
+    if args.xielu_fuse_bias:
+        hooks.append(bias_fusion.install)
+    if args.xielu_recompute_output:
+        hooks.append(recompute.install)
+    if args.xielu_shared_alphas:
+        hooks.append(shared_alphas.install)
+    return hooks
 
 
-@dataclasses.dataclass(frozen=True)
-class _PredictionHook:
-    """`fill_prediction_layers` in the form of Megatron's ``pre_wrap_hooks``."""
-
-    builder: ActivationBuilder
-
-    def __call__(self, model: list) -> list:
-        fill_prediction_layers(model, self.builder)
+def _audit_hook(builder: ActivationBuilder) -> Callable[[list], list]:
+    def hook(model: list) -> list:
+        audit(model, builder.activation)
         return model
 
-
-def audit(
-    model: Iterable[torch.nn.Module], activation: type[TrainableActivation]
-) -> list[TrainableActivation]:
-    """Check that every MLP of the built model owns ``activation``; return those it found.
-
-    Args:
-        model: model chunks of this rank, before or after wrapping.
-        activation: the class that every MLP must own.
-
-    Raises:
-        RuntimeError: naming the modules that have another activation, or whose activation sums
-            its gradients over other ranks than those that hold the MLP's columns, or has its
-            copies on other ranks than the MLP's weights.
-    """
-    found, wrong = [], []
-    for chunk in model:
-        for name, module in chunk.named_modules():
-            if not hasattr(module, "activation_func"):
-                continue
-            owned = module.activation_func
-            if not isinstance(owned, activation):
-                wrong.append(f"{name} has {getattr(owned, '__name__', type(owned).__name__)}")
-            elif _ranks(owned.tp_group) != _ranks(getattr(module, "tp_group", owned.tp_group)):
-                wrong.append(f"{name} sums alpha gradients over {_ranks(owned.tp_group)}")
-            elif _is_replicated(owned.alpha_p) != _is_replicated(module.linear_fc1.weight):
-                wrong.append(f"{name} is reduced over other data-parallel ranks than its alphas")
-            else:
-                found.append(owned)
-    if wrong:
-        raise RuntimeError(
-            f"not every MLP has {activation.__name__}: {'; '.join(wrong)}. See docs/moe.md for the "
-            "kinds that are supported"
-        )
-    return found
+    return hook
 
 
-def _is_replicated(parameter: torch.nn.Parameter) -> bool:
-    """Over all data-parallel ranks; Megatron marks experts that are not."""
-    return getattr(parameter, "allreduce", True)
-
-
-def _ranks(group: torch.distributed.ProcessGroup | None) -> list[int]:
-    return [0] if group is None else torch.distributed.get_process_group_ranks(group)
-
-
-@dataclasses.dataclass(frozen=True)
-class _AuditHook:
-    """`audit` in the form of Megatron's ``pre_wrap_hooks``."""
-
-    activation: type[TrainableActivation]
-
-    def __call__(self, model: list) -> list:
-        audit(model, self.activation)
-        return model
-
-
-def layer_spec(
-    builder: ActivationBuilder,
-    config: Any,
-    vp_stage: int | None = None,
-    *,
-    fuse_bias: bool = False,
-    recompute_output: bool = False,
-    share_alphas: bool = False,
-) -> Any:
-    """The spec that Megatron would use for this model, with our activation, and the audit armed.
+def layer_spec(builder: ActivationBuilder, config: Any, vp_stage: int | None = None) -> Any:
+    """The spec that Megatron would use for this model, with our activation.
 
     Args:
         builder: see `with_activation`.
         config: Megatron's ``GPTModelConfig``.
         vp_stage: virtual pipeline stage.
-        fuse_bias: have the built model add the bias of fc1 inside the activation.
-        recompute_output: have the built model recompute the activation's output in backward.
-        share_alphas: have the layers of the built model share one pair of alphas.
 
     Raises:
         ValueError: the configuration needs an MLP that is not supported; names the flag.
@@ -257,15 +97,6 @@ def layer_spec(
     from megatron.training.models.gpt import default_layer_spec
 
     check_config(config.transformer)
-    # Megatron calls this once per virtual pipeline stage, and the hooks after the last one.
-    hooks: list[Any] = [_PredictionHook(builder), _AuditHook(builder.activation)]
-    if fuse_bias:
-        hooks.append(bias_fusion.install)
-    if recompute_output:
-        hooks.append(recompute.install)
-    if share_alphas:
-        hooks.append(shared_alphas.install)
-    config.pre_wrap_hooks += [hook for hook in hooks if hook not in config.pre_wrap_hooks]
     return with_activation(default_layer_spec(config, vp_stage), builder)
 
 
@@ -288,16 +119,20 @@ def check_config(transformer: Any) -> None:
 
 
 def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
-    """`layer_spec` for a script that parsed its flags without us, after what we can still check."""
+    """`model_config` for a script that parsed its flags without us; checks what it still can."""
     from megatron.training import get_args
 
     releases.check_spec()
     args = get_args()
-    if not vp_stage:  # Megatron asks once per virtual pipeline stage; the answer is the same
+    builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
+    if not vp_stage:  # Megatron asks once per virtual pipeline stage, the first one first
         arguments.check_upcycling(args)
         optimizer_format.check_optimizer(args)
         arguments.check_checkpoint(args)
-    builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
+        config.pre_wrap_hooks += [
+            partial(fill_prediction_layers, builder=builder),
+            _audit_hook(builder),
+        ]
     return layer_spec(builder, config, vp_stage)
 
 

@@ -2,150 +2,30 @@
 
 ``torchrun --nproc-per-node 8 -m megatron_xielu.pretrain_gpt --xielu …``
 
-The training loop, the model and every other flag are Megatron's own; this file gives the loop what
-a training script gives it: batches, the loss, the data sets, and the model configuration with the
-activation in its layer spec. Without ``--xielu`` or ``--xiprelu`` it trains Megatron's activations.
+The training loop, the model and every other flag are Megatron's own. Without ``--xielu`` or
+``--xiprelu`` it trains Megatron's activations. The way of the data, one file after the other:
+`startup`, `arguments`, `layer_specs`, `training_step`, `activation_slot`, `activations`,
+`functional`, ``kernels/``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from argparse import Namespace
 
-import torch
-
-from megatron_xielu import workarounds
-from megatron_xielu.workarounds import checkpoint_writer, megatron_wheel, releases
-
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-# Megatron's own pretrain_gpt.py has code for these that this entry has not: argument: flag.
-_OTHER_SCRIPTS = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "logits_load_dir": "--logits-load-dir",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "perform_rl_step": "--perform-rl-step",
-}
-
-_MEGATRON_HINT = "pip install 'megatron-core[training]>=0.19,<0.20'"
-
-# A loss this many times the largest seen so far is reported with --check-for-spiky-loss.
-_SPIKY_LOSS_FACTOR = 10
+from megatron_xielu import startup
 
 
 def main() -> None:
     """Parse the command line and train."""
-    start()
+    startup.start()
     from megatron_xielu import arguments
 
     try:
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
-        check_supported(args)
+        arguments.check_supported(args)
     except ValueError as error:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
     _train(args)
-
-
-def start() -> None:
-    """What comes before the flags: Megatron, imported, on a CPU where it has to be.
-
-    Raises:
-        SystemExit: it is missing, or of another release.
-    """
-    _rendezvous_with_itself()
-    try:
-        releases.check_entry()
-        _prepare_megatron()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "megatron":
-            raise
-        raise SystemExit(f"megatron_xielu: error: {error}; {_MEGATRON_HINT}") from None
-    except releases.UnsupportedRelease as error:
-        raise SystemExit(f"megatron_xielu: error: {error}") from None
-
-
-def _prepare_megatron() -> None:
-    """Import Megatron, redirected to the CPU where that is asked for or all there is."""
-    use_cpu = "--cpu" in sys.argv
-    if use_cpu or not torch.cuda.is_available():
-        from megatron_xielu import cpu
-
-        if use_cpu:
-            cpu.hide_gpus()
-        sys.argv[1:] = cpu.add_cpu_flags(sys.argv[1:])
-        cpu.activate()
-
-    import megatron.training  # noqa: F401  (to say so where it is missing)
-
-    megatron_wheel.prepare()
-    checkpoint_writer.watch()
-    workarounds.mend_optimizers()
-
-
-def _rendezvous_with_itself() -> None:
-    """Without torchrun, be a group of one: ``python -m megatron_xielu.pretrain_gpt`` then works."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-        os.environ[name] = str(value)
-
-
-def check_supported(args: Namespace) -> None:
-    """Refuse what Megatron's own pretrain_gpt.py has code for and this entry has not.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for argument, flag in _OTHER_SCRIPTS.items():
-        if getattr(args, argument, None):
-            raise ValueError(
-                f"{flag} is not supported by this entry; use Megatron-LM's pretrain_gpt.py with "
-                "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
-            )
-    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
-        raise ValueError(
-            "--mtp-num-layers with --pipeline-model-parallel-layout is not supported by this "
-            "entry, which feeds prediction layers on the last stage only; drop one of them"
-        )
-
-
-def model_config(args: Namespace) -> Any:
-    """What Megatron builds the model from: its own configuration, with our activation in the spec.
-
-    Args:
-        args: validated.
-    """
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    from megatron_xielu.arguments import activation_builder
-    from megatron_xielu.layer_specs import layer_spec
-
-    config = gpt_config_from_args(args)
-    # Megatron 0.19 reads this flag and forgets it: any --rope-scaling-factor would be 8.
-    config.rope_scaling_factor = args.rope_scaling_factor
-    builder = activation_builder(args)
-    if builder is not None:
-        config.transformer_layer_spec = partial(
-            layer_spec,
-            builder,
-            fuse_bias=args.xielu_fuse_bias,
-            recompute_output=args.xielu_recompute_output,
-            share_alphas=args.xielu_shared_alphas,
-        )
-    return config
 
 
 def _train(args: Namespace) -> None:
@@ -153,224 +33,23 @@ def _train(args: Namespace) -> None:
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_xielu import layer_specs, training_step
     from megatron_xielu.arguments import activation_name
     from megatron_xielu.features import alpha_logging
 
     if activation_name(args) and args.tensorboard_dir:
         alpha_logging.install()
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
-    train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+    data_sets = training_step.train_valid_test_datasets
+    data_sets.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args)),
-        train_valid_test_datasets,
+        pretrain_cfg_container_from_args(args, layer_specs.model_config(args)),
+        data_sets,
         ModelType.encoder_or_decoder,
-        forward_step,
+        training_step.forward_step,
         store=store,
     )
-
-
-def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """Build the train, validation and test sets that the data flags describe.
-
-    Args:
-        num_samples: how many samples training takes of each.
-        vp_stage: virtual pipeline stage.
-    """
-    from megatron.core import mpu
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
-    from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
-
-    args = get_args()
-
-    def is_built_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
-            vp_stage
-        )
-
-    return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        is_built_here,
-        _dataset_config(args),
-    ).build()
-
-
-def _dataset_config(args: Namespace) -> Any:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    tokenizer = build_tokenizer(args)
-    if tokenizer.vocab_size > args.padded_vocab_size:
-        # A split embedding would take what it has no row for as zeros.
-        raise SystemExit(
-            f"megatron_xielu: error: --padded-vocab-size {args.padded_vocab_size} is less than the "
-            f"tokenizer's {tokenizer.vocab_size} entries; raise it or leave it out"
-        )
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences_per_dataset = None
-    if args.per_dataset_sequences_path is not None:
-        sequences_per_dataset = json.loads(Path(args.per_dataset_sequences_path).read_text())
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=tokenizer,
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        fast_cache_load=args.dataloader_fast_cache_load,
-        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=sequences_per_dataset,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 0,
-    )
-
-
-def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
-    """The next micro-batch, as this rank needs it.
-
-    Returns:
-        ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` of shape [micro-batch, sequence /
-        context-parallel size] and ``attention_mask``; None where this pipeline stage needs none.
-    """
-    from megatron.core import mpu
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-    from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
-
-    args = get_args()
-    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(keys)
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch: dict[str, Any] = {}
-    if tp_rank == 0:
-        sample = next(data_iterator)
-        for key in keys:
-            tensor = sample.get(key)
-            batch[key] = None if tensor is None else tensor.cuda(non_blocking=True)
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=bool(args.mtp_num_layers) and mpu.is_pipeline_last_stage(),
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
-    return {key: batch[key] for key in keys}
-
-
-def loss_func(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> tuple:
-    """Sum of the unmasked token losses, with what Megatron needs to average it over ranks.
-
-    Args:
-        loss_mask: [micro-batch, sequence], 1 where a token counts.
-        token_losses: the same shape, the model's output.
-
-    Returns:
-        The summed loss, the number of tokens in it (int), and the pair for logging.
-    """
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training import get_args
-
-    args = get_args()
-    mask = loss_mask.view(-1).float()
-    loss = torch.sum(token_losses.view(-1).float() * mask)
-    num_tokens = mask.sum().detach().to(torch.int)
-
-    machine = get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            machine.validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"{what} in the local loss",
-                tolerance=0.0,
-                fatal=True,
-            )
-    if args.check_for_spiky_loss:
-        machine.validate_result(
-            result=loss,
-            rejection_func=partial(
-                machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
-            ),
-            message="spiky loss",
-            tolerance=0.0,
-            fatal=False,
-        )
-    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
-    return loss, num_tokens, {"lm loss": report}
-
-
-_checked_iterations: dict[int, int] = {}  # virtual pipeline stage -> last iteration checked
-
-
-def _check_tp_sync(model: torch.nn.Module, vp_stage: int | None) -> None:
-    """Run the alpha check in the first micro-batch of every N-th iteration."""
-    from megatron.training import get_args
-
-    from megatron_xielu.features.tp_sync import check_tp_sync
-
-    args = get_args()
-    every = args.xielu_check_tp_sync
-    iteration = getattr(args, "curr_iteration", 0)
-    if every and iteration % every == 0 and _checked_iterations.get(vp_stage or 0) != iteration:
-        check_tp_sync(model, iteration)
-        _checked_iterations[vp_stage or 0] = iteration
-
-
-def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
-    """Run the model on the next micro-batch.
-
-    Returns:
-        The model's output and the function that turns it into a loss.
-    """
-    from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_timers
-
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    _check_tp_sync(model, vp_stage)
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, vp_stage)
-    timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
-    return output, partial(loss_func, batch["loss_mask"])
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def _model(args: Namespace, **options: Any) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.training import get_megatron_ddp_config
 
-    from megatron_xielu.pretrain_gpt import model_config
+    from megatron_xielu.layer_specs import model_config
 
     config = model_config(args)
     return config.get_builder_cls()(config).build_distributed_models(
@@ -339,8 +339,8 @@ def _older_model(args: Namespace, **options: Any) -> list[Any]:
     from megatron.training.arguments import core_transformer_config_from_args
     from megatron.training.training import get_model
 
+    from megatron_xielu.activation_slot import with_activation
     from megatron_xielu.arguments import activation_builder
-    from megatron_xielu.layer_specs import with_activation
 
     builder, spec = activation_builder(args), releases.dense_layer_spec(args)
 

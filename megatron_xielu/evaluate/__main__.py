@@ -26,7 +26,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_xielu import pretrain_gpt
+from megatron_xielu import startup
 from megatron_xielu.evaluate import checkpoint, data, result
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         # What Megatron reads.
         sys.argv[1:] = [*megatron_flags, *(["--cpu"] if request.cpu else [])]
         with contextlib.redirect_stdout(printed):
-            pretrain_gpt.start()
+            startup.start()
             from megatron_xielu.evaluate import run
 
             evaluation = run.evaluate(request, iteration, prefixes)

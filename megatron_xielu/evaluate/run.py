@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_xielu import arguments, pretrain_gpt
+from megatron_xielu import arguments, layer_specs, training_step
 from megatron_xielu.evaluate import data, settings, validation
 from megatron_xielu.evaluate.result import Evaluation
 from megatron_xielu.evaluate.statistics import Statistics
@@ -129,7 +129,7 @@ def _load(args: Namespace) -> list:
 
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, pretrain_gpt.model_config(args)),
+        cfg_container=pretrain_cfg_container_from_args(args, layer_specs.model_config(args)),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return model
@@ -236,7 +236,7 @@ class _Watch:
         )
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> tuple:
-        """As `megatron_xielu.pretrain_gpt.forward_step`."""
+        """As `megatron_xielu.training_step.forward_step`."""
         from megatron.core.utils import get_attr_wrapped_model
 
         stage = get_attr_wrapped_model(model, "vp_stage") or 0
@@ -244,7 +244,7 @@ class _Watch:
         self._micro_batches[stage] += 1
         if self._statistics is not None:
             self._statistics.mask = self._mask(number)
-        output, loss = pretrain_gpt.forward_step(data_iterator, model)
+        output, loss = training_step.forward_step(data_iterator, model)
         if stage == 0:
             done = self._args.micro_batch_size * self._args.seq_length * self._dp_size
             self.bar.update(min(done, self.bar.total - self.bar.n))

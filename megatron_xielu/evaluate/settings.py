@@ -13,7 +13,6 @@ import torch
 from megatron_xielu import arguments
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.common.text import first_line
-from megatron_xielu.pretrain_gpt import check_supported
 from megatron_xielu.workarounds import checkpoint_arguments
 
 # Taken from the checkpoint unless given. Not trust_remote_code: that is for the user to say.
@@ -67,7 +66,7 @@ def complete(request: Namespace) -> tuple[Namespace, Namespace]:
     if args.tokenizer_type is None:  # an imported checkpoint names none; only its size matters
         args.tokenizer_type, args.vocab_size = "NullTokenizer", args.padded_vocab_size
     arguments.validate(args)
-    check_supported(args)
+    arguments.check_supported(args)
     try:
         validate_args(args)
     except AssertionError as error:

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_xielu.pretrain_gpt import train_valid_test_datasets
+from megatron_xielu.training_step import train_valid_test_datasets
 
 
 def check(args: Namespace, saved: Namespace) -> None:

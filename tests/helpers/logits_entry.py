@@ -18,17 +18,21 @@ TOKENS = torch.randint(0, 120, (2, 32), generator=torch.Generator().manual_seed(
 def main() -> None:
     """Train, then save logits."""
     chunks: list = []
-    step, train = pretrain_gpt.forward_step, pretrain_gpt._train
-
-    def remember(data_iterator, model):
-        chunks[:] = [model]
-        return step(data_iterator, model)
+    train = pretrain_gpt._train
 
     def train_and_save(args):
+        from megatron_xielu import training_step  # which imports Megatron
+
+        step = training_step.forward_step
+
+        def remember(data_iterator, model):
+            chunks[:] = [model]
+            return step(data_iterator, model)
+
+        training_step.forward_step = remember
         train(args)
         save_logits(chunks, Path(os.environ["DUMP_FOLDER"]))
 
-    pretrain_gpt.forward_step = remember
     pretrain_gpt._train = train_and_save
     pretrain_gpt.main()
 

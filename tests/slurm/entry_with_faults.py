@@ -13,7 +13,10 @@ A training script for ``ENTRY`` of examples/pretrain.sh. Environment:
 
 import os
 import time
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,9 +46,17 @@ def main() -> None:
     """Train with eyes and faults."""
     (_RUN / "losses").mkdir(exist_ok=True)
     log = (_RUN / "losses" / f"{_RANK}-{time.time_ns()}").open("w", buffering=1)
-    loss_func = pretrain_gpt.loss_func
+    train = pretrain_gpt._train
 
-    def loss_and_fault(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> tuple:
+    def train_with_faults(args: Namespace) -> None:
+        from megatron_xielu import training_step  # which imports Megatron
+
+        training_step.loss_func = partial(loss_and_fault, training_step.loss_func)
+        train(args)
+
+    def loss_and_fault(
+        loss_func: Callable[..., tuple], loss_mask: torch.Tensor, token_losses: torch.Tensor
+    ) -> tuple:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.training import get_args
 
@@ -69,7 +80,7 @@ def main() -> None:
             log.write(f"{iteration} {micro_batch} {float(result[0]).hex()}\n")
         return result
 
-    pretrain_gpt.loss_func = loss_and_fault
+    pretrain_gpt._train = train_with_faults
     pretrain_gpt.main()
 
 

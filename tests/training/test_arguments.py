@@ -94,7 +94,7 @@ def test_refused(parse, flags, message):
 def test_needs_0_19(parse, flags, monkeypatch):
     args = parse(f"--xielu {flags}")
     arguments.validate(args)
-    monkeypatch.setattr(arguments.versions, "release", lambda: (0, 18))
+    monkeypatch.setattr(arguments.releases, "release", lambda: (0, 18))
     with pytest.raises(ValueError, match=f"{flags.split()[0]} needs megatron-core 0.19"):
         arguments.validate(args)
 

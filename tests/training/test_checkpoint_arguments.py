@@ -30,10 +30,13 @@ def test_a_training_goes_on_with_the_same_model(tmp_path):
     load = f"--use-checkpoint-args --load {tmp_path / 'whole' / 'checkpoints'} --ckpt-step 2"
     # The factor as the model has it: Megatron 0.19 reads the flag and does not pass it on.
     show = (
-        "from megatron_xielu import pretrain_gpt as p; make = p.model_config\n"
+        "from megatron_xielu import pretrain_gpt as p; train = p._train\n"
         "def show(args):\n"
-        "    config = make(args); print('factor', config.rope_scaling_factor); return config\n"
-        "p.model_config = show; p.main()"
+        "    from megatron_xielu import layer_specs; make = layer_specs.model_config\n"
+        "    def model_config(args):\n"
+        "        config = make(args); print('factor', config.rope_scaling_factor); return config\n"
+        "    layer_specs.model_config = model_config; train(args)\n"
+        "p._train = show; p.main()"
     )
     again = train(tmp_path / "again", load, model=TRAINING, command=("-c", show))
     assert again.losses == whole.losses[2:] and len(again.losses) == 1

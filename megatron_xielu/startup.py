@@ -1,0 +1,65 @@
+"""What an entry does before it reads its flags: find Megatron, mend it, go to the CPU if need be.
+
+Nothing of Megatron may be imported before: on a CPU it is imported into a redirected torch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import torch
+
+from megatron_xielu import workarounds
+from megatron_xielu.workarounds import checkpoint_writer, megatron_wheel, releases
+
+_MEGATRON_HINT = "pip install 'megatron-core[training]>=0.19,<0.20'"
+
+
+def start() -> None:
+    """What comes before the flags: Megatron, imported, on a CPU where it has to be.
+
+    Raises:
+        SystemExit: it is missing, or of another release.
+    """
+    _rendezvous_with_itself()
+    try:
+        releases.check_entry()
+        _prepare_megatron()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "megatron":
+            raise
+        raise SystemExit(f"megatron_xielu: error: {error}; {_MEGATRON_HINT}") from None
+    except releases.UnsupportedRelease as error:
+        raise SystemExit(f"megatron_xielu: error: {error}") from None
+
+
+def _prepare_megatron() -> None:
+    """Import Megatron, redirected to the CPU where that is asked for or all there is."""
+    use_cpu = "--cpu" in sys.argv
+    if use_cpu or not torch.cuda.is_available():
+        from megatron_xielu import cpu
+
+        if use_cpu:
+            cpu.hide_gpus()
+        sys.argv[1:] = cpu.add_cpu_flags(sys.argv[1:])
+        cpu.activate()
+
+    import megatron.training  # noqa: F401  (to say so where it is missing)
+
+    megatron_wheel.prepare()
+    checkpoint_writer.watch()
+    workarounds.mend_optimizers()
+
+
+def _rendezvous_with_itself() -> None:
+    """Without torchrun, be a group of one: ``python -m megatron_xielu.pretrain_gpt`` then works."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        os.environ[name] = str(value)
