@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -62,6 +63,19 @@ def _has_expert_groups(config: Any) -> bool:
         config.expert_model_parallel_size > 1
         or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
     )
+
+
+@dataclass
+class Handover:
+    """What an activation and the linear layers beside it hand to one another in a forward pass.
+
+    Between fc1, the activation and fc2 nothing else of the model runs, so one place per MLP is
+    enough, whatever the schedule of micro-batches and pipeline stages.
+    """
+
+    bias: Tensor | None = None  # of fc1, for the activation to add (`features.bias_fusion`)
+    # Of the activation's output, which fc2 frees after use (`features.recompute`).
+    checkpoint: random.CheckpointWithoutOutput | None = None
 
 
 class TrainableActivation(MegatronModule):
@@ -114,6 +128,8 @@ class TrainableActivation(MegatronModule):
         if is_expert:
             for alpha in (self.alpha_p, self.alpha_n):
                 alpha.allreduce = not _has_expert_groups(config)  # type: ignore[attr-defined]
+        self.handover = Handover()
+        self.recompute_output = False
         self.reset_parameters()
 
     @classmethod
@@ -172,18 +188,17 @@ class TrainableActivation(MegatronModule):
     def forward(self, input_: Tensor) -> Tensor:
         """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
         alpha_p, alpha_n = self._complete_alphas()
-        return self.run(self._formula, input_, alpha_p, alpha_n, self.take_bias())
+        bias, self.handover.bias = self.handover.bias, None
+        if self.recompute_output and self.training and torch.is_grad_enabled():
+            # fp8=None: to Megatron's class, False too would mean FP8.
+            checkpoint = random.CheckpointWithoutOutput(fp8=None)
+            self.handover.checkpoint = checkpoint
+            return checkpoint.checkpoint(self._formula, input_, alpha_p, alpha_n, bias)
+        self.handover.checkpoint = None  # of a forward pass that did not come to fc2
+        return self._formula(input_, alpha_p, alpha_n, bias)
 
     def _formula(self, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, alpha_p, alpha_n, beta=self.beta, bias=bias)
-
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """``function(*tensors)``; `features.recompute` puts its own in its place."""
-        return function(*tensors)
-
-    def take_bias(self) -> Tensor | None:
-        """A bias still to be added: none, unless `features.bias_fusion` replaces this."""
-        return None
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -7,23 +7,22 @@ An ungated MLP keeps two tensors of the ffn width for its backward: x for the ac
 fc2. Since y costs one elementwise pass over x, ``--xielu-recompute-output`` keeps x alone.
 
 Megatron's own `CheckpointWithoutOutput` does it, as it does for layer norms: y keeps its place in
-the autograd graph and gets its values back before fc2's backward asks for them. `install` runs the
-activation under it, and a forward hook on fc2 frees y. No class of Megatron is patched. The raw
-alphas enter the checkpoint as arguments, so the sum of their gradients over tensor-parallel ranks
-stays outside of it and runs once, as ever.
+the autograd graph and gets its values back before fc2's backward asks for them. `install` tells the
+activation module to run under it, and a forward hook on fc2 frees y. No class of Megatron is
+patched. The raw alphas enter the checkpoint as arguments, so the sum of their gradients over
+tensor-parallel ranks stays outside of it and runs once, as ever.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random
-from torch import Tensor
 
-from megatron_xielu.activations import TrainableActivation
+from megatron_xielu.activations import Handover, TrainableActivation
 
 FLAG = "--xielu-recompute-output"
 
@@ -113,32 +112,16 @@ def install(model: list) -> list:
         check(mlp.config)
     build_extension()
     for mlp in mlps:
-        checkpoint = _OutputCheckpoint(mlp.activation_func)
-        mlp.activation_func.run = checkpoint.run
-        mlp.linear_fc2.register_forward_hook(checkpoint.free_output)
+        mlp.activation_func.recompute_output = True
+        mlp.linear_fc2.register_forward_hook(partial(_free_output, mlp.activation_func.handover))
     return model
 
 
-class _OutputCheckpoint:
-    """Hands a checkpoint from the forward of an MLP's activation to that of its fc2.
+def _free_output(handover: Handover, fc2: torch.nn.Module, args: tuple, outputs: tuple) -> None:
+    """Forward hook of fc2, local or Transformer Engine's; both return (output, bias).
 
-    Between the two nothing else of the model runs, so one place is enough, whatever the schedule
-    of micro-batches and pipeline stages. From there on the checkpoint lives in the autograd graph.
+    From here on the checkpoint lives in the autograd graph alone.
     """
-
-    def __init__(self, activation: TrainableActivation) -> None:
-        self.activation = activation
-        self.pending: random.CheckpointWithoutOutput | None = None
-
-    def run(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """``function(*tensors)``, under a checkpoint where there will be a backward pass."""
-        recomputes = self.activation.training and torch.is_grad_enabled()
-        # fp8=None: to Megatron's class, False too would mean FP8.
-        self.pending = random.CheckpointWithoutOutput(fp8=None) if recomputes else None
-        return self.pending.checkpoint(function, *tensors) if self.pending else function(*tensors)
-
-    def free_output(self, fc2: torch.nn.Module, args: tuple, outputs: tuple) -> None:
-        """Forward hook of fc2, local or Transformer Engine's; both return (output, bias)."""
-        if self.pending is not None:
-            self.pending.discard_output_and_register_recompute(outputs[0])
-            self.pending = None
+    checkpoint, handover.checkpoint = handover.checkpoint, None
+    if checkpoint is not None:
+        checkpoint.discard_output_and_register_recompute(outputs[0])
