@@ -1,6 +1,105 @@
-"""Runs `megatron_xielu.report.command`."""
+"""The command line of ``python -m megatron_xielu.report``: runs in, a page and pictures out."""
 
-from megatron_xielu.report.command import main
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_xielu.common import files
+from megatron_xielu.report.errors import NoReport
+
+PAGE = "report.html"
+
+_PLOTS = ("matplotlib", "tensorboard", "numpy", "google", "PIL", "jinja2")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a report; exit with one line on standard error if there is nothing to report on."""
+    args = _parser().parse_args(argv)
+    try:
+        _report(args.runs, args.output)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _PLOTS:
+            raise
+        raise SystemExit(
+            f"megatron_xielu.report: error: {error}; pip install 'megatron_xielu[plots]'"
+        ) from None
+    except (NoReport, OSError) as error:
+        raise SystemExit(f"megatron_xielu.report: error: {error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_xielu.report",
+        description="One HTML page with pictures of one or many training runs: losses, alphas and "
+        "activations by depth, speed; from event files, checkpoints and evaluation.json.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are compared"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where to write {PAGE} and the pictures (default: RUN/report, of several runs "
+        "./report)",
+    )
+    return parser
+
+
+def _report(folders: Sequence[Path], output: Path | None) -> None:
+    from megatron_xielu.report import layer_plots, page, run_plots, terminal
+    from megatron_xielu.report.load import load
+    from megatron_xielu.report.run import name_apart
+
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    if output is None:
+        output = folders[0] / "report" if len(folders) == 1 else Path("report")
+    if output.exists() and not output.is_dir():
+        raise NoReport(f"--output {output} is a file; name a folder")
+    runs = []
+    for folder in folders:
+        print(f"reading {folder}", file=sys.stderr, flush=True)
+        runs.append(load(folder))
+    name_apart(runs)
+
+    together = run_plots.pictures(runs)
+    layers = [
+        layer_plots.pictures(run, _prefix(number, run.name) if len(runs) > 1 else "")
+        if run.alpha_p is not None
+        else []
+        for number, run in enumerate(runs, 1)
+    ]
+    files = {picture.file: picture.png for made in (together, *layers) for picture in made}
+    _write(output, files, page.render(runs, together, layers))
+
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(terminal.render(runs, colours=colours))
+    for run in runs:
+        for note in run.notes:
+            print(f"note: {run.name}: {note}", file=sys.stderr)
+    print(f"\n{output / PAGE}")
+
+
+def _prefix(number: int, name: str) -> str:
+    """Of a run's pictures: unlike any other's, and a file name everywhere."""
+    return f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-60:]}-"
+
+
+def _write(output: Path, pictures: dict[str, bytes], html: str) -> None:
+    """Each file at once; the page, which needs no other, last. Pictures of an old page go."""
+    output.mkdir(parents=True, exist_ok=True)
+    page = output / PAGE
+    old = page.read_text(errors="replace") if page.is_file() else ""
+    for name, content in {**pictures, PAGE: html.encode()}.items():
+        files.write(output / name, content)
+    for name in set(re.findall(r'data-file="([\w.-]+\.png)"', old)) - set(pictures):
+        (output / name).unlink(missing_ok=True)
+
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """What all pictures share: their look, colours for runs and for depth, thinned and smoothed curves.
 
-Colours are Okabe and Ito's for runs, and viridis, light to dark, for depth: colour-blind readers
-can tell both apart.
+Colours are Petroff's for runs, and viridis, light to dark, for depth: colour-blind readers can tell
+both apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -22,12 +22,14 @@ from PIL import Image
 
 Array = NDArray[np.float64]
 
-_RUN_COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000".split()
-_DASHES = ["-", "--", "-.", ":"]
+RUN_COLOURS = matplotlib.color_sequences["petroff10"]
+_DASHES = ["-", "--", "-.", ":"]  # for as many runs each
 # The yellow end of viridis is too pale on white.
 DEPTHS: Colormap = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, 256)))
-# Of nonlinearity, 0 to 1: pale yellow to dark blue.
+# Of nonlinearity, 0 to 1: pale yellow to dark blue. Up to a share of 0.68 black has more contrast
+# (as WCAG 2 counts), beyond it white.
 SHARES: Colormap = matplotlib.colormaps["YlGnBu"]
+_WHITE_FROM = 0.68
 
 _SIZE, _DPI = (6.4, 4.3), 160
 _STYLE: Any = {
@@ -36,6 +38,8 @@ _STYLE: Any = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
+    "figure.titlesize": 12.5,
+    "figure.titleweight": "bold",
     "axes.labelcolor": "0.25",
     "axes.edgecolor": "0.55",
     "axes.grid": True,
@@ -64,31 +68,44 @@ class Picture:
     caption: str
     alt: str
     png: bytes
-
-    @property
-    def width(self) -> int:
-        """Pixels."""
-        return round(_SIZE[0] * _DPI)
-
-    @property
-    def height(self) -> int:
-        """Pixels."""
-        return round(_SIZE[1] * _DPI)
+    width: int  # pixels
+    height: int
 
 
 class Drawing:
-    """One pair of axes, in the common look.
+    """Axes in the common look: one pair, or a grid of panels.
 
     Args:
-        title: above the axes; the page shows it too.
-        x_label, y_label: with units.
+        title: above everything; the page shows it too.
+        x_label, y_label: with units; of the lowest row, and of the first column.
+        rows, columns: of panels. They share the x axis, and the y axis in a row.
+        size: of the whole, in inches.
     """
 
-    def __init__(self, title: str, x_label: str, y_label: str) -> None:
+    def __init__(
+        self,
+        title: str,
+        x_label: str,
+        y_label: str,
+        *,
+        rows: int = 1,
+        columns: int = 1,
+        size: tuple[float, float] = _SIZE,
+    ) -> None:
         with matplotlib.rc_context(_STYLE):
-            self.figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor="white")
-            self.axes: Axes = self.figure.add_subplot()
-            self.axes.set(title=title, xlabel=x_label, ylabel=y_label)
+            self.figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
+            self.panels = self.figure.subplots(
+                rows, columns, squeeze=False, sharex=True, sharey="row"
+            )
+            self.axes: Axes = self.panels[0, 0]
+            for axes in self.panels[-1]:
+                axes.set_xlabel(x_label)
+            for axes in self.panels[:, 0]:
+                axes.set_ylabel(y_label)
+            if self.panels.size == 1:
+                self.axes.set_title(title)
+            else:
+                self.figure.suptitle(title, x=0.01, horizontalalignment="left")
 
     def legend(self, **options: Any) -> None:
         """Inside for a few entries, below for many."""
@@ -108,7 +125,7 @@ class Drawing:
         """The key of `depth_colour`."""
         with matplotlib.rc_context(_STYLE):
             key = ScalarMappable(Normalize(0, max(1, deepest)), DEPTHS)
-            bar = self.figure.colorbar(key, ax=self.axes, label="layer", pad=0.02, aspect=30)
+            bar = self.figure.colorbar(key, ax=self.panels, label="layer", pad=0.02, aspect=30)
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
             bar.ax.invert_yaxis()  # the first layer on top, as it stands in a table
@@ -118,14 +135,15 @@ class Drawing:
         with matplotlib.rc_context(_STYLE):
             buffer = io.BytesIO()
             self.figure.savefig(buffer, format="png")
-        return Picture(file, caption, alt, _fewer_colours(buffer.getvalue()))
+        width, height = (round(inches * _DPI) for inches in self.figure.get_size_inches())
+        return Picture(file, caption, alt, _fewer_colours(buffer.getvalue()), width, height)
 
 
 def run_style(number: int) -> dict[str, Any]:
     """Colour and dashes of the ``number``-th run."""
     return {
-        "color": _RUN_COLOURS[number % len(_RUN_COLOURS)],
-        "linestyle": _DASHES[number // len(_RUN_COLOURS) % len(_DASHES)],
+        "color": RUN_COLOURS[number % len(RUN_COLOURS)],
+        "linestyle": _DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
     }
 
 
@@ -183,19 +201,14 @@ def wants_log(values: Array) -> bool:
     return bool(len(values) and values.min() > 0 and values.max() > _LOG_FROM * values.min())
 
 
-def share_colour(share: float) -> tuple[float, float, float]:
-    """Red, green and blue, 0 to 1, of a share."""
-    return SHARES(share)[:3]
+def share_colour(share: float) -> str:
+    """#rrggbb of a share from 0 to 1."""
+    return to_hex(SHARES(share))
 
 
-def readable_on(share: float) -> str:
-    """black or white: what has more contrast on `share_colour` (WCAG 2's relative luminance)."""
-    linear = [
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-        for part in share_colour(share)
-    ]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
+def ink_on(share: float) -> str:
+    """black or white: what is read on `share_colour`."""
+    return "black" if share < _WHITE_FROM else "white"
 
 
 def _fewer_colours(png: bytes) -> bytes:

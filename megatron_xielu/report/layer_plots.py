@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_xielu.report.drawing import (
+    RUN_COLOURS,
     SHARES,
     Array,
     Drawing,
@@ -35,7 +38,7 @@ def pictures(run: Run, prefix: str) -> list[Picture]:
         made += [_curves(run, slope=False), _curves(run, slope=True), _nonlinearity(run)]
     if run.alpha_grad_norm is not None and len(run.alpha_grad_norm.iterations):
         made.append(_gradient_norms(run, run.alpha_grad_norm))
-    return [Picture(f"{prefix}{p.file}", p.caption, p.alt, p.png) for p in made]
+    return [replace(picture, file=prefix + picture.file) for picture in made]
 
 
 def _depths(run: Run) -> list[int]:
@@ -49,8 +52,8 @@ def _by_depth(run: Run) -> Picture:
     everything = []
     depths = _depths(run)
     for history, (symbol, where), colour, marker in (
-        (run.alpha_p, _SIDES["p"], "#D55E00", "o"),
-        (run.alpha_n, _SIDES["n"], "#0072B2", "s"),
+        (run.alpha_p, _SIDES["p"], RUN_COLOURS[0], "o"),
+        (run.alpha_n, _SIDES["n"], RUN_COLOURS[1], "s"),
     ):
         first, last = history.values[0], history.values[-1]
         line = "-" if len(set(depths)) == len(depths) else ""
@@ -187,7 +190,7 @@ def _nonlinearity(run: Run) -> Picture:
         drawing.axes.plot(
             *zip(*measured, strict=True),
             "D",
-            color="#D55E00",
+            color=RUN_COLOURS[1],
             markersize=6,
             label="measured pre-activations",
         )

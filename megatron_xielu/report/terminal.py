@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from megatron_xielu.report import summary
-from megatron_xielu.report.drawing import readable_on, share_colour, shortened
+from megatron_xielu.report.drawing import ink_on, share_colour, shortened
 from megatron_xielu.report.run import Run
 
 _PER_LINE = 12
@@ -49,8 +49,8 @@ def _layers(run: Run, colours: bool) -> str:
     for layer in run.layers:
         cell = f" {layer.by_normal:.2f} "
         if colours:
-            red, green, blue = (round(255 * part) for part in share_colour(layer.by_normal))
-            ink = "30" if readable_on(layer.by_normal) == "black" else "97"
+            red, green, blue = bytes.fromhex(share_colour(layer.by_normal)[1:])
+            ink = "30" if ink_on(layer.by_normal) == "black" else "97"
             cell = f"\x1b[48;2;{red};{green};{blue};{ink}m{cell}\x1b[0m"
         cells.append(cell)
     lines = ["".join(cells[at : at + _PER_LINE]) for at in range(0, len(cells), _PER_LINE)]

@@ -24,7 +24,7 @@ from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, terminal
-from megatron_xielu.report.command import main
+from megatron_xielu.report.__main__ import main
 from megatron_xielu.report.load import load
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, Shape, nonlinearity
 from megatron_xielu.report.run import name_apart

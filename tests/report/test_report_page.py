@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from report_runs import write_events
 
-from megatron_xielu.report.command import main
+from megatron_xielu.report.__main__ import main
 
 _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in _NAMES if (found := shutil.which(name))), None)
@@ -73,13 +73,13 @@ def test_report_in_a_browser(page):
             light = screenshot.convert("L").histogram()
             assert sum(light[220:]) > 0.8 * width * height  # a light page …
             assert sum(light[:128]) > 0.005 * width * height  # … with something on it
-            # Okabe and Ito's blue and vermilion, of the two runs, are in the first picture.
+            # The colours of the two runs are in the first picture.
             box = tab.evaluate(
                 "(({x, y, width, height}) => [x, y, x + width, y + height])"
                 "(document.images[0].getBoundingClientRect())"
             )
             colours = screenshot.crop(tuple(map(int, box))).getcolors(2**24)
-            for run in ((0, 114, 178), (213, 94, 0)):
+            for run in ((63, 144, 218), (255, 169, 14)):
                 near = sum(
                     count
                     for count, pixel in colours

@@ -227,4 +227,7 @@ def test_installed_with_the_package():
     }
     assert set(setuptools["packages"]) == there | {"megatron_xielu.patches"}
     assert setuptools["package-dir"]["megatron_xielu.patches"] == "patches"
+    template = "megatron_xielu/report/page.html.jinja"
+    assert (REPOSITORY / template).exists()
+    assert setuptools["package-data"]["megatron_xielu.report"] == ["page.html.jinja"]
     assert "!patches" in (REPOSITORY / ".dockerignore").read_text().split()
