@@ -1,21 +1,25 @@
-"""The README's training command, as it stands there, under torchrun."""
+"""The README's training command, as it stands there, under torchrun; and with more flags."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from launch import REPOSITORY
+from launch import REPOSITORY, train
+
+COMMAND = re.search(r"```sh\n(torchrun .*?)```", (REPOSITORY / "README.md").read_text(), re.S)[1]
 
 
-@pytest.mark.parametrize("more", ["", " --sequence-parallel --xielu-check-tp-sync 5"])
-def test_training_command(more, tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
-    command = re.search(r"```sh\n(torchrun .*?)```", readme, re.S)[1]
+def assert_learns(output: str) -> None:
+    losses = [float(x) for x in re.findall(r"\| lm loss: (\S+) \|", output)]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+
+
+def test_training_command(tmp_path):
     done = subprocess.run(
-        ["bash", "-c", command.strip() + more],
+        ["bash", "-c", COMMAND],
         cwd=tmp_path,
         env={
             **os.environ,
@@ -26,5 +30,20 @@ def test_training_command(more, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = [float(x) for x in re.findall(r"\| lm loss: (\S+) \|", done.stdout + done.stderr)]
-    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert_learns(done.stdout + done.stderr)
+
+
+def test_with_sequence_parallelism(tmp_path):
+    module = ["-m", "megatron_xielu.pretrain_gpt"]
+    words = shlex.split(COMMAND.replace("\\\n", ""))
+    start = words.index(module[0])
+    assert words[:start] == ["torchrun", "--nproc-per-node", "2"]
+    assert words[start : start + 2] == module
+    run = train(
+        tmp_path,
+        "--sequence-parallel --xielu-check-tp-sync 5",
+        ranks=2,
+        model=words[start + 2 :],
+        command=module,
+    )
+    assert_learns(run.output)
