@@ -555,12 +555,11 @@ def hugging_face(comparison: Comparison, trained_at_tp2: tuple[Path, records.Rec
     """What was trained at TP=2, converted."""
     out, _ = trained_at_tp2
     folder = out / "hf"
-    command = [sys.executable, "-m", "megatron_xielu.convert", "to-hf"]
-    command += [str(tool.folder_of(out, "xielu", 42) / "checkpoints"), str(folder)]
-    command += ["--tokenizer", str(comparison.out / "text" / "tokenizer")]
-    command += ["--trim-vocab", str(byte_text.VOCAB_SIZE)]
-    converted = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert converted.returncode == 0, converted.stdout + converted.stderr
+    command = ("-m", "megatron_xielu.convert", "to-hf")
+    words = [str(tool.folder_of(out, "xielu", 42) / "checkpoints"), str(folder)]
+    words += ["--tokenizer", str(comparison.out / "text" / "tokenizer")]
+    words += ["--trim-vocab", str(byte_text.VOCAB_SIZE)]
+    launch.train(out / "convert", words, model=(), command=command)
     return folder
 
 
