@@ -253,6 +253,18 @@ def test_curves_and_checkpoint_of_different_runs_are_told_apart(tmp_path):
     assert "alpha_p at iteration 10 is another" in notes and "alpha_n" in notes
 
 
+def test_a_converted_model_has_no_start(tmp_path):
+    """convert writes a ``release``; its alphas are those it came with, not initial ones."""
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    write_checkpoint(tmp_path, 0, {key.format(side): torch.ones(4, 1) for side in "pn"})
+    (tmp_path / "iter_0000000").rename(tmp_path / "release")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    run = load(tmp_path)
+    assert run.parameters == 8 and run.alpha_p.iterations.tolist() == [0]
+    assert run.alpha_p.values == pytest.approx(math.log1p(math.e))
+    assert all(layer.start is None for layer in run.layers)
+
+
 def test_unreadable_parts_are_notes(tmp_path):
     write_events(tmp_path, range(1, 11))
     write_checkpoint(tmp_path, 10, {"x": torch.ones(1)})
