@@ -1,8 +1,7 @@
 """Reads pickles without executing anything from them: classes become inert objects.
 
-What a checkpoint names is neither imported nor called. PyTorch unpickles ``.metadata`` without any
-restriction, and Megatron's state with classes of its own, so neither is asked to; and Megatron need
-not be installed.
+PyTorch itself unpickles ``.metadata`` without any restriction, so it is not asked to; and Megatron,
+whose classes stand in its state, need not be installed.
 """
 
 from __future__ import annotations

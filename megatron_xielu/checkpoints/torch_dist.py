@@ -1,9 +1,8 @@
 """Reads ``torch_dist`` checkpoints: slices of tensors, and the arguments; executes nothing.
 
-PyTorch itself unpickles ``.metadata`` without any restriction, so it is not asked to: here only the
-classes that belong there are looked up. Megatron's state beside the tensors is loaded with
-``weights_only=True``, where Megatron's own classes (enumerations among the arguments) become inert
-objects: Megatron need not be installed, and a name that no checkpoint needs is refused.
+Of ``.metadata`` only PyTorch's own classes are looked up. In Megatron's state beside the tensors
+its classes (enumerations among the arguments) become `inert` objects. A name that no checkpoint
+needs is refused in both.
 """
 
 from __future__ import annotations
@@ -46,10 +45,9 @@ _METADATA_CLASSES = {
     ("collections", "OrderedDict"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "Path")),
 }
-# Of the state that ranks share: a record since Megatron 0.19, a file before.
 # Of several optimizers, as with Muon or experts, each has a number before it.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-
+# Of the state that ranks share: a record since Megatron 0.19, a file before.
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
 
 
