@@ -168,7 +168,7 @@ def _why(error: BaseException, output: str) -> str:
 
 
 def _flags() -> list[str]:
-    flags = [*cpu._REQUIRED_FLAGS, "--no-initialization"]
+    flags = [*cpu.flags.REQUIRED_FLAGS, "--no-initialization"]
     if importlib.util.find_spec("transformer_engine"):
         flags = flags[2:]  # its layers order their parameters in another way than local ones
     return flags

@@ -1,0 +1,28 @@
+"""``python -m megatron_xielu.cpu SCRIPT.py …``: a Megatron training script on the CPU."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from megatron_xielu.cpu import activate, add_cpu_flags, hide_gpus
+
+
+def main() -> None:
+    """Run the script named on the command line with the redirections and CPU flags in place."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        raise SystemExit("usage: python -m megatron_xielu.cpu SCRIPT.py [MEGATRON ARGUMENTS …]")
+    script = Path(sys.argv[1])
+    if not script.is_file():
+        raise SystemExit(f"megatron_xielu.cpu: no such script: {script}")
+    sys.argv = [str(script), *add_cpu_flags(sys.argv[2:])]
+    # As for `python SCRIPT.py`: a Megatron-LM checkout beside the script is the one to import.
+    sys.path.insert(0, str(script.resolve().parent))
+    hide_gpus()
+    activate()
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
