@@ -1,8 +1,10 @@
-"""Words for people: one line of an error, a number of bytes, a time; and what is a number."""
+"""Words for people: one line of an error, a number of bytes, a time, a table; what is a number."""
 
 from __future__ import annotations
 
 import time
+import unicodedata
+from collections.abc import Sequence
 
 LONGEST_LINE = 500
 
@@ -29,6 +31,30 @@ def size(number: float) -> str:
             return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Cells as columns two spaces apart: the first ``left`` flush left, the others right."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        spaces = [" " * (size - _width(cell)) for cell, size in zip(row, widths, strict=True)]
+        cells = zip(row, spaces, strict=True)
+        lines.append(
+            "  ".join(
+                cell + space if place < left else space + cell
+                for place, (cell, space) in enumerate(cells)
+            ).rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def now() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.common import files
+from megatron_xielu.common.text import table
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,17 @@ def _table(evaluation: Evaluation, where: str) -> str:
         ),
         ("result", where),
     ]
-    lines = [f"{name:<14} {value}" for name, value in rows]
+    text = table(rows, left=2)
     if e.layers is not None:
-        lines += ["", "pre-activations of the MLP", " layer  negative       mean        std"]
-        lines += [
-            f"{entry.layer:6d}  {entry.negative_share:7.2%}  {entry.mean:9.4f}  {entry.std:9.4f}"
+        of_layers = [
+            (
+                str(entry.layer),
+                f"{entry.negative_share:.2%}",
+                f"{entry.mean:.4f}",
+                f"{entry.std:.4f}",
+            )
             for entry in e.layers
         ]
-    return "\n".join(lines)
+        head = ("layer", "negative", "mean", "std")
+        text += f"\n\npre-activations of the MLP\n{table([head, *of_layers], left=0)}"
+    return text

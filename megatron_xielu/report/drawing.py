@@ -114,8 +114,10 @@ class Drawing:
             if len(handles) <= 4 and all(len(label) <= 32 for label in labels):
                 self.axes.legend(**options)
             else:
-                columns = 2 if max(map(len, labels)) <= 32 else 1
-                self.figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+                room = int(10 * self.figure.get_figwidth())  # letters
+                columns = max(1, room // max(32, *map(len, labels)))
+                options |= {"loc": "outside lower left", "ncols": columns}
+                self.figure.legend(handles, labels, **options)
 
     def layers_below(self) -> None:
         """The horizontal axis counts layers."""
@@ -131,12 +133,18 @@ class Drawing:
             bar.ax.invert_yaxis()  # the first layer on top, as it stands in a table
 
     def finish(self, file: str, caption: str, alt: str) -> Picture:
-        """Draw it."""
-        with matplotlib.rc_context(_STYLE):
-            buffer = io.BytesIO()
-            self.figure.savefig(buffer, format="png")
+        """Draw it for the page."""
         width, height = (round(inches * _DPI) for inches in self.figure.get_size_inches())
-        return Picture(file, caption, alt, _fewer_colours(buffer.getvalue()), width, height)
+        return Picture(file, caption, alt, self.png(), width, height)
+
+    def png(self) -> bytes:
+        """Draw it, with a palette of colours: a third of the size, in a page that holds many."""
+        drawn, small = io.BytesIO(), io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            self.figure.savefig(drawn, format="png")
+        with Image.open(drawn) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png")
+        return small.getvalue()
 
 
 def run_style(number: int) -> dict[str, Any]:
@@ -209,11 +217,3 @@ def share_colour(share: float) -> str:
 def ink_on(share: float) -> str:
     """black or white: what is read on `share_colour`."""
     return "black" if share < _WHITE_FROM else "white"
-
-
-def _fewer_colours(png: bytes) -> bytes:
-    """The same picture with a palette: a third of the size, in a page that holds many."""
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png")
-    return buffer.getvalue()

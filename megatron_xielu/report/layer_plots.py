@@ -15,10 +15,10 @@ from megatron_xielu.report.drawing import (
     depth_colour,
     envelope,
     smoothed,
-    unit,
     wants_log,
 )
 from megatron_xielu.report.run import History, Run, depth
+from megatron_xielu.report.run_plots import TimeAxis
 
 _SIDES = {"p": ("αp", "x > 0"), "n": ("αn", "x ≤ 0")}
 _X_RANGE = 4.0
@@ -87,15 +87,6 @@ def _moment(iteration: int) -> str:
     return "at the start" if iteration == 0 else f"after iteration {iteration:,}"
 
 
-def _time(run: Run, iterations: np.ndarray) -> tuple[Array, str]:
-    """Where the points lie, and the label of the axis."""
-    tokens = run.tokens(iterations)
-    x = iterations.astype(float) if tokens is None else tokens
-    divisor, word = unit(float(x[-1]))
-    what = "iteration" if tokens is None else "tokens"
-    return x / divisor, f"training {what} [{word}]" if word else f"training {what}"
-
-
 def _lines(run: Run, drawing: Drawing, x: Array, columns: Array) -> None:
     """A curve for each column, coloured by depth; single points where there is just one."""
     depths = _depths(run)
@@ -121,8 +112,9 @@ def _over_time(run: Run, side: str) -> Picture:
     assert history is not None
     symbol, where = _SIDES[side]
     title = f"{symbol} over time"
-    x, x_label = _time(run, history.iterations)
-    drawing = Drawing(title, x_label, f"effective {symbol} ({where})")
+    axis = TimeAxis([run])
+    x = axis(run, history.iterations)
+    drawing = Drawing(title, axis.label, f"effective {symbol} ({where})")
     _lines(run, drawing, x, history.values)
     _alpha_scale(drawing, history.values)
     return drawing.finish(
@@ -208,8 +200,9 @@ def _nonlinearity(run: Run) -> Picture:
 
 def _gradient_norms(run: Run, history: History) -> Picture:
     title = "Gradient norm of the alphas"
-    x, x_label = _time(run, history.iterations)
-    drawing = Drawing(title, x_label, "norm of (∂L/∂a_p, ∂L/∂a_n)")
+    axis = TimeAxis([run])
+    x = axis(run, history.iterations)
+    drawing = Drawing(title, axis.label, "norm of (∂L/∂a_p, ∂L/∂a_n)")
     finite = np.isfinite(history.values).all(axis=1)
     rows = history.values[finite]
     columns = np.stack([smoothed(x[finite], column)[1] for column in rows.T], axis=1)

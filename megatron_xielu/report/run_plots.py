@@ -45,7 +45,7 @@ def _perplexity(loss: Array) -> Array:
     return np.exp(np.minimum(loss, 700))
 
 
-class _Axis:
+class TimeAxis:
     """Tokens where all of the runs know theirs, else iterations; in a unit that suits."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -98,7 +98,7 @@ def _train_loss(runs: Sequence[Run]) -> Picture | None:
     shown = _with(runs, lambda run: run.train is not None)
     if not shown:
         return None
-    axis = _Axis([run for _, run in shown])
+    axis = TimeAxis([run for _, run in shown])
     title = f"Training loss against {axis.noun}"
     drawing = Drawing(title, axis.label, "training loss [nats per token]")
     windows, later = [], []
@@ -157,7 +157,7 @@ def _validation(
     shown = _with(runs, lambda run: run.validation)
     if not shown:
         return None
-    axis = _Axis([run for _, run in shown])
+    axis = TimeAxis([run for _, run in shown])
     title = f"Validation {word} against {axis.noun}"
     drawing = Drawing(title, axis.label, y_label)
     for number, run in shown:
@@ -219,7 +219,7 @@ def _curve(
     shown = _with(runs, lambda run: curve(run) is not None)
     if not shown:
         return None
-    axis = _Axis([run for _, run in shown])
+    axis = TimeAxis([run for _, run in shown])
     drawing = Drawing(title, axis.label, y_label)
     windows, medians = [], []
     for number, run in shown:

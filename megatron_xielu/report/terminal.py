@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
+from megatron_xielu.common.text import table
 from megatron_xielu.report import summary
 from megatron_xielu.report.drawing import ink_on, share_colour, shortened
 from megatron_xielu.report.run import Run
@@ -19,29 +19,20 @@ def render(runs: Sequence[Run], *, colours: bool) -> str:
         runs: in order.
         colours: a block of colour behind each layer's number.
     """
-    rows = ([shortened(run.name), *summary.run_row(run)[1:]] for run in runs)
-    parts = [_table(summary.RUN_COLUMNS, list(rows))]
-    for run in runs:
-        if run.layers:
-            parts.append(_layers(run, colours))
-    return "\n\n".join(parts)
+    layers = [_layers(run, colours) for run in runs if run.layers]
+    return "\n\n".join([_table(runs), *layers])
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [list(columns), *map(list, rows)]
+def _table(runs: Sequence[Run]) -> str:
+    cells = [[shortened(run.name), *summary.run_row(run)[1:]] for run in runs]
     # A column that no run has a number for says nothing.
-    shown = [
-        place
-        for place in range(len(columns))
-        if any(row[place] != summary.MISSING for row in cells[1:])
+    columns = [
+        (name, *column)
+        for name, column in zip(summary.RUN_COLUMNS, zip(*cells, strict=True), strict=True)
+        if set(column) != {summary.MISSING}
     ]
-    widths = {place: max(_width(row[place]) for row in cells) for place in shown}
-    lines = [
-        "  ".join(_padded(row[place], widths[place], left=place < 2) for place in shown).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("─" * widths[place] for place in shown))
-    return "\n".join(lines)
+    head, *lines = table(list(zip(*columns, strict=True)), left=2).split("\n")
+    return "\n".join([head, "─" * len(head), *lines])
 
 
 def _layers(run: Run, colours: bool) -> str:
@@ -56,15 +47,3 @@ def _layers(run: Run, colours: bool) -> str:
     lines = ["".join(cells[at : at + _PER_LINE]) for at in range(0, len(cells), _PER_LINE)]
     title = f"{shortened(run.name)}: nonlinearity by layer, from the first (0: a straight line)"
     return "\n".join([title, *lines])
-
-
-def _width(text: str) -> int:
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
-
-
-def _padded(text: str, width: int, *, left: bool) -> str:
-    space = " " * (width - _width(text))
-    return text + space if left else space + text

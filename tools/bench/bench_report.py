@@ -14,6 +14,8 @@ from typing import Any
 from bench_measure import REPEATS, Errors
 from bench_providers import LABELS, MODES
 
+from megatron_xielu.common.text import table as aligned
+
 
 @dataclass(frozen=True)
 class Row:
@@ -120,14 +122,7 @@ def table(rows: list[Row]) -> str:
         columns = {**_FIRST_COLUMNS, **middle, **_LAST_COLUMNS}
         measured = sorted((r for r in group if r.status == "ok"), key=lambda r: MODES.index(r.mode))
         cells = [list(columns), *([show(r) for show in columns.values()] for r in measured)]
-        sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for line in cells:
-            lines.append(
-                "  ".join(
-                    text.ljust(size) if i < 2 else text.rjust(size)
-                    for i, (text, size) in enumerate(zip(line, sizes, strict=True))
-                )
-            )
+        lines.append(aligned(cells, left=2))
         lines += [f"{LABELS[r.provider]}: REFUSED, {r.reason}" for r in group if r.status != "ok"]
     return "\n".join(lines)
 

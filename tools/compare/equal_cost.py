@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from megatron_xielu.common.text import table as aligned
 from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 
@@ -70,15 +71,19 @@ def check(found: Mapping[str, Cost], baseline: str) -> None:
 
 def table(found: Mapping[str, Cost], labels: Mapping[str, str], baseline: str) -> str:
     """The costs for the terminal."""
-    wanted, width = found[baseline], max(len(label) for label in labels.values())
-    lines = [
-        f"{'':{width}} {'ffn':>6} {'parameters':>14} {'':9} {'FLOPs per token':>16} {'':9}",
-    ]
+    wanted = found[baseline]
+    rows = [("", "ffn", "parameters", "", "FLOPs per token", "")]
     for name, cost in found.items():
         parameters = 100 * (cost.parameters / wanted.parameters - 1)
         flops = 100 * (cost.flops / wanted.flops - 1)
-        lines.append(
-            f"{labels[name]:{width}} {cost.model.ffn:6,} {cost.parameters:14,} "
-            f"{parameters:+8.4f}% {cost.flops:16,} {flops:+8.4f}%"
+        rows.append(
+            (
+                labels[name],
+                f"{cost.model.ffn:,}",
+                f"{cost.parameters:,}",
+                f"{parameters:+.4f}%",
+                f"{cost.flops:,}",
+                f"{flops:+.4f}%",
+            )
         )
-    return "\n".join(lines)
+    return aligned(rows)
