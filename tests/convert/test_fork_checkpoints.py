@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from launch import Run, load_checkpoint, train
 
 from megatron_xielu.checkpoints import fork
-from megatron_xielu.checkpoints.legacy import Legacy
+from megatron_xielu.checkpoints.legacy import Legacy, open_legacy
 from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
@@ -84,7 +84,7 @@ class TestLegacy:
     def test_drift_is_reported_and_the_mean_taken(self, drifted) -> None:
         run, folder = drifted
         lines: list[str] = []
-        source = fork.adapt(fork.open_legacy(folder, trust_pickle=True), lines.append)
+        source = fork.adapt(open_legacy(folder, trust_pickle=True), lines.append)
         assert "replicas differ between tensor-parallel ranks" in lines[0]
         assert len(lines) == 1 + LAYERS * len(ALPHAS)
         for layer in range(LAYERS):
@@ -139,7 +139,7 @@ class TestLegacy:
             return load(*args, weights_only=weights_only, **kwargs)
 
         monkeypatch.setattr(torch, "load", only_weights)
-        fork.open_legacy(folder, trust_pickle=True)
+        open_legacy(folder, trust_pickle=True)
 
     def test_becomes_a_hugging_face_model(self, drifted, tmp_path: Path, capsys) -> None:
         from transformers import AutoModelForCausalLM
