@@ -65,11 +65,12 @@ def status(save_dir: Path) -> None:
     """Print a table of the checkpoints."""
     record = Record(save_dir)
     reasons = kept(save_dir, record)
-    print(f"{'iteration':>9}  {'size':>9}  {'verified':<20}  kept because")
+    rows = [("iteration", "size", "verified", "kept because")]
     for iteration, folder in reversed(checkpoints(save_dir).items()):
         when = record.verified[folder.name]["time"] if folder in record else "no"
         size = text.size(size_and_stamp(folder)[0])
-        print(f"{iteration:>9}  {size:>9}  {when:<20}  {reasons.get(iteration, 'to be deleted')}")
+        rows.append((str(iteration), size, when, reasons.get(iteration, "to be deleted")))
+    print(text.table(rows, left=(2, 3)))
     for folder in sorted(save_dir.glob("damaged_iter_*")):
         print(f"{folder.name}  {text.size(size_and_stamp(folder)[0])}")
     print(f"tracker: {read_tracker(save_dir)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 LONGEST_LINE = 500
 
@@ -33,8 +33,8 @@ def size(number: float) -> str:
     return f"{number:.1f} TB"
 
 
-def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Cells as columns two spaces apart: the first ``left`` flush left, the others right."""
+def table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Cells as columns two spaces apart; those of ``left`` (from 0) flush left, others right."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -42,7 +42,7 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
         cells = zip(row, spaces, strict=True)
         lines.append(
             "  ".join(
-                cell + space if place < left else space + cell
+                cell + space if place in left else space + cell
                 for place, (cell, space) in enumerate(cells)
             ).rstrip()
         )

@@ -105,7 +105,7 @@ def _table(evaluation: Evaluation, where: str) -> str:
         ),
         ("result", where),
     ]
-    text = table(rows, left=2)
+    text = table(rows, left=(0, 1))
     if e.layers is not None:
         of_layers = [
             (
@@ -117,5 +117,5 @@ def _table(evaluation: Evaluation, where: str) -> str:
             for entry in e.layers
         ]
         head = ("layer", "negative", "mean", "std")
-        text += f"\n\npre-activations of the MLP\n{table([head, *of_layers], left=0)}"
+        text += f"\n\npre-activations of the MLP\n{table([head, *of_layers], left=())}"
     return text

@@ -31,7 +31,7 @@ def _table(runs: Sequence[Run]) -> str:
         for name, column in zip(summary.RUN_COLUMNS, zip(*cells, strict=True), strict=True)
         if set(column) != {summary.MISSING}
     ]
-    head, *lines = table(list(zip(*columns, strict=True)), left=2).split("\n")
+    head, *lines = table(list(zip(*columns, strict=True)), left=(0, 1)).split("\n")
     return "\n".join([head, "─" * len(head), *lines])
 
 

@@ -10,4 +10,4 @@ def test_a_table_is_aligned_by_what_a_terminal_shows():
         "ä    1.25  10",
         "a\u0308中  12.5   3",
     ]
-    assert table([("name", "text"), ("n", "")], left=2) == "name  text\nn"
+    assert table([("name", "text"), ("n", "")], left=(0, 1)) == "name  text\nn"

@@ -122,7 +122,7 @@ def table(rows: list[Row]) -> str:
         columns = {**_FIRST_COLUMNS, **middle, **_LAST_COLUMNS}
         measured = sorted((r for r in group if r.status == "ok"), key=lambda r: MODES.index(r.mode))
         cells = [list(columns), *([show(r) for show in columns.values()] for r in measured)]
-        lines.append(aligned(cells, left=2))
+        lines.append(aligned(cells, left=(0, 1)))
         lines += [f"{LABELS[r.provider]}: REFUSED, {r.reason}" for r in group if r.status != "ok"]
     return "\n".join(lines)
 
