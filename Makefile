@@ -3,7 +3,7 @@
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
 # make test-gpu      the kernels on a GPU: correctness, graphs, memory
-# make lint          ruff, mypy
+# make lint          ruff, mypy, who may import whom
 # make demo          pretrain a small Llama with five activations on text that needs no download
 # make bench         the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
 # make bench-gpu     the same on a GPU, at the sizes of real models: runs/bench/cuda.{txt,csv,png}
@@ -46,6 +46,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 demo: setup
 	$(BIN)/python tools/compare_activations.py tiny --out runs/demo

@@ -29,10 +29,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_xielu.workarounds import releases
+
 # Top level in a checkout of this package; its subpackage in an installation (pyproject.toml).
 _FOLDERS = (Path(__file__).with_name("patches"), Path(__file__).parents[1] / "patches")
-
-_VERSION_FILE = "megatron/core/package_info.py"
 
 
 class DoesNotFit(Exception):
@@ -101,24 +101,6 @@ def parse(name: str, content: bytes) -> Patch:
     if old or new or not files:
         raise ValueError(f"{name} is cut off")
     return Patch(name, version[1].decode(), files)
-
-
-def megatron_version(root: Path) -> str:
-    """The version of the Megatron in ``root``, without importing it.
-
-    Raises:
-        DoesNotFit: there is none.
-    """
-    try:
-        text = (root / _VERSION_FILE).read_text()
-    except OSError:
-        raise DoesNotFit(
-            f"no {_VERSION_FILE} in {root}: give the folder that holds megatron/"
-        ) from None
-    numbers = [re.search(rf"^{n} *= *(\d+)", text, re.M) for n in ("MAJOR", "MINOR", "PATCH")]
-    if not all(numbers):
-        raise DoesNotFit(f"{root / _VERSION_FILE} names no version")
-    return ".".join(number[1] for number in numbers if number)
 
 
 def transform(content: bytes, hunks: Sequence[Hunk], *, reverse: bool) -> bytes:
@@ -204,7 +186,10 @@ def find_patch(root: Path) -> State:
     Raises:
         DoesNotFit: there is none for this version, or it does not match.
     """
-    version = megatron_version(root)
+    try:
+        version = releases.version_in(root)
+    except releases.UnsupportedRelease as error:
+        raise DoesNotFit(str(error)) from None
     patches = load_patches()
     series = version.rsplit(".", 1)[0]
     candidates = [p for p in patches if p.version.rsplit(".", 1)[0] == series]

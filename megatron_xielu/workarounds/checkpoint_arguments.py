@@ -3,6 +3,8 @@ computes depends on them: without them it goes on with another model, and says n
 
 Megatron's own list (``load_args_from_checkpoint``) has the sizes, the embeddings and the kinds of
 norm; not the norm's epsilon, QK-norm, the scaling of RoPE, the attention window and others.
+
+In 0.19.2. No upstream change that ends it is known.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Megatron's persistent writer (``--async-save --use-persistent-ckpt-worker --async-strategy mcore``)
 is a process of its own. When it dies (no memory, a full disk with several writers) Megatron 0.19.2
 does not notice: training goes on without checkpoints, and the second next save waits for ever.
+No upstream change that ends it is known.
 """
 
 from __future__ import annotations

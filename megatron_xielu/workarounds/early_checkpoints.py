@@ -3,7 +3,8 @@
 Megatron's Adam has no moments before its first step, and saves none; loading, it asks for them, and
 fails ("… exp_avg … not in state dict"). With fp16 the first steps are skipped until the loss scale
 fits, so that a run that is stopped or saved then could not go on. In 0.17.1, 0.18.2, 0.19.2 and
-main of 2026-08-22. Moments that are zero are what the first step would begin with.
+main of 2026-08-22; no upstream change that ends it is known. Moments that are zero are what the
+first step would begin with.
 """
 
 from __future__ import annotations

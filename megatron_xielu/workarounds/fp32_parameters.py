@@ -6,11 +6,11 @@ Megatron trains such a model correctly and writes wrong checkpoints of it, in 0.
 **Order** (`DistributedOptimizer`; also main of 2026-08-22). It keeps two orders of a parameter
 group: the one it looks state up by follows the gradient buffers, of which the 16-bit one may come
 first; the one it steps through has fp32 parameters first. Where they differ, a checkpoint holds the
-moments of other parameters. Both get fp32 parameters first.
+moments of other parameters. Both get fp32 parameters first. No upstream change is known.
 
 **Loading** (`DistributedOptimizer`; also main). It writes into its shards, and the shard of an fp32
 parameter is a view of the parameter itself, which autograd does not let it write. This loads
-without autograd.
+without autograd. No upstream change is known.
 
 **Numbers** (`Float16OptimizerWithFloat16Params`: without the distributed optimizer, and Muon and
 others with it). It numbers only 16-bit parameters, so that an fp32 one shifts the state of all that

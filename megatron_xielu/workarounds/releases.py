@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.patch import megatron_version
-
 ENTRY = (0, 19)
 OLDEST_SPEC, NEWEST_SPEC = (0, 17), (0, 19)
+
+_VERSION_FILE = "megatron/core/package_info.py"
 
 _SPEC = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
 _PATCH = "python -m megatron_xielu.patch --apply CHECKOUT"
@@ -48,7 +49,25 @@ def installed() -> tuple[Path, str]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'megatron.core'", name="megatron.core")
     root = Path(spec.origin).parents[2]
-    return root, megatron_version(root)
+    return root, version_in(root)
+
+
+def version_in(root: Path) -> str:
+    """The version of the Megatron in ``root``, without importing it.
+
+    Raises:
+        UnsupportedRelease: there is none.
+    """
+    try:
+        text = (root / _VERSION_FILE).read_text()
+    except OSError:
+        raise UnsupportedRelease(
+            f"no {_VERSION_FILE} in {root}: give the folder that holds megatron/"
+        ) from None
+    numbers = [re.search(rf"^{n} *= *(\d+)", text, re.M) for n in ("MAJOR", "MINOR", "PATCH")]
+    if not all(numbers):
+        raise UnsupportedRelease(f"{root / _VERSION_FILE} names no version")
+    return ".".join(number[1] for number in numbers if number)
 
 
 def release(version: str | None = None) -> tuple[int, int]:

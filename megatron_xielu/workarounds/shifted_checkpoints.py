@@ -6,6 +6,9 @@ one could see in the first step, which uses the 16-bit weights: after it, weight
 by those of other parameters. Checkpoints that were written before the mend are still about, so
 this looks whenever one is loaded: an fp32 master weight, rounded, is the weight. The two come from
 different places of the checkpoint, and a shifted state has hardly an element where they agree.
+
+0.17.1, 0.18.2 and 0.19.2 write them; NVIDIA/Megatron-LM #5077 (32a03b77c5, main of 2026-08-21) ends
+the writing. This stays for as long as such checkpoints are about.
 """
 
 from __future__ import annotations

@@ -1,39 +1,12 @@
-"""Megatron-Bridge: importing this lets ``AutoBridge`` convert and train Apertus and Arcee models.
-
-    import megatron_xielu.bridge
-    from megatron.bridge import AutoBridge
-
-    bridge = AutoBridge.from_hf_pretrained("swiss-ai/Apertus-8B-2509")
-    provider = bridge.to_megatron_provider()
-    provider.tensor_model_parallel_size = 2
-    provider.finalize()
-    model = provider.provide_distributed_model(ddp_config=…)
-
-The provider puts `megatron_xielu.activations` into the layer spec, so alphas are float32 and their
-gradients whole under tensor parallelism; the built model is audited. ``docs/huggingface.md`` says
-how far this is tested.
-"""
+"""Apertus and Arcee with xIELU: their configurations and tensors, Hugging Face's and Megatron's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-
-try:
-    import megatron.bridge  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "megatron.bridge":
-        raise  # Bridge is there, and lacks something of its own
-    raise ModuleNotFoundError(
-        "megatron_xielu.bridge needs Megatron-Bridge: pip install megatron-bridge",
-        name="megatron.bridge",
-    ) from error
-
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import (
@@ -41,56 +14,16 @@ from megatron.bridge.models.conversion.param_mapping import (
     QKVMapping,
     ReplicatedMapping,
 )
-from megatron.bridge.models.gpt_provider import (
-    GPTModelProvider,
-    default_layer_spec,
-    local_layer_spec,
-)
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 from transformers import ApertusForCausalLM, ArceeForCausalLM
 
-from megatron_xielu.activation_slot import audit, with_activation
-from megatron_xielu.activations import DEFAULT_BETA, XIELU, ActivationBuilder
+from megatron_xielu.activations import DEFAULT_BETA
+from megatron_xielu.bridge.provider import XIELUModelProvider
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
 from megatron_xielu.convert.tensors import XIELU_EPS
 
 _ACTIVATION = "model.layers.{}.mlp.act_fn"
-
-
-def activation_layer_spec(config: XIELUModelProvider) -> Any:
-    """Bridge's layer spec with xIELU; Transformer Engine's layers if installed, else Megatron's
-    local ones."""
-    spec = default_layer_spec(config) if HAVE_TE else local_layer_spec(config)
-    return with_activation(spec, ActivationBuilder(XIELU, beta=config.xielu_beta))
-
-
-@dataclass
-class XIELUModelProvider(GPTModelProvider):
-    """A GPT model whose dense MLPs have xIELU.
-
-    Args:
-        xielu_beta: slope at 0.
-    """
-
-    xielu_beta: float = DEFAULT_BETA
-
-    normalization: str = "RMSNorm"
-    position_embedding_type: Any = "rope"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    add_bias_linear: bool = False
-    gated_linear_unit: bool = False
-    # Fills the activation slot of the layer spec, and rules out the fusion of a bias with GELU.
-    use_te_activation_func: bool = True
-    bias_activation_fusion: bool = False
-    transformer_layer_spec: Any = field(default=activation_layer_spec)
-
-    def provide(self, *args: Any, **kwargs: Any) -> GPTModel:
-        """Build this rank's model, and check that every MLP has the activation."""
-        model = super().provide(*args, **kwargs)
-        audit([model], XIELU)
-        return model
 
 
 class _Bridge(MegatronModelBridge):
