@@ -36,6 +36,10 @@ TINY_LLAMA = """
 """.split()
 
 
+# Modules that turn CPU mode on and import Megatron before they do anything else.
+_ENTRIES = {"entry", "logits_entry", "checkpoint_bytes", "megatron_xielu.pretrain_gpt"}
+
+
 @dataclass
 class Run:
     """What a finished training left behind."""
@@ -92,6 +96,7 @@ def start(
             environment={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             folder=log.parent,
             output=log,
+            megatron=command[0] == "-m" and command[1] in _ENTRIES,
         )
         for rank in range(ranks)
     ]
@@ -101,13 +106,11 @@ def wait(processes: list[Process], *, timeout: float = 180) -> list[int]:
     """Wait for all ranks; when one fails, end the others, as torchrun does."""
     end = time.monotonic() + timeout
     while any(p.poll() is None for p in processes):
-        failed = any(p.poll() not in (None, 0) for p in processes)
-        if failed:
-            time.sleep(3)  # let the others say why they failed, if they do
-        if failed or time.monotonic() > end:
+        if any(p.poll() not in (None, 0) for p in processes):
+            end = min(end, time.monotonic() + 3)  # let the others say why they failed, if they do
+        if time.monotonic() > end:
             for process in processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
         time.sleep(0.05)
     return [p.wait() for p in processes]
 

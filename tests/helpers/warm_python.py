@@ -1,26 +1,37 @@
 """A Python that has imported PyTorch, and forks: a process of a test starts in no time.
 
-Most of what a training of these tests costs is the import of PyTorch and of what Megatron brings
-along. `WarmPython.start` is ``subprocess.Popen([sys.executable, *command])`` for one that has
-them already; Megatron and this package are imported by each process, under its own environment.
+Most of what a training of these tests costs is the import of PyTorch, of what Megatron brings
+along, and of Megatron. `WarmPython.start` is ``subprocess.Popen([sys.executable, *command])`` for
+one that has them already. Megatron, whose import depends on the environment, is imported once per
+environment, by a second server that the first one forks; and only for a command that says so.
 
 Run as a script this file is the server: it reads one JSON request a line, and answers each.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import functools
+import gc
 import importlib
+import inspect
 import json
+import multiprocessing.context
+import multiprocessing.managers
 import os
 import runpy
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Nothing of Megatron, whose import depends on the environment and the command line.
 _MODULES = """
@@ -28,6 +39,12 @@ _MODULES = """
     torch.distributed.checkpoint torch.distributed._tensor torch.utils.tensorboard
     torch.utils.cpp_extension omegaconf transformers.models.auto.tokenization_auto
     transformers.tokenization_utils_tokenizers tiktoken sentencepiece psutil wandb
+""".split()
+
+# What differs from rank to rank and from run to run, and is read when training, not at import.
+_OF_ONE_RUN = """
+    RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PYTEST_CURRENT_TEST
+    DUMP_FOLDER BREAK_TP_SUM WITHOUT_MENDS WRITER_SLEEPS
 """.split()
 
 
@@ -45,7 +62,13 @@ class WarmPython:
         )
 
     def start(
-        self, command: Sequence[str], *, environment: dict[str, str], folder: Path, output: Path
+        self,
+        command: Sequence[str],
+        *,
+        environment: dict[str, str],
+        folder: Path,
+        output: Path,
+        megatron: bool = False,
     ) -> Process:
         """Start ``python COMMAND`` in ``folder``, with its output appended to a file.
 
@@ -54,29 +77,35 @@ class WarmPython:
             environment: the whole of it; OMP_NUM_THREADS is 1 whatever it says.
             folder: the working directory.
             output: file for what it prints.
+            megatron: it begins with CPU mode and ``import megatron.training``, as this package's
+                entry does, so it may start with both behind it.
         """
+        kind = None
+        if megatron:
+            kind = json.dumps(
+                {k: v for k, v in sorted(environment.items()) if k not in _OF_ONE_RUN}
+            )
         request = {"environment": environment, "folder": str(folder), "output": str(output)}
-        return Process(self, self.ask({**request, "command": list(command)}))
+        pid = self.ask({**request, "command": list(command), "kind": kind})
+        return Process(self, pid, kind)
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send one request and return its answer."""
         assert self._server.stdin and self._server.stdout
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        return _ask(self._server.stdin, self._server.stdout, request)
 
 
 class Process:
     """One started process, with the methods of ``subprocess.Popen`` that tests use."""
 
-    def __init__(self, python: WarmPython, pid: int) -> None:
-        self._python, self.pid = python, pid
+    def __init__(self, python: WarmPython, pid: int, kind: str | None) -> None:
+        self._python, self.pid, self._kind = python, pid, kind
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """The exit code (minus the number of the signal that ended it); None while it runs."""
         if self.returncode is None:
-            self.returncode = self._python.ask({"poll": self.pid})
+            self.returncode = self._python.ask({"poll": self.pid, "kind": self._kind})
         return self.returncode
 
     def wait(self) -> int:
@@ -95,46 +124,150 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def _serve() -> dict[str, Any]:
-    """Answer requests; returns only in a new process, with what it has to run."""
-    while line := sys.stdin.readline():
-        request = json.loads(line)
-        if pid := request.get("poll"):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if ended else None
-        elif not (answer := os.fork()):
-            return request
-        print(json.dumps(answer), flush=True)
-    os._exit(0)
+def _ask(requests: IO[str], answers: IO[str], request: dict[str, Any]) -> Any:
+    requests.write(json.dumps(request) + "\n")
+    requests.flush()
+    return json.loads(answers.readline())
 
 
-def _become(environment: dict[str, str], folder: str, output: str, command: list[str]) -> None:
-    """Run ``command`` as a Python of its own would."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    log = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    first, *rest = command
-    paths = [path for path in environment.get("PYTHONPATH", "").split(":") if path]
-    sys.path[:1] = [str(Path(first).parent) if not first.startswith("-") else folder, *paths]
-    if first == "-c":
-        code, *arguments = rest
-        sys.argv = ["-c", *arguments]
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(code, "<string>", "exec"), main.__dict__)
-    elif first == "-m":
-        module, *arguments = rest
-        sys.argv = ["-m", *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = command
-        runpy.run_path(first, run_name="__main__")
+@dataclass
+class _Server:
+    """What a new process finds done, and where the requests for new ones come from."""
+
+    requests: IO[str]
+    answers: IO[str]
+    path: list[str]  # sys.path, but for what a command and PYTHONPATH put first
+
+    def serve(self) -> dict[str, Any]:
+        """Answer requests; returns only in a new process, with what it has to run."""
+        kinds: dict[str, tuple[IO[str], IO[str]]] = {}
+        gc.collect()
+        gc.freeze()  # so that a collection does not copy what is shared with the parent
+        while line := self.requests.readline():
+            request = json.loads(line)
+            kind = request.pop("kind", None)
+            if kind is not None:
+                if kind not in kinds:
+                    down, up = os.pipe(), os.pipe()
+                    if not os.fork():
+                        self.requests, self.answers = os.fdopen(down[0]), os.fdopen(up[1], "w")
+                        for descriptor in (down[1], up[0]):
+                            os.close(descriptor)
+                        for other in kinds.values():  # each has to end when its own server does
+                            other[0].close()
+                        kinds.clear()
+                        self._import_megatron(json.loads(kind))
+                        gc.collect()
+                        gc.freeze()
+                        continue
+                    for descriptor in (down[0], up[1]):
+                        os.close(descriptor)
+                    kinds[kind] = os.fdopen(down[1], "w"), os.fdopen(up[0])
+                answer = _ask(*kinds[kind], request)
+            elif pid := request.get("poll"):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if ended else None
+            elif not (answer := os.fork()):
+                return request
+            self.answers.write(json.dumps(answer) + "\n")
+            self.answers.flush()
+        os._exit(0)
+
+    def _import_megatron(self, environment: dict[str, str]) -> None:
+        """What `megatron_xielu.pretrain_gpt` does before it reads a flag, but for its mends.
+
+        What a process can tell by is put back, until it turns CPU mode on itself.
+        """
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:] = [*_paths(environment), *self.path]
+        from megatron_xielu import cpu, workarounds  # noqa: F401
+
+        # Megatron reads the help of its flags from its source, three times a start.
+        inspect.getsource = functools.cache(inspect.getsource)
+        is_available = torch.cuda.is_available
+        stderr = os.dup(2)
+        with tempfile.TemporaryFile("w+") as log:
+            for descriptor in (1, 2):
+                os.dup2(log.fileno(), descriptor)
+            try:
+                cpu.activate()
+                from megatron.training import arguments
+
+                arguments.add_megatron_arguments(argparse.ArgumentParser())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                for descriptor in (1, 2):
+                    os.dup2(stderr, descriptor)
+            log.seek(0)
+            said = log.read()
+        added = {name: os.environ[name] for name in os.environ.keys() - environment.keys()}
+        redirected, torch.cuda.is_available = torch.cuda.is_available, is_available
+
+        def activate() -> None:
+            torch.cuda.is_available = redirected
+            os.environ.update({**added, **os.environ})
+            if os.environ.get("RANK", "0") == "0":
+                print(said, end="", file=sys.stderr, flush=True)
+
+        cpu.activate = activate
+
+    def become(
+        self, environment: dict[str, str], folder: str, output: str, command: list[str]
+    ) -> None:
+        """Run ``command`` as a Python of its own would."""
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        log = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        multiprocessing.context.SpawnContext.Manager = _forked_manager  # type: ignore[assignment]
+        first, *rest = command
+        beside = str(Path(first).parent) if not first.startswith("-") else folder
+        sys.path[:] = [beside, *_paths(environment), *self.path]
+        if first == "-c":
+            code, *arguments = rest
+            sys.argv = ["-c", *arguments]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(code, "<string>", "exec"), main.__dict__)
+        elif first == "-m":
+            module, *arguments = rest
+            sys.argv = ["-m", *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            runpy.run_path(first, run_name="__main__")
+
+
+def _paths(environment: dict[str, str]) -> list[str]:
+    return [path for path in environment.get("PYTHONPATH", "").split(":") if path]
+
+
+def _forked_manager(self: Any) -> multiprocessing.managers.SyncManager:
+    """A manager in a forked process. Megatron asks for a spawned one with the first checkpoint of
+    every rank, which imports PyTorch and the entry anew: most of what a save of these tests costs.
+    """
+    context = multiprocessing.get_context("fork")
+    manager = multiprocessing.managers.SyncManager(ctx=context)
+    manager.start(_close_sockets)
+    return manager
+
+
+def _close_sockets() -> None:
+    """Those of the process that was forked: other ranks have to notice when that one is gone."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
 
 
 if __name__ == "__main__":
     for name in _MODULES:
         importlib.import_module(name)
-    _become(**_serve())
+    import torch
+
+    server = _Server(sys.stdin, sys.stdout, sys.path[1:])
+    server.become(**server.serve())
