@@ -31,11 +31,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_xielu import functional
+from megatron_xielu import catalog, functional
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.kernels import reference
-
-DEFAULT_ALPHA_INIT = 0.8
-DEFAULT_BETA = 0.5
 
 
 class _SumGradientOverGroup(torch.autograd.Function):
@@ -98,8 +96,8 @@ class TrainableActivation(MegatronModule):
 
     alpha_p: torch.nn.Parameter
     alpha_n: torch.nn.Parameter
-    # Of `functional`.
-    function: Callable[..., Tensor]
+    name: str  # of `catalog`
+    function: Callable[..., Tensor]  # of `functional`
 
     def __init__(
         self,
@@ -135,7 +133,7 @@ class TrainableActivation(MegatronModule):
     @classmethod
     def alpha_n_floor(cls, beta: float) -> float:
         """The value that the effective alpha_n always stays above."""
-        raise NotImplementedError
+        return catalog.alpha_n_floor(cls.name, beta)
 
     @classmethod
     def check_settings(cls, *, alpha_p_init: float, alpha_n_init: float, beta: float) -> None:
@@ -214,12 +212,8 @@ class XIELU(TrainableActivation):
     See `TrainableActivation` for the arguments.
     """
 
+    name = "xielu"
     function = staticmethod(functional.xielu)
-
-    @classmethod
-    def alpha_n_floor(cls, beta: float) -> float:
-        """β: the slope tends to β − αn for x → −∞, and must stay negative there."""
-        return beta
 
 
 class XIPReLU(TrainableActivation):
@@ -229,16 +223,12 @@ class XIPReLU(TrainableActivation):
     See `TrainableActivation` for the arguments.
     """
 
+    name = "xiprelu"
     function = staticmethod(functional.xiprelu)
-
-    @classmethod
-    def alpha_n_floor(cls, beta: float) -> float:
-        """0: any positive αn is allowed."""
-        return 0.0
 
 
 # What a flag, a checkpoint argument or a configuration calls an activation.
-ACTIVATIONS: dict[str, type[TrainableActivation]] = {"xielu": XIELU, "xiprelu": XIPReLU}
+ACTIVATIONS: dict[str, type[TrainableActivation]] = {a.name: a for a in (XIELU, XIPReLU)}
 
 
 @dataclass(frozen=True)

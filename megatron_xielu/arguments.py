@@ -12,17 +12,12 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_xielu.activations import (
-    ACTIVATIONS,
-    DEFAULT_ALPHA_INIT,
-    DEFAULT_BETA,
-    ActivationBuilder,
-)
+from megatron_xielu import catalog
+from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
-
-_SPEC_MODULE = "megatron_xielu.layer_specs"
 
 # Megatron options that change or replace the MLP, by argument: flag. None works with ours yet.
 _EXCLUDED = {
@@ -160,11 +155,8 @@ def activation_name(args: Namespace) -> str | None:
     Raises:
         ValueError: more than one is asked for.
     """
-    asked = [name for name in ACTIVATIONS if getattr(args, name, False)]
-    spec = getattr(args, "spec", None)
-    if spec and spec[0] == _SPEC_MODULE:
-        asked += [name for name in ACTIVATIONS if spec[1] == f"{name}_layer_spec"]
-    if len(set(asked)) > 1:
+    asked = [name for name in catalog.activations_of(args) if name in catalog.TRAINABLE]
+    if len(asked) > 1:
         raise ValueError(f"give one activation, not {' and '.join(f'--{name}' for name in asked)}")
     return asked[0] if asked else None
 
@@ -224,7 +216,7 @@ def validate(args: Namespace) -> None:
                 raise ValueError(f"{flag} with {excluded} needs megatron-core 0.19")
     if args.transformer_impl == "inference_optimized":
         raise ValueError(f"{flag} does not work with --transformer-impl inference_optimized")
-    if args.spec and args.spec[0] != _SPEC_MODULE:
+    if args.spec and args.spec[0] != catalog.SPEC_MODULE:
         raise ValueError(
             f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "
             "spec with megatron_xielu.layer_specs.with_activation"
@@ -338,13 +330,8 @@ def _refuse_other_alphas(args: Namespace, saved: Namespace, folder: str) -> None
 
 
 def _describe(args: Namespace) -> str:
-    name = activation_name(args)
-    if name:
-        return f"--{name}"
-    for flag in ("swiglu", "squared_relu", "quick_geglu"):
-        if getattr(args, flag, False):
-            return f"--{flag.replace('_', '-')}"
-    return "GELU"
+    activation = catalog.ACTIVATIONS[catalog.activation_of(args)]
+    return activation.flag or activation.label
 
 
 def restore_from_checkpoint(args: Namespace) -> None:

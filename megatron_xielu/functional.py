@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.kernels import choose
 
 __all__ = ["xielu", "xiprelu"]
@@ -146,7 +147,7 @@ def xielu(
     alpha_p: Tensor,
     alpha_n: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float = DEFAULT_BETA,
     bias: Tensor | None = None,
 ) -> Tensor:
     """xIELU of x + bias, differentiable once in x, alpha_p, alpha_n and bias.
@@ -176,7 +177,7 @@ def xiprelu(
     alpha_p: Tensor,
     alpha_n: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float = DEFAULT_BETA,
     bias: Tensor | None = None,
 ) -> Tensor:
     """xIPReLU of x + bias, differentiable once in x, alpha_p, alpha_n and bias.

@@ -32,6 +32,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_xielu.catalog import DEFAULT_BETA as BETA
+from megatron_xielu.catalog import TRAINABLE
 from megatron_xielu.common import text
 
 if TYPE_CHECKING:  # imported by a check, so that a broken PyTorch or Megatron is reported by name
@@ -39,8 +41,6 @@ if TYPE_CHECKING:  # imported by a check, so that a broken PyTorch or Megatron i
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-ACTIVATIONS = ("xielu", "xiprelu")
-BETA = 0.5
 # Raw alphas of both signs of softplus's bend, and as large as training makes them (activations.py).
 RAW_ALPHAS = ((0.2, -0.3), (41.0, 1.1))
 _ARITHMETIC_EPS = 2.0**-22
@@ -329,7 +329,7 @@ def _check_all(report: _Report) -> None:
     if has_megatron:
         report.run("megatron helpers_cpp", check_helpers)
 
-    for name in ACTIVATIONS:
+    for name in TRAINABLE:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             report.run(
                 f"eager {name} {str(dtype)[6:]}",
@@ -338,7 +338,7 @@ def _check_all(report: _Report) -> None:
     if _local_rank() == 0:
         # A compilation takes seconds, so not every pair; test_functional.py has them all.
         report.run("compiled xielu float32", lambda: check_compiled("xielu", torch.float32))
-    for name in ACTIVATIONS:
+    for name in TRAINABLE:
         for dtype in (torch.float32, torch.bfloat16):
             report.run(
                 f"triton {name} {str(dtype)[6:]}",

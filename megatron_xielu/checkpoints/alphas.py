@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, alpha_n_floor
 from megatron_xielu.checkpoints.source import Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.kernels.reference import softplus
@@ -24,8 +25,6 @@ _ALPHA_KEY = re.compile(
     r"activation_func\.alpha_(?P<side>[pn])"
 )
 _SHARED_ALPHA_KEY = "shared_activation.alpha_p"  # see `megatron_xielu.features.shared_alphas`
-# What `megatron_xielu.activations` has, which needs Megatron.
-_DEFAULT_ALPHA_INIT, _DEFAULT_BETA = 0.8, 0.5
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,12 @@ def _effective(source: Source, side: str, floor: float) -> Iterator[tuple[str, f
 
 def beta(arguments: Namespace | None) -> float:
     """The slope at 0 of a run with these arguments; the default where they do not say."""
-    return float(getattr(arguments, "xielu_beta", _DEFAULT_BETA))
+    return float(getattr(arguments, "xielu_beta", DEFAULT_BETA))
 
 
 def initial_alphas(arguments: Namespace | None) -> tuple[float, float]:
     """Effective (αp, αn) of a new model with these arguments."""
     return (
-        float(getattr(arguments, "xielu_alpha_p_init", _DEFAULT_ALPHA_INIT)),
-        float(getattr(arguments, "xielu_alpha_n_init", _DEFAULT_ALPHA_INIT)),
+        float(getattr(arguments, "xielu_alpha_p_init", DEFAULT_ALPHA_INIT)),
+        float(getattr(arguments, "xielu_alpha_n_init", DEFAULT_ALPHA_INIT)),
     )
-
-
-def alpha_n_floor(name: str, beta: float) -> float:
-    """What the effective αn of ``"xielu"`` or ``"xiprelu"`` is above: αn = floor + softplus."""
-    return beta if name == "xielu" else 0.0

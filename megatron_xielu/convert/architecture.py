@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_xielu.catalog import TRAINABLE
+
 # What Megatron's --use-rope-scaling is, besides its factor; Hugging Face's "llama3".
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -50,7 +52,7 @@ class Architecture:
     @property
     def trainable(self) -> bool:
         """Whether each MLP has alphas."""
-        return self.activation in ("xielu", "xiprelu")
+        return self.activation in TRAINABLE
 
     @property
     def family(self) -> str:

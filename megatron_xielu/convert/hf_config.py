@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert.architecture import LLAMA3_ROPE, Architecture
 
@@ -121,7 +122,7 @@ def architecture_of(stored: dict[str, Any], beta: float | None) -> Architecture:
             f"config.json: hidden_act = {activation}; only xielu, xiprelu, relu2 and gelu"
         )
     if activation == "xiprelu":
-        beta = stored.get("xiprelu_beta", 0.5)
+        beta = stored.get("xiprelu_beta", DEFAULT_BETA)
     theta, factor = _rope(stored, config)
     heads = config.num_attention_heads
     return Architecture(
@@ -139,7 +140,7 @@ def architecture_of(stored: dict[str, Any], beta: float | None) -> Architecture:
         tied=config.tie_word_embeddings,
         qk_layernorm=family == "apertus",
         activation=activation,
-        beta=0.5 if beta is None else beta,
+        beta=DEFAULT_BETA if beta is None else beta,
         init_std=config.initializer_range,
     )
 

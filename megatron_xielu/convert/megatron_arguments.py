@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_xielu.catalog import DEFAULT_BETA, SPEC_MODULE, activation_of, activations_of
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert.architecture import Architecture
 
@@ -53,7 +54,6 @@ _IMPLIED: dict[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (None,),
     "onnx_safe": (None, False),
 }
-_OURS = ("xielu", "xiprelu")
 
 
 def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
@@ -99,25 +99,19 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
         tied=not arguments.untie_embeddings_and_output_weights,
         qk_layernorm=qk_layernorm,
         activation=activation,
-        beta=float(getattr(arguments, "xielu_beta", 0.5)),
+        beta=float(getattr(arguments, "xielu_beta", DEFAULT_BETA)),
         init_std=float(getattr(arguments, "init_method_std", 0.02)),
     )
 
 
 def _activation(arguments: Namespace) -> str:
     spec = getattr(arguments, "spec", None)
-    if spec and spec[0] != "megatron_xielu.layer_specs":
+    if spec and spec[0] != SPEC_MODULE:
         raise Refused(f"the checkpoint has spec = {' '.join(spec)}: what is in it is not known")
-    asked = [
-        name
-        for name in _OURS
-        if getattr(arguments, name, False) or (spec and spec[1] == f"{name}_layer_spec")
-    ]
-    named = {"squared_relu": "relu2", "swiglu": "swiglu"}
-    asked += [name for argument, name in named.items() if getattr(arguments, argument, False)]
+    asked = activations_of(arguments)
     if len(asked) > 1:
         raise Refused(f"the checkpoint has two activations: {' and '.join(asked)}")
-    return asked[0] if asked else "gelu"
+    return activation_of(arguments)
 
 
 def _epsilon(arguments: Namespace) -> float:

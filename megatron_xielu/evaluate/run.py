@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_xielu import arguments, layer_specs, training_step
+from megatron_xielu import catalog, layer_specs, training_step
 from megatron_xielu.evaluate import data, settings, validation
 from megatron_xielu.evaluate.result import Evaluation
 from megatron_xielu.evaluate.statistics import Statistics
-
-_ACTIVATION_NAMES = {"swiglu": "swiglu", "squared_relu": "relu2", "quick_geglu": "quick_geglu"}
 
 
 def evaluate(request: Namespace, iteration: int, prefixes: list[Path] | None) -> Evaluation | None:
@@ -75,7 +73,7 @@ def evaluate(request: Namespace, iteration: int, prefixes: list[Path] | None) ->
     return Evaluation(
         checkpoint=str(request.load),
         iteration=iteration,
-        activation=_activation(args),
+        activation=catalog.activation_of(args),
         loss=loss,
         tokens=number,
         bytes=text_bytes,
@@ -91,11 +89,6 @@ def _described(args: Namespace) -> list[str]:
     names = ("data_path", "data_args_path", "per_split_data_args_path", "valid_data_path")
     found = next((getattr(args, name) for name in names if getattr(args, name)), "mock data")
     return found if isinstance(found, list) else [str(found)]
-
-
-def _activation(args: Namespace) -> str:
-    asked = (name for flag, name in _ACTIVATION_NAMES.items() if getattr(args, flag, False))
-    return arguments.activation_name(args) or next(asked, "gelu")
 
 
 def _check_vocabulary(args: Namespace, tokens: data.Tokens | None) -> None:

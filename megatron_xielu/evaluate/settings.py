@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from megatron_xielu import arguments
-from megatron_xielu.activations import ACTIVATIONS
+from megatron_xielu.catalog import TRAINABLE
 from megatron_xielu.common.text import first_line
 from megatron_xielu.workarounds import checkpoint_arguments
 
@@ -55,7 +55,7 @@ def complete(request: Namespace) -> tuple[Namespace, Namespace]:
     if checkpoint is None:
         raise ValueError(f"--load {request.load}: the checkpoint holds no arguments of its model")
     saved, folder = checkpoint
-    if asked := given & set(ACTIVATIONS):
+    if asked := given & set(TRAINABLE):
         raise ValueError(f"the activation is that of the checkpoint; drop --{' --'.join(asked)}")
     arguments.restore(args, saved, folder)
     checkpoint_arguments.restore(args, saved)

@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.kernels import eager
 
 VARIABLE = "MEGATRON_XIELU_BACKEND"
@@ -109,7 +110,7 @@ def _compiler_works() -> bool:
 
     x, alpha = torch.zeros(4), torch.zeros(1)
     try:
-        cpu_compiled.forward("xielu", x, alpha, alpha, 0.5, None)
+        cpu_compiled.forward("xielu", x, alpha, alpha, DEFAULT_BETA, None)
     except Exception as error:
         _log_fallback(f"torch.compile does not work here ({type(error).__name__}: {error})")
         return False

@@ -31,6 +31,8 @@ from math import factorial
 import torch
 from torch import Tensor
 
+from megatron_xielu.catalog import DEFAULT_BETA
+
 __all__ = [
     "expm1_minus_x",
     "inverse_softplus",
@@ -112,7 +114,7 @@ def _alpha_gradient(raw: Tensor, dy: Tensor, *factors: Tensor) -> Tensor:
 
 
 def xielu(
-    x: Tensor, alpha_p: Tensor | float, alpha_n: Tensor | float, *, beta: float = 0.5
+    x: Tensor, alpha_p: Tensor | float, alpha_n: Tensor | float, *, beta: float = DEFAULT_BETA
 ) -> Tensor:
     """xIELU of x (any shape) for raw alpha_p, alpha_n; float64."""
     x = _float64(x)
@@ -127,7 +129,12 @@ def xielu(
 
 
 def xielu_backward(
-    dy: Tensor, x: Tensor, alpha_p: Tensor | float, alpha_n: Tensor | float, *, beta: float = 0.5
+    dy: Tensor,
+    x: Tensor,
+    alpha_p: Tensor | float,
+    alpha_n: Tensor | float,
+    *,
+    beta: float = DEFAULT_BETA,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(dy * xielu(x))`` by x, alpha_p and alpha_n.
 
@@ -152,7 +159,7 @@ def xielu_backward(
 
 
 def xiprelu(
-    x: Tensor, alpha_p: Tensor | float, alpha_n: Tensor | float, *, beta: float = 0.5
+    x: Tensor, alpha_p: Tensor | float, alpha_n: Tensor | float, *, beta: float = DEFAULT_BETA
 ) -> Tensor:
     """xIPReLU of x (any shape) for raw alpha_p, alpha_n; float64."""
     x = _float64(x)
@@ -162,7 +169,12 @@ def xiprelu(
 
 
 def xiprelu_backward(
-    dy: Tensor, x: Tensor, alpha_p: Tensor | float, alpha_n: Tensor | float, *, beta: float = 0.5
+    dy: Tensor,
+    x: Tensor,
+    alpha_p: Tensor | float,
+    alpha_n: Tensor | float,
+    *,
+    beta: float = DEFAULT_BETA,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(dy * xiprelu(x))`` by x, alpha_p and alpha_n.
 

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_xielu.catalog import ACTIVATIONS
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan
-
-_ACTIVATIONS = {"xielu": "xIELU", "xiprelu": "xIPReLU", "relu2": "ReLU²", "swiglu": "SwiGLU"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,7 +206,7 @@ def _model(plan: Plan) -> _Rows:
     return [
         ("shape", f"layers {m.layers}, hidden {m.hidden}, ffn {m.ffn}"),
         ("attention", ", ".join(parts)),
-        ("activation", _ACTIVATIONS.get(m.activation, m.activation.upper())),
+        ("activation", ACTIVATIONS[m.activation].label),
         (
             "vocabulary",
             f"{m.vocabulary:,}, padded to {m.padded_vocabulary:,}; "

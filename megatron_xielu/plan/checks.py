@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_xielu.catalog import TRAINABLE, activations_of
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
@@ -122,10 +123,10 @@ def _given(plan: Plan) -> set[str]:
 
 def _flags(plan: Plan) -> Iterator[str]:
     args, given = plan.args, _given(plan)
-    ours = [name for name in ("xielu", "xiprelu") if getattr(args, name)]
+    ours = [name for name in activations_of(args) if name in TRAINABLE]
     if len(ours) > 1:
         yield "give one activation, not --xielu and --xiprelu"
-    if plan.model.activation in ("xielu", "xiprelu"):
+    if plan.model.activation in TRAINABLE:
         name = f"--{plan.model.activation}"
         excluded = [*EXCLUDED, *OTHER_SCRIPTS]
         if args.transformer_impl == "inference_optimized":
@@ -327,7 +328,7 @@ def _fixes(plan: Plan) -> str:
         ways.append(["--sequence-parallel"])
     if plan.attention_keeps_scores and args.recompute_granularity is None:
         ways.append(["--recompute-activations"])
-    if m.activation in ("xielu", "xiprelu") and not args.xielu_recompute_output:
+    if m.activation in TRAINABLE and not args.xielu_recompute_output:
         ways.append(["--xielu-recompute-output"])
     smaller = range(plan.micro_batch - 1, 0, -1)
     ways.append([f"--micro-batch-size {micro}" for micro in smaller])

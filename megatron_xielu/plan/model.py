@@ -11,10 +11,9 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_xielu.catalog import ACTIVATIONS, TRAINABLE, activation_of
 from megatron_xielu.plan import flags
 from megatron_xielu.plan.flags import PlanError
-
-_SPECS = {"xielu_layer_spec": "xielu", "xiprelu_layer_spec": "xiprelu"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Model:
     sequence: int
     vocabulary: int  # as the tokenizer has it
     padded_vocabulary: int
-    activation: str  # xielu, xiprelu, relu2, swiglu, geglu or gelu
+    activation: str  # of `catalog.ACTIVATIONS`
     shared_alphas: bool  # one pair for all layers
     tied_embeddings: bool
     bias: bool
@@ -72,7 +71,7 @@ class Model:
             )
         if problems:
             raise PlanError(problems)
-        activation, heads = _activation(args), args.num_attention_heads
+        activation, heads = activation_of(args), args.num_attention_heads
         ffn = args.ffn_hidden_size
         if ffn is None:  # megatron/training/arguments.py, validate_args
             h = args.hidden_size
@@ -109,7 +108,7 @@ class Model:
     @property
     def gated(self) -> bool:
         """Whether fc1 makes two tensors of the ffn width."""
-        return self.activation in ("swiglu", "geglu")
+        return ACTIVATIONS[self.activation].gated
 
     @property
     def query_width(self) -> int:
@@ -150,7 +149,7 @@ class Model:
     @property
     def alphas(self) -> int:
         """Of a layer, or of all that share them; frozen ones are parameters too."""
-        return 2 if self.activation in ("xielu", "xiprelu") else 0
+        return 2 if self.activation in TRAINABLE else 0
 
     @property
     def norm_size(self) -> int:
@@ -175,14 +174,3 @@ class Model:
         """
         matrices = self.layers * self.layer_matrices + self.embedding
         return 6 * matrices + 6 * self.layers * self.query_width * self.sequence
-
-
-def _activation(args: Namespace) -> str:
-    spec = None
-    if args.spec[:1] == ["megatron_xielu.layer_specs"]:
-        spec = _SPECS.get(args.spec[-1])
-    for name in ("xielu", "xiprelu"):
-        if getattr(args, name) or spec == name:
-            return name
-    names = {"squared_relu": "relu2", "swiglu": "swiglu", "quick_geglu": "geglu"}
-    return next((name for argument, name in names.items() if getattr(args, argument)), "gelu")

@@ -9,12 +9,12 @@ import ast
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_xielu.catalog import TRAINABLE, activation_of
 from megatron_xielu.checkpoints.alphas import (
     Alphas,
     count_parameters,
@@ -35,7 +35,6 @@ from megatron_xielu.report.nonlinearity import Inputs, Shape, nonlinearity
 from megatron_xielu.report.run import History, Layer, Measured, Run, depth
 
 EVALUATION = "evaluation.json"
-SHAPED = ("xielu", "xiprelu")  # activations that have alphas
 
 _EVENT_FOLDERS, _CHECKPOINT_FOLDERS = (".", "tensorboard", "events"), (".", "checkpoints")
 _SHOWN_ALPHAS = 1000  # points in time: as many as a picture is wide
@@ -79,7 +78,7 @@ def load(folder: Path) -> Run:
         scalars=found.scalars,
         samples=found.samples,
         model=model,
-        activation=_activation(arguments, model),
+        activation=None if arguments is None else activation_of(arguments),
         parameters=parameters,
         evaluation=evaluation,
         measured=_measured(evaluation, notes),
@@ -88,7 +87,7 @@ def load(folder: Path) -> Run:
     if run.train is not None and not np.isfinite(run.train.values).all():
         count = int((~np.isfinite(run.train.values)).sum())
         notes.append(f"the training loss was not finite in {count} logged iterations")
-    if run.activation in SHAPED or _rows(run.scalars, "alpha_p"):
+    if run.activation in TRAINABLE or _rows(run.scalars, "alpha_p"):
         _add_alphas(run, checkpoints)
     return run
 
@@ -156,16 +155,6 @@ def _model(arguments: Namespace | None, notes: list[str]) -> Model | None:
         return None
 
 
-def _activation(arguments: Namespace | None, model: Model | None) -> str | None:
-    if model is not None:
-        return model.activation
-    if arguments is None:
-        return None
-    with suppress(PlanError):
-        return Model.of(arguments, vocab_size=1).activation
-    return None
-
-
 def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -185,7 +174,7 @@ def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
 def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     name = str(run.activation)
     written = {side: _rows(run.scalars, f"alpha_{side}") for side in "pn"}
-    saved = _saved_alphas(checkpoints, name, run.notes) if name in SHAPED else None
+    saved = _saved_alphas(checkpoints, name, run.notes) if name in TRAINABLE else None
     names = sorted(written["p"]) or (saved.names if saved else [])
     if not names:
         run.notes.append("no alphas: neither in event files nor in checkpoints")
@@ -214,7 +203,7 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     norms = _rows(run.scalars, "alpha_grad_norm")
     if set(names) <= set(norms):
         run.alpha_grad_norm = _history(norms, names)
-    if run.activation in SHAPED:
+    if run.activation in TRAINABLE:
         run.layers = _layers(run, start)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_xielu.checkpoints.alphas import alpha_n_floor
+from megatron_xielu.catalog import alpha_n_floor
 from megatron_xielu.kernels import reference
 
 Array = NDArray[np.float64]

@@ -16,20 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xielu.catalog import ACTIVATIONS
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape
 
 Array = NDArray[np.float64]
-
-LABELS = {
-    "xielu": "xIELU",
-    "xiprelu": "xIPReLU",
-    "relu2": "ReLU²",
-    "swiglu": "SwiGLU",
-    "geglu": "GEGLU",
-    "gelu": "GELU",
-}
 
 _LOSS, _VALIDATION = "lm loss", "lm loss validation"
 _FINAL_SHARE, _FINAL_LEAST = 0.01, 10  # of logged iterations, for the final training loss
@@ -97,7 +89,7 @@ class Run:
     @property
     def label(self) -> str:
         """The activation, for people."""
-        label = LABELS.get(self.activation or "", "unknown")
+        label = ACTIVATIONS[self.activation].label if self.activation else "unknown"
         for argument, word in (("frozen_alphas", "frozen"), ("shared_alphas", "shared")):
             if getattr(self.arguments, f"xielu_{argument}", False):
                 label += f", {word} alphas"

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_xielu import functional
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, alpha_n_floor
 from megatron_xielu.kernels import reference
 from megatron_xielu.kernels.choose import VARIABLE
 
-BETA = 0.5
+BETA = DEFAULT_BETA
 # The paper's initial alphas. Their raw values differ, so that mixing them up shows.
-ALPHA_P, ALPHA_N = 0.8, 0.8
+ALPHA_P = ALPHA_N = DEFAULT_ALPHA_INIT
 # Hugging Face's and the public kernel's clamp of the negative branch.
 EPS = -1e-6
 
@@ -116,7 +117,7 @@ FORMULAS = {"xielu": xielu_formula, "xiprelu": xiprelu_formula}
 
 
 def _alphas(request: Request) -> tuple[Tensor, Tensor]:
-    shift = BETA if request.activation == "xielu" else 0.0
+    shift = alpha_n_floor(request.activation, BETA)
     raw = (reference.inverse_softplus(v) for v in (ALPHA_P, ALPHA_N - shift))
     alpha_p, alpha_n = (
         r.reshape(1).to(request.device, torch.float32).requires_grad_() for r in raw

@@ -77,7 +77,7 @@ def show(
 
 def _changes(variant: Variant) -> list[str]:
     """The flags that make an ablation of an activation."""
-    return [flag for flag in variant.flags if flag not in variant.activation.flags]
+    return list(variant.flags[1:])
 
 
 def _command(preset: Preset, variant: Variant, seed: int, folder: Path) -> str:

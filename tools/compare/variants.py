@@ -14,39 +14,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DEFAULT_INIT = 0.8
-DEFAULT_BETA = 0.5
-
-
-@dataclass(frozen=True)
-class Activation:
-    """``gated`` MLPs have a third matrix; ``trainable`` activations have alphas."""
-
-    label: str
-    flags: tuple[str, ...]
-    gated: bool = False
-    trainable: bool = False
-
+from megatron_xielu import catalog
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, Activation
 
 ACTIVATIONS = {
-    "xielu": Activation("xIELU", ("--xielu",), trainable=True),
-    "xiprelu": Activation("xIPReLU", ("--xiprelu",), trainable=True),
-    "relu2": Activation("ReLU²", ("--squared-relu",)),
-    "swiglu": Activation("SwiGLU", ("--swiglu",), gated=True),
-    # Megatron's default; its fused form wants the linear biases that these models do not have.
-    "gelu": Activation("GELU", ("--no-bias-gelu-fusion",)),
+    name: catalog.ACTIVATIONS[name] for name in ("xielu", "xiprelu", "relu2", "swiglu", "gelu")
 }
+# Of Megatron's default: its fused form wants the linear biases that these models do not have.
+_GELU_FLAG = "--no-bias-gelu-fusion"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An activation as it is trained: ``flags`` choose it, ``init`` is where αp and αn start."""
+    """An activation as it is trained: ``flags`` choose it, ``init`` is where αp and αn start.
+
+    The first flag is of the activation, the others of the ablation.
+    """
 
     name: str
     label: str
     activation: Activation
     flags: tuple[str, ...]
-    init: tuple[float, float] = (DEFAULT_INIT, DEFAULT_INIT)
+    init: tuple[float, float] = (DEFAULT_ALPHA_INIT, DEFAULT_ALPHA_INIT)
 
     @property
     def has_alphas(self) -> bool:
@@ -64,7 +53,7 @@ def parse(name: str) -> Variant:
     activation = ACTIVATIONS.get(key)
     if activation is None:
         raise ValueError(f"{name!r}: no such activation; there are {', '.join(ACTIVATIONS)}")
-    label, flags = activation.label, activation.flags
+    label, flags = activation.label, (activation.flag or _GELU_FLAG,)
     if not dash:
         return Variant(name, label, activation, flags)
     what, *values = change.split("-")
@@ -78,18 +67,20 @@ def parse(name: str) -> Variant:
             flags = (*flags, "--xielu-beta", values[0])
             return Variant(name, f"{label}, β {values[0]}", activation, flags)
         if what == "init" and len(numbers) in (1, 2):
-            return _with_inits(name, activation, key, numbers)
+            return _with_inits(name, activation, flags, numbers)
     raise ValueError(
         f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, -init-P, "
         "-init-P-N and -beta-B with numbers for P, N and B: xielu-init-0.4"
     )
 
 
-def _with_inits(name: str, activation: Activation, key: str, numbers: list[float]) -> Variant:
-    positive, negative = (*numbers, DEFAULT_INIT)[:2]
-    if key == "xielu" and negative <= DEFAULT_BETA:
+def _with_inits(
+    name: str, activation: Activation, flags: tuple[str, ...], numbers: list[float]
+) -> Variant:
+    positive, negative = (*numbers, DEFAULT_ALPHA_INIT)[:2]
+    if activation is ACTIVATIONS["xielu"] and negative <= DEFAULT_BETA:
         raise ValueError(f"{name!r}: αn of xIELU starts above β = {DEFAULT_BETA}")
-    label, flags = f"{activation.label}, αp from {positive:g}", activation.flags
+    label = f"{activation.label}, αp from {positive:g}"
     flags = (*flags, "--xielu-alpha-p-init", f"{positive:g}")
     if len(numbers) == 2:
         label += f", αn from {negative:g}"
