@@ -41,7 +41,7 @@ from compare.text import Text, write_json
 from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
-from megatron_xielu.checkpoints.folder import checkpoints, find, read_tracker
+from megatron_xielu.checkpoints.folder import checkpoints, read_tracker
 
 _FIRST_SEED = 42
 _DEFAULT_BASELINE = "swiglu"
@@ -370,9 +370,9 @@ def do_run(run: Run, place: str, settings: Settings, machine: Machine, lock: int
 
 def remove_old_checkpoints(save_dir: Path) -> None:
     """Keep the last one: the record has the rest."""
-    last = find(save_dir)
-    for path in checkpoints(save_dir).values():
-        if path != last:
+    last = read_tracker(save_dir)
+    for iteration, path in checkpoints(save_dir).items():
+        if isinstance(last, int) and iteration != last:
             shutil.rmtree(path)
 
 
