@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import TINY_LLAMA
 
 from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
 
@@ -163,9 +164,13 @@ def test_good_nodes_pass(checkout, tmp_path, port):
         "MIN_BANDWIDTH": "0.00001",
         "SECRET_TOKEN": "do-not-print-me",
     }
-    nodes = [start(checkout, tmp_path, port, name, **settings) for name in ("n1", "n2")]
+    # Not asked for, a layout that Megatron refuses does not matter.
+    settings["LAYOUT_CHECK"] = "0"
+    flags = ("--", *TINY_LLAMA, "--no-such-flag")
+    nodes = [start(checkout, tmp_path, port, name, *flags, **settings) for name in ("n1", "n2")]
     (code, output), (other_code, other) = (node.wait() for node in nodes)
     assert (code, other_code) == (0, 0), output + other
+    assert "LAYOUT_CHECK=0" in lines(output, "ok", "layout")[0]
     for check in (
         "ranks",
         "versions",
@@ -186,7 +191,8 @@ def test_good_nodes_pass(checkout, tmp_path, port):
 
 
 def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
-    """Another version, a directory not shared, slow and small, damaged data, a wrong clock."""
+    """Another version, a directory not shared, slow and small, damaged data, a wrong clock; and a
+    layout that Megatron refuses."""
     other = tmp_path / "other"
     shutil.copytree(checkout, other)
     init = other / "megatron_xielu/__init__.py"
@@ -200,7 +206,7 @@ def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
     (tmp_path / "n2/short.bin").write_bytes(bytes(10))
     nodes = [
         start(
-            *(where, tmp_path, port, name, "--disk-mib", "1"),
+            *(where, tmp_path, port, name, "--disk-mib", "1", "--", *TINY_LLAMA, "--no-such-flag"),
             run_dir=tmp_path / f"run_{name}",
             fault=fault,
             MIN_DISK_MBPS="1e9",
@@ -209,8 +215,10 @@ def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
         )
         for name, where, fault in (("n1", checkout, "none"), ("n2", other, "clock:60"))
     ]
-    (code, output), (other_code, _) = (node.wait() for node in nodes)
+    (code, output), (other_code, _) = (node.wait(timeout=200) for node in nodes)
     assert (code, other_code) == (1, 1), output
+    (layout,) = lines(output, "FAIL", "layout")
+    assert "unrecognized arguments: --no-such-flag" in layout and "LAYOUT_CHECK" not in layout
     (version,) = lines(output, "FAIL", "versions")
     assert version.startswith("n2 (rank 1): megatron_xielu is 9.9.9+")
     (clock,) = lines(output, "FAIL", "clocks")

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
+import launch
 import pytest
-from launch import REPOSITORY
 
 from megatron_xielu.common import event_log
 
@@ -40,19 +41,40 @@ def test_a_log_that_cannot_be_written_ends_nothing(log, monkeypatch, capsys):
     assert "event=start" in capsys.readouterr().err
 
 
-def rank(tmp_path, script: str, *launcher: str) -> subprocess.CompletedProcess:
-    """Run a script as one supervised rank, or under this launcher."""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    command = launcher or ("megatron_xielu.cluster.rank",)
-    return subprocess.run(
-        [sys.executable, "-m", *command, str(path), "--save", str(tmp_path / "checkpoints")],
+@dataclass
+class Ended:
+    """A process that has ended."""
+
+    returncode: int
+    output: str
+
+
+def rank(tmp_path, *arguments: str) -> Ended:
+    """Run ``python -m megatron_xielu.cluster.rank`` from a process that has imported PyTorch."""
+    output = tmp_path / "output"
+    process = launch._warm_python().start(
+        ["-m", "megatron_xielu.cluster.rank", *arguments],
+        environment={**os.environ, "MEGATRON_XIELU_FINISHED": str(tmp_path / "finished")},
+        folder=launch.REPOSITORY,
+        output=output,
+    )
+    return Ended(process.wait(), output.read_text())
+
+
+def launched(tmp_path, script: str, *flags: str) -> Ended:
+    """Run a script as one supervised rank under the launcher."""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "megatron_xielu.cluster.launcher", "--standalone", *flags]
+    command += ["-m", "megatron_xielu.cluster.rank", str(tmp_path / "script.py")]
+    done = subprocess.run(
+        [*command, "--save", str(tmp_path / "checkpoints")],
         env={**os.environ, "MEGATRON_XIELU_FINISHED": str(tmp_path / "finished")},
-        cwd=REPOSITORY,
+        cwd=launch.REPOSITORY,
         capture_output=True,
         text=True,
         timeout=120,
     )
+    return Ended(done.returncode, done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +96,10 @@ def rank(tmp_path, script: str, *launcher: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_how_a_rank_ends(log, tmp_path, script, code, finished, reason):
-    done = rank(tmp_path, script)
-    assert done.returncode == code, done.stderr
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = rank(tmp_path, str(path), "--save", str(tmp_path / "checkpoints"))
+    assert done.returncode == code, done.output
     assert (tmp_path / "finished").exists() is finished is (code == 0 and "Exit" not in script)
     lines = log.read_text().splitlines() if log.exists() else []
     failures = [line for line in lines if "event=worker-failed" in line]
@@ -92,9 +116,8 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
     os.kill(os.getpid(), {int(signal.SIGKILL)})
 """
-    launcher = "megatron_xielu.cluster.launcher --standalone --max-restarts 1 -m"
-    done = rank(tmp_path, script, *launcher.split(), "megatron_xielu.cluster.rank")
-    assert done.returncode == 0, done.stderr
+    done = launched(tmp_path, script, "--max-restarts", "1")
+    assert done.returncode == 0, done.output
     first, second = log.read_text().splitlines()[-3:-1]
     assert 'rank=0 event=rank-failed local_rank=0 exit=-9 reason="killed by SIGKILL"' in first
     assert "event=restart" in second
@@ -105,21 +128,13 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 
 @pytest.mark.parametrize("end", ["'megatron_xielu: error: --x'", "2"])
 def test_what_is_refused_is_not_tried_again(log, tmp_path, end):
-    launcher = "megatron_xielu.cluster.launcher --standalone --max-restarts 3 -m"
-    script = f"raise SystemExit({end})"
-    done = rank(tmp_path, script, *launcher.split(), "megatron_xielu.cluster.rank")
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
+    done = launched(tmp_path, f"raise SystemExit({end})", "--max-restarts", "3")
+    assert done.returncode == 2, done.output
+    assert "Traceback" not in done.output
     assert "event=restart" not in log.read_text()
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",)])
-def test_usage(arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_xielu.cluster.rank", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1 and "usage:" in done.stderr
+def test_usage(arguments, tmp_path):
+    done = rank(tmp_path, *arguments)
+    assert done.returncode == 1 and "usage:" in done.output
