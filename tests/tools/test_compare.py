@@ -559,7 +559,8 @@ def hugging_face(comparison: Comparison, trained_at_tp2: tuple[Path, records.Rec
     words = [str(tool.folder_of(out, "xielu", 42) / "checkpoints"), str(folder)]
     words += ["--tokenizer", str(comparison.out / "text" / "tokenizer")]
     words += ["--trim-vocab", str(byte_text.VOCAB_SIZE)]
-    launch.train(out / "convert", words, model=(), command=command)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    launch.train(out / "convert", words, model=(), command=command, environment=offline)
     return folder
 
 
