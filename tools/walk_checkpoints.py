@@ -17,10 +17,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -30,9 +27,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_xielu.common import files
+from launcher_command import megatron_arguments
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from megatron_xielu.common import files
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
 MODELS = {
@@ -119,21 +116,8 @@ def _uneven(model: str, pipeline: int) -> str:
 
 
 def launcher_arguments(**environment: str) -> list[str]:
-    """What pretrain.sh would give Megatron."""
-    defaults = {"TP": "1", "PP": "1", "MOCK_DATA": "1", "PYTHON": sys.executable}
-    script = [str(REPOSITORY / "examples/pretrain.sh"), "--dry-run"]
-    run = subprocess.run(
-        script,
-        env={**os.environ, **defaults, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    command = shlex.split(run.stdout.partition("\n\n")[0].replace("\\\n", " "))
-    entry = "megatron_xielu.pretrain_gpt"
-    if entry not in command:
-        raise SystemExit(f"pretrain.sh: {run.stdout}{run.stderr}")
-    return command[command.index(entry) + 1 :]
+    """What pretrain.sh would give Megatron; `split` adds a layout."""
+    return megatron_arguments(**{"TP": "1", "PP": "1", "MOCK_DATA": "1", **environment})
 
 
 def split(arguments: list[str], layout: Layout) -> list[str]:

@@ -1,9 +1,11 @@
 """examples/pretrain.sh: what every model, activation and front end would run, and what is refused.
 
-The expected outputs lie in dry_runs/; ``python tests/cluster/test_pretrain_script.py`` writes them
-anew, to be read before they are committed.
+Five that differ in kind lie in dry_runs/, to the letter; ``python
+tests/cluster/test_pretrain_script.py`` writes them anew, to be read before they are committed. Of
+all others Megatron's own parser and checks say whether they are right.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -13,8 +15,13 @@ from pathlib import Path
 import pytest
 import test_kubernetes
 from launch import REPOSITORY
+from launcher_command import printed_command
+from megatron_arguments import validated
 
 from megatron_xielu.checkpoints.optimizer_format import default_bucket_size
+from megatron_xielu.plan import checks
+from megatron_xielu.plan.model import Model
+from megatron_xielu.plan.run import Cluster, Plan
 
 MODELS = ["llama_1b", "llama_3b", "debug"]
 ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
@@ -79,6 +86,7 @@ def run(command: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
+@functools.cache
 def output(command: str, **variables: str) -> str:
     """Standard output of a dry run, without this machine's paths."""
     result = run(command, **variables)
@@ -87,35 +95,66 @@ def output(command: str, **variables: str) -> str:
     return result.stdout.replace(str(REPOSITORY), "/repository")
 
 
-def cases() -> dict[str, tuple[str, dict[str, str]]]:
-    """Name of the expected output: command line, variables."""
-    launcher = {
-        f"{model}-{activation}": (LAUNCHER, {"MODEL": model, "ACTIVATION": activation})
-        for model in MODELS
-        for activation in ACTIVATIONS
-    }
-    return launcher | {name: front_end[:2] for name, front_end in FRONT_ENDS.items()}
+# Name of the expected output: command line, variables. Three ways to more than one node with the
+# 1.1B and xIELU, another size on one node, and an activation of Megatron's on data made up.
+CASES = {name: FRONT_ENDS[name][:2] for name in ("torchrun", "slurm-pyxis", "kubernetes-trainjob")}
+CASES |= {
+    "llama_3b-xielu": (LAUNCHER, {"MODEL": "llama_3b"}),
+    "debug-swiglu": (LAUNCHER, {"MODEL": "debug", "ACTIVATION": "swiglu"}),
+}
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", CASES)
 def test_dry_run(name):
-    command, variables = cases()[name]
+    command, variables = CASES[name]
     assert output(command, **variables) == (EXPECTED / f"{name}.txt").read_text()
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_front_ends_run_the_launchers_command(model, activation, front_end):
-    """A front end adds its own first lines and nothing else."""
+def test_every_command_is_the_launchers_and_trains_the_planned_model(
+    model, activation, front_end, monkeypatch
+):
+    """A front end adds its own first lines and nothing else; Megatron takes what is left."""
+    from megatron.training.training import num_floating_point_operations
+
     command, variables, sets = FRONT_ENDS[front_end]
-    what = {"MODEL": model, "ACTIVATION": activation, **EVERYWHERE}
+    what = {"MODEL": model, "ACTIVATION": activation, **EVERYWHERE, "PYTHON": "true"}
     whole = output(command, **{**variables, **what})
     run_dir = {"RUN_DIR": f"/repository/runs/{model}-{activation}"}
     command = output(LAUNCHER, **{**run_dir, **sets, **what})
     assert whole.endswith(command)
     # A Slurm step or a list of hosts; a pod has nothing to add.
     assert bool(whole.removesuffix(command)) is not front_end.startswith("kubernetes")
+
+    words = printed_command(command)
+    cluster = Cluster(int(flag(command, "--nnodes")), int(flag(command, "--nproc-per-node")))
+    assert cluster.nodes == int(sets["NNODES"])
+    plan = Plan(words[words.index("megatron_xielu.pretrain_gpt") + 1 :], cluster=cluster)
+    assert checks.problems(plan, environment={}) == []
+    assert plan.model.activation == activation
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 9)  # H100
+    args = validated(plan.argv, gpus=cluster.gpus)
+    assert Model.of(args) == plan.model
+    assert args.data_parallel_size == plan.data
+    flops = num_floating_point_operations(args, args.global_batch_size)
+    assert flops == plan.tokens_per_step() * plan.model.flops_per_token()
+
+
+def test_a_container_changes_only_how_slurms_step_starts():
+    steps = {
+        name: output(*FRONT_ENDS[name][:1], **FRONT_ENDS[name][1], PYTHON="true").partition("\n")[0]
+        for name in ("slurm", "slurm-pyxis", "slurm-apptainer")
+    }
+    before, shell, inside = steps["slurm"].partition(" bash ")
+    inside = inside.replace("/repository/", "/opt/megatron_xielu/")
+    pyxis = " --container-image=registry/xielu:1 --no-container-mount-home"
+    pyxis += r" --container-mounts=/scratch:/scratch\,/data:/data"
+    assert steps["slurm-pyxis"] == before + pyxis + shell + inside
+    apptainer = r" apptainer exec --nv --bind /scratch\,/data /images/xielu.sif"
+    assert steps["slurm-apptainer"] == before + apptainer + shell + inside
 
 
 @pytest.mark.parametrize("model", ["llama_1b", "llama_3b"])
@@ -236,5 +275,5 @@ def test_help_names_every_variable():
 
 if __name__ == "__main__":
     EXPECTED.mkdir(exist_ok=True)
-    for case, (case_command, case_variables) in cases().items():
+    for case, (case_command, case_variables) in CASES.items():
         (EXPECTED / f"{case}.txt").write_text(output(case_command, **case_variables))

@@ -5,12 +5,13 @@ import json
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import plan_cases
 import pytest
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
+from megatron_arguments import parse as parse_as_megatron
 
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import __main__ as plan_report
@@ -146,13 +147,9 @@ SHAPES = {
 
 def megatron_arguments(command: str) -> Namespace:
     """Megatron's own parser, and what `validate_args` derives."""
-    from megatron.training.arguments import add_megatron_arguments
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-    from megatron_xielu.arguments import add_arguments
-
-    parser = ArgumentParser(allow_abbrev=False)
-    args = add_arguments(add_megatron_arguments(parser)).parse_args(command.split())
+    args = parse_as_megatron(command.split())
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     default = int(8 * args.hidden_size / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size
     args.ffn_hidden_size = args.ffn_hidden_size or default

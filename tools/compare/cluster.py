@@ -6,21 +6,18 @@ which puts the Megatron command together; the numbers are those of its plan.
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from launcher_command import megatron_arguments
 
 from compare import equal_cost
 from compare.variants import Variant
 from megatron_xielu.plan.run import Cluster, Plan
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-_LAUNCHER = _REPOSITORY / "examples" / "pretrain.sh"
 _GPUS_PER_NODE = 8
-_ENTRY = "megatron_xielu.pretrain_gpt"
 
 
 @dataclass(frozen=True)
@@ -92,21 +89,11 @@ def _command(preset: Preset, variant: Variant, seed: int, folder: Path) -> str:
 def _plan(preset: Preset, variant: Variant) -> Plan:
     """The plan of the command that the launcher would run."""
     activation = variant.name.partition("-")[0]
-    environment = {
-        **{"PATH": os.environ["PATH"], "MODEL": preset.model, "ACTIVATION": activation},
-        **{"NNODES": str(preset.nodes), "GPUS_PER_NODE": str(_GPUS_PER_NODE)},
-    }
-    done = subprocess.run(
-        [str(_LAUNCHER), "--dry-run", *_changes(variant)],
-        env=environment,
-        capture_output=True,
-        text=True,
+    words = megatron_arguments(
+        *_changes(variant),
+        MODEL=preset.model,
+        ACTIVATION=activation,
+        NNODES=str(preset.nodes),
+        GPUS_PER_NODE=str(_GPUS_PER_NODE),
     )
-    command, _, _ = done.stdout.partition("\n\n")
-    words = shlex.split(command)
-    if _ENTRY not in words:
-        raise SystemExit(f"compare: {_LAUNCHER} --dry-run failed:\n{done.stdout}{done.stderr}")
-    return Plan(
-        words[words.index(_ENTRY) + 1 :],
-        cluster=Cluster(nodes=preset.nodes, gpus_per_node=_GPUS_PER_NODE),
-    )
+    return Plan(words, cluster=Cluster(nodes=preset.nodes, gpus_per_node=_GPUS_PER_NODE))
