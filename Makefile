@@ -1,5 +1,5 @@
 # make setup         install into .venv (nothing is done when nothing changed)
-# make test          every test, on the CPU
+# make test          every test, on the CPU; FILES=tests/kernels for those of one room
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
 # make test-gpu      the kernels on a GPU: correctness, graphs, memory
@@ -27,7 +27,7 @@ setup: .venv/installed
 	@touch $@
 
 test: setup
-	$(PYTEST_TWICE)
+	$(PYTEST_TWICE) $(FILES)
 
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: PyTorch sees no CUDA device here")'

@@ -33,8 +33,16 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
+# Files that take longest. Two run at a time: begun first, none of them is what is left at the end.
+LONGEST = """
+    test_optimizer_checkpoints test_functional test_compare test_prepare_data test_versions
+    test_layouts test_checkpoint_walk test_moe test_recompute test_preflight test_optimizer_format
+""".split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """float64 is the eager backend's alone."""
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     items[:] = [
         item
         for item in items

@@ -36,8 +36,19 @@ TINY_LLAMA = """
 """.split()
 
 
-# Modules that turn CPU mode on and import Megatron before they do anything else.
 _ENTRIES = {"entry", "logits_entry", "checkpoint_bytes", "megatron_xielu.pretrain_gpt"}
+
+
+def _begins_with_megatron(command: Sequence[str]) -> bool:
+    """Whether it turns CPU mode on and imports Megatron before it does anything else."""
+    match command:
+        case ["-m", "megatron_xielu.cpu", script]:
+            return Path(script).name == "stock_script.py"
+        case ["-m", module]:
+            return module in _ENTRIES
+        case ["-c", code]:
+            return "pretrain_gpt" in code
+    return False
 
 
 @dataclass
@@ -89,6 +100,8 @@ def start(
         **(environment or {}),
     }
     log.touch()
+    # Not of a test's own Megatron: hardly two runs would share it.
+    megatron = _begins_with_megatron(command) and "PYTHONPATH" not in (environment or {})
     python = _warm_python()
     return [
         python.start(
@@ -96,7 +109,7 @@ def start(
             environment={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             folder=log.parent,
             output=log,
-            megatron=command[0] == "-m" and command[1] in _ENTRIES,
+            megatron=megatron,
         )
         for rank in range(ranks)
     ]
