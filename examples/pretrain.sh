@@ -297,12 +297,12 @@ fi
 event start "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
 
 stopping=''
-agent=''
+launcher_pid=''
 # shellcheck disable=SC2329 # called by the traps
 stop() { # signal
     [[ -n $stopping ]] || event stopping "SIG$1: the ranks save after this step and end"
     stopping=$1
-    [[ -z $agent ]] || pkill -TERM -P "$agent" || true
+    [[ -z $launcher_pid ]] || pkill -TERM -P "$launcher_pid" || true
 }
 trap '' PIPE # whoever read the output may have ended by the same signal; the ranks must still be stopped
 trap 'stop TERM' TERM
@@ -330,16 +330,16 @@ if [[ -z $stopping ]]; then
         trap '' TERM USR1
         exec "${command[@]:0:3}" --log-dir "$logs" --tee 3 "${command[@]:3}"
     ) &
-    agent=$!
-    while kill -0 "$agent" 2>/dev/null; do
+    launcher_pid=$!
+    while kill -0 "$launcher_pid" 2>/dev/null; do
         if [[ -n $stopping ]]; then
-            pkill -TERM -P "$agent" || true
+            pkill -TERM -P "$launcher_pid" || true
             sleep 2
         else
-            wait "$agent" || true # a signal ends the wait, not the agent
+            wait "$launcher_pid" || true # a signal ends the wait, not the launcher
         fi
     done
-    wait "$agent" && code=0 || code=$?
+    wait "$launcher_pid" && code=0 || code=$?
 fi
 
 if ((code == 0)) && [[ -e $MEGATRON_XIELU_FINISHED ]]; then

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_xielu.common import event_log
 
-REFUSED = 2  # exit code of argparse, and of `worker` for what this package refuses
+REFUSED = 2  # exit code of argparse, and of `rank` for what this package refuses
 
 
 def main() -> None:

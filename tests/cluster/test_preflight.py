@@ -342,11 +342,16 @@ def test_slow_gpu_is_found():
     assert not gpus.slow_ones({0: 700.0, 1: 600.0}, gpus.SLOW_GPU)
 
 
-def test_nodes_outside_the_largest_set_are_strangers():
+def test_nodes_that_see_another_directory_than_most_are_strangers():
     everyone = {"a", "b", "c", "d"}
     blind = {"a": {"c"}, "b": {"c"}, "c": everyone - {"c"}, "d": {"c"}}
     assert nodes.strangers(blind) == [("c", ["a", "b", "d"])]
-    assert nodes.strangers({"a": set(), "b": set()}) == []
+    assert nodes.strangers({"a": set(), "b": set()}) == nodes.strangers({}) == []
+    # Each its own directory; two that do not share the others'; one whose file nobody sees.
+    assert nodes.strangers({n: everyone - {n} for n in "abc"}) == [("b", ["a"]), ("c", ["a"])]
+    two = {"a": everyone - {"a"}, "b": {"a", "c"}, "c": everyone - {"c"}, "d": {"a", "c"}}
+    assert nodes.strangers(two) == [("a", ["b", "d"]), ("c", ["b", "d"])]
+    assert nodes.strangers({"a": {"c"}, "b": {"c"}, "c": set()}) == [("c", ["a", "b"])]
 
 
 def test_versions_of_the_minority_are_odd():

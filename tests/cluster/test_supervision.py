@@ -1,6 +1,6 @@
 """What supervises a rank: the event log, how a rank's end is told, failures that torchrun reports.
 
-The whole of it, with Megatron and several nodes, is tested in tests/cluster.
+The whole of it, with Megatron and several nodes, is tested in tests/slurm.
 """
 
 import os

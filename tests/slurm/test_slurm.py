@@ -20,7 +20,7 @@ from trajectory import (
 )
 
 SBATCH = REPOSITORY / "examples/slurm/pretrain.sbatch"
-RANK = r"^(?!.*cluster\.agent).*cluster\.worker"
+RANK = r"^(?!.*cluster\.launcher).*cluster\.rank"
 TWO_NODES = ("--nodes=2", "--cpus-per-task=2")
 
 

@@ -81,7 +81,8 @@ class Board:
         self._failures: dict[str, int] = {}
         self._start = time.monotonic()
         self._stopped_at: float | None = None
-        signal.signal(signal.SIGTERM, self._stop)
+        if self.rank == 0:  # the others just end, and are missed
+            signal.signal(signal.SIGTERM, self._stop)
 
         self._post("hello", {"value": self.node})
         hello = self._collect_or_wait("hello", connect)
@@ -158,7 +159,7 @@ class Board:
         Returns:
             The same on all ranks.
         """
-        if self._stopped_at is not None and self.rank == 0:
+        if self._stopped_at is not None:
             # The others see the verdict while they wait for this stage.
             self.fail(check, "not run: the launcher ends the ranks of this node", rank=0)
             self.finish()
@@ -199,14 +200,10 @@ class Board:
         while thread.is_alive() and time.monotonic() < end:
             thread.join(0.2)
             if self._stopped_at is not None:
-                if self.rank:
-                    self.leave(1)
                 end = min(end, self._stopped_at + _STOP_GRACE)
         return dict(result) or {"error": f"not done within {limit:.0f} s"}
 
     def _post(self, stage: str, answer: dict[str, Any]) -> None:
-        if self._stopped_at is not None and self.rank:
-            self.leave(1)
         self.store.set(f"{stage}/{self.rank}", json.dumps(answer))
 
     def _collect_or_wait(self, stage: str, seconds: float) -> list[Any]:
@@ -231,8 +228,6 @@ class Board:
             if self.store.check([key]):
                 return self.store.get(key)
             if self._stopped_at is not None:
-                if self.rank:
-                    self.leave(1)
                 end = min(end, self._stopped_at + _STOP_GRACE)
             left = end - time.monotonic()
             if ended or left <= 0:
@@ -244,14 +239,12 @@ class Board:
             if answer is not None or rank in self._lost:
                 continue
             self._lost.add(rank)
-            if self.rank == 0 and self.store.check([f"stopped/{rank}"]):
-                what = "stopped by its launcher, because another rank of its node ended"
-            else:
-                what = (
-                    "no answer: it ended or hangs; its own output says more, or the node's kernel "
-                    "log (dmesg: out of memory, Xid)"
-                )
-            self.fail(check, what, rank=rank)
+            self.fail(
+                check,
+                "no answer: it ended or hangs, or its launcher ended it with another rank of the "
+                "node; its own output says more, or the kernel log (dmesg: out of memory, Xid)",
+                rank=rank,
+            )
 
     # --- the report -------------------------------------------------------------------------------
 
@@ -307,16 +300,11 @@ class Board:
         self.leave(verdict)
 
     def _stop(self, *_: object) -> None:
-        """SIGTERM: the launcher ends this node's ranks since one of them has ended."""
+        """SIGTERM: the launcher ends rank 0's node since one of its ranks has ended."""
         self._stopped_at = time.monotonic()
 
     def leave(self, code: int) -> NoReturn:
         """End this process at once: a thread stuck in a collective cannot be joined."""
-        if self._stopped_at is not None and self.rank:
-            try:
-                self.store.set(f"stopped/{self.rank}", "")
-            except Exception as error:
-                print(f"rank {self.rank}: rank 0 cannot be told: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if code and self._stopped_at is None and os.environ.get("NODE_RANK", "0") == "0":

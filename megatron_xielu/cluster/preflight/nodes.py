@@ -25,7 +25,7 @@ import megatron_xielu
 from megatron_xielu.cluster.preflight.exchange import GIB, MIB, Answers, Board, Problem, most_common
 
 IMAGE_VARIABLE, IMAGE_LABEL = "MEGATRON_XIELU_IMAGE", Path("/etc/megatron_xielu-image")
-CLOCK_WARN, CLOCK_FAIL = 1.0, 30.0  # seconds from rank 0
+CLOCK_WARN, CLOCK_FAIL = 2.0, 30.0  # seconds from rank 0; up to one may be the measurement's
 _SEEN_WITHIN = 5.0  # seconds until another node's file must be visible
 
 
@@ -124,51 +124,20 @@ def odd_ones_out(found: Answers) -> Iterable[tuple[int, str, str, str, int]]:
 def clocks(board: Board, args: Namespace) -> None:
     """Every node's time of day against rank 0's: logs and file times are compared across nodes.
 
-    A node asks rank 0 for the time, three rounds; half of the shortest is the uncertainty.
+    All look at their clocks as the stage before ends, a fraction of a second apart.
     """
-    others = [rank for rank in board.leaders.values() if rank]
-
-    def serve() -> None:
-        client = board.new_client(timeout=3.0)
-        for rank in others:
-            client.set(f"clock.turn/{rank}", "")
-            with contextlib.suppress(RuntimeError):  # that rank will report itself, or be missed
-                for k in range(3):
-                    client.get(f"clock.ask/{rank}/{k}")
-                    client.set(f"clock.tell/{rank}/{k}", repr(time.time()))
-
-    def ask() -> dict[str, float]:
-        client = board.new_client(timeout=board.limit)
-        client.get(f"clock.turn/{board.rank}")
-        rounds = []
-        for k in range(3):
-            before, start = time.time(), time.monotonic()
-            client.set(f"clock.ask/{board.rank}/{k}", "")
-            told = float(client.get(f"clock.tell/{board.rank}/{k}"))
-            seconds = time.monotonic() - start
-            rounds.append((seconds, before + seconds / 2 - told))
-        seconds, offset = min(rounds)
-        return {"offset": offset, "uncertainty": seconds / 2}
-
-    asked = board.ask(
-        "clocks",
-        lambda: ask() if board.rank else serve(),
-        only=lambda rank: rank == 0 or rank in others,
-    )
-    answers = {rank: answer for rank, answer in asked.items() if rank}
-    worst = 0.0
-    for rank, answer in answers.items():
-        offset, uncertainty = answer["offset"], answer["uncertainty"]
-        least = max(abs(offset) - uncertainty, 0.0)
-        worst = max(worst, abs(offset))
-        text = (
-            f"clock is {offset:+.3f} s from rank 0's (± {uncertainty:.3f} s); start chrony or ntpd"
-        )
-        if least > CLOCK_FAIL:
+    times = board.ask("clocks", time.time, only=board.one_per_node())
+    if 0 not in times:
+        return
+    offsets = {rank: told - times[0] for rank, told in times.items()}
+    for rank, offset in offsets.items():
+        text = f"clock is {offset:+.1f} s from rank 0's; start chrony or ntpd"
+        if abs(offset) > CLOCK_FAIL:
             board.fail("clocks", text, rank=rank)
-        elif least > CLOCK_WARN:
+        elif abs(offset) > CLOCK_WARN:
             board.warn("clocks", text, rank=rank)
-    board.done("clocks", f"at most {worst:.3f} s apart from rank 0's, of {len(answers) + 1} nodes")
+    worst = max(map(abs, offsets.values()))
+    board.done("clocks", f"at most {worst:.1f} s apart from rank 0's, of {len(times)} nodes")
 
 
 # --- the run directory --------------------------------------------------------------------------
@@ -203,11 +172,11 @@ def run_directory(board: Board, args: Namespace) -> None:
         if board.is_leader:
             _probe(folder, board.node, token).unlink(missing_ok=True)
     blind = {board.node_of(rank): set(missing) for rank, missing in seen.items()}
-    for node, largest in strangers(blind):
+    for node, most in strangers(blind):
         board.fail(
             "run-dir",
             f"{written[board.leaders[node]]['path']} here is not the directory of "
-            f"{', '.join(largest)}: set RUN_DIR to one path on a file system that all nodes mount",
+            f"{', '.join(most)}: set RUN_DIR to one path on a file system that all nodes mount",
             rank=board.leaders[node],
         )
     for rank, answer in written.items():
@@ -293,20 +262,12 @@ def _not_seen(folder: Path, nodes: list[str], token: str) -> list[str]:
 
 
 def strangers(blind: Mapping[str, set[str]]) -> list[tuple[str, list[str]]]:
-    """Nodes outside the largest set that see each other's files, each with that set.
+    """Nodes that do not see what most see, or that most do not see, each with those most.
 
     Args:
         blind: whose files a node does not see, by node, in the order of ranks.
     """
-    sets: list[list[str]] = []
-    for node in blind:
-        for members in sets:
-            if all(node not in blind[m] and m not in blind[node] for m in members):
-                members.append(node)
-                break
-        else:
-            sets.append([node])
-    if len(sets) < 2:
-        return []
-    largest = max(sets, key=len)
-    return [(node, largest) for members in sets if members is not largest for node in members]
+    views = list(blind.values())
+    usual = max(views, key=views.count, default=set())  # of a tie the one of the lowest rank
+    most = [node for node, unseen in blind.items() if unseen == usual and node not in usual]
+    return [(node, most) for node in blind if most and node not in most]
