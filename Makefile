@@ -3,6 +3,7 @@
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
 # make test-gpu      the kernels on a GPU: correctness, graphs, memory
+# make docs         write the generated documents: docs/limits.md
 # make lint          ruff, mypy, who may import whom
 # make demo          pretrain a small Llama with five activations on text that needs no download
 # make bench         the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
@@ -16,7 +17,7 @@ PYTEST_TWICE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-lo
 # PyTorch builds C++ extensions with the ninja that is installed here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test test-gpu test-image test-cluster lint demo bench bench-gpu
+.PHONY: setup test test-gpu test-image test-cluster docs lint demo bench bench-gpu
 
 setup: .venv/installed
 
@@ -41,6 +42,9 @@ test-cluster: setup
 	@tests/slurm/install.sh; status=$$?; \
 	if [ $$status = 77 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
 	$(PYTEST_TWICE) tests/slurm
+
+docs: setup
+	$(BIN)/python tools/make_docs.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,54 +19,6 @@ from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
-# Megatron options that change or replace the MLP, by argument: flag. None works with ours yet.
-_EXCLUDED = {
-    "swiglu": "--swiglu",
-    "squared_relu": "--squared-relu",
-    "quick_geglu": "--quick-geglu",
-    "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
-    # Grouped experts need Transformer Engine and a GPU to be tested.
-    "moe_grouped_gemm": "--moe-grouped-gemm",
-    "use_grouped_gemm_for_shared_expert": "--use-grouped-gemm-for-shared-expert",
-    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
-    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
-    "experimental_attention_variant": "--experimental-attention-variant",
-    "hybrid_layer_pattern": "--hybrid-layer-pattern",
-    "use_kitchen": "--use-kitchen",
-    "use_grouped_gemm_for_dense_mlp": "--use-grouped-gemm-for-dense-mlp",
-    "use_megatron_fsdp": "--use-megatron-fsdp",
-    "use_torch_fsdp2": "--use-torch-fsdp2",
-    "yaml_cfg": "--yaml-cfg",
-}
-
-# The same, where the reason is not plain.
-_EXCLUDED_BECAUSE = {
-    "use_precision_aware_optimizer": (
-        "--use-precision-aware-optimizer",
-        "Transformer Engine's optimizer then keeps the master weights, and fp32 alphas beside "
-        "16-bit weights are untested there",
-    ),
-    "optimizer_cpu_offload": (
-        "--optimizer-cpu-offload",
-        "loading a checkpoint it looks for a master copy of every parameter, and fp32 alphas have "
-        "none (mended in NVIDIA/Megatron-LM #5929, which is in no release)",
-    ),
-}
-
-# What is built from other specs before Megatron 0.19.
-_EXCLUDED_BEFORE_0_19 = {"num_experts": "--num-experts", "mtp_num_layers": "--mtp-num-layers"}
-
-# Megatron's own pretrain_gpt.py has code for these that this entry has not: argument: flag.
-_OTHER_SCRIPTS = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "logits_load_dir": "--logits-load-dir",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "perform_rl_step": "--perform-rl-step",
-}
-
 # Saved with a checkpoint and restored by --use-checkpoint-args.
 _CHECKPOINT_ARGUMENTS = (
     "xielu",
@@ -204,16 +156,13 @@ def validate(args: Namespace) -> None:
                 raise ValueError(f"{given} needs --xielu or --xiprelu")
         return
     flag = f"--{activation_name(args)}"
-    for argument, excluded in _EXCLUDED.items():
-        if getattr(args, argument, None):
-            raise ValueError(f"{flag} does not work with {excluded}; drop one of them")
-    for argument, (excluded, reason) in _EXCLUDED_BECAUSE.items():
-        if getattr(args, argument, None):
-            raise ValueError(f"{flag} does not work with {excluded}: {reason}; drop one of them")
+    for refusal in catalog.WITH_OURS:
+        if refusal.is_given(args):
+            raise ValueError(refusal.with_(flag))
     if releases.release() < (0, 19):
-        for argument, excluded in _EXCLUDED_BEFORE_0_19.items():
-            if getattr(args, argument, None):
-                raise ValueError(f"{flag} with {excluded} needs megatron-core 0.19")
+        for refusal in catalog.EXPERTS_AND_MTP:
+            if refusal.is_given(args):
+                raise ValueError(f"{flag} with {refusal.flag} needs megatron-core 0.19")
     if args.transformer_impl == "inference_optimized":
         raise ValueError(f"{flag} does not work with --transformer-impl inference_optimized")
     if args.spec and args.spec[0] != catalog.SPEC_MODULE:
@@ -240,11 +189,12 @@ def check_supported(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    for argument, flag in _OTHER_SCRIPTS.items():
-        if getattr(args, argument, None):
+    for refusal in catalog.BY_ENTRY:
+        if refusal.is_given(args):
             raise ValueError(
-                f"{flag} is not supported by this entry; use Megatron-LM's pretrain_gpt.py with "
-                "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
+                f"{refusal.flag} is not supported by this entry; use Megatron-LM's "
+                "pretrain_gpt.py with --spec megatron_xielu.layer_specs xielu_layer_spec "
+                "--use-te-activation-func"
             )
     if args.mtp_num_layers and args.pipeline_model_parallel_layout:
         raise ValueError(

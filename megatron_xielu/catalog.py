@@ -1,4 +1,5 @@
-"""What this package and Megatron call their activations, which one a model has, and the defaults.
+"""What this package and Megatron call their activations, which one a model has, the defaults, and
+which flags are refused, with the reason of each: `make docs` writes them to docs/limits.md.
 
 Every other file asks here. Standard library only, and of Python 3.9: a plan runs on a login node.
 """
@@ -84,3 +85,225 @@ def alpha_n_floor(name: str, beta: float) -> float:
     β for xIELU, whose slope tends to β − αn for x → −∞ and must stay negative there.
     """
     return beta if name == "xielu" else 0.0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A flag that is refused.
+
+    Attributes:
+        flag: as it is typed.
+        reason: for docs/limits.md.
+        instead: what to do, where that is known.
+        values: which are refused; none for all.
+        harmless: values that are not refused.
+        argument: where the flag's is not named after it.
+        told: the reason is not plain, and stands in the error.
+        in_spec: asked of Megatron's configuration too, as a script's ``--spec`` gets it.
+    """
+
+    flag: str
+    reason: str
+    instead: str = ""
+    values: tuple[str, ...] = ()
+    harmless: tuple[object, ...] = ()
+    argument: str = ""
+    told: bool = False
+    in_spec: bool = False
+
+    @property
+    def said(self) -> str:
+        """The flag, with its value where one is refused."""
+        return " ".join((self.flag, *self.values))
+
+    def is_given(self, settings: Any) -> bool:
+        """Whether arguments, or a configuration of Megatron's, ask for it."""
+        named = self.flag.lstrip("-").replace("-", "_")
+        for name in (self.argument, named):
+            value = getattr(settings, name, None)
+            if self.values:
+                asked = value if isinstance(value, (list, tuple)) else [value]
+                if any(refused in asked for refused in self.values):
+                    return True
+            elif value and value not in self.harmless:
+                return True
+        return False
+
+    def with_(self, flag: str) -> str:
+        """The error where this stands beside ``flag``."""
+        reason = f": {self.reason}" if self.told else ""
+        return f"{flag} does not work with {self.said}{reason}; drop one of them"
+
+
+_ANOTHER = "it is another activation"
+_HETEROGENEOUS = "its layers are built from specs of their own"
+_FSDP = "it shards parameters itself; fp32 alphas in a 16-bit model are untested there"
+
+# With one of our activations, whichever way Megatron gets its flags.
+WITH_OURS = (
+    Refusal("--swiglu", _ANOTHER),
+    Refusal("--squared-relu", _ANOTHER),
+    Refusal("--quick-geglu", _ANOTHER),
+    Refusal(
+        "--use-transformer-engine-op-fuser",
+        "it replaces the MLP by a fused one, which has no slot for an activation",
+        in_spec=True,
+    ),
+    Refusal(
+        "--moe-grouped-gemm",
+        "grouped experts need Transformer Engine and a GPU, and are untested",
+        "without it each expert is an MLP of its own",
+        in_spec=True,
+    ),
+    Refusal(
+        "--use-grouped-gemm-for-shared-expert",
+        "it is a fused kernel for SwiGLU alone",
+        in_spec=True,
+    ),
+    Refusal("--heterogeneous-layers-config-path", _HETEROGENEOUS),
+    Refusal("--heterogeneous-layers-config-encoded-json", _HETEROGENEOUS),
+    Refusal("--experimental-attention-variant", _HETEROGENEOUS),
+    Refusal(
+        "--hybrid-layer-pattern",
+        "the entry trains GPT models of one kind of layer",
+        "`with_activation` in a script of your own: [moe.md](moe.md)",
+    ),
+    Refusal("--use-kitchen", "it brings layers of its own, which are untested", in_spec=True),
+    Refusal(
+        "--use-grouped-gemm-for-dense-mlp",
+        "it replaces the MLP by a grouped one, which is untested",
+        in_spec=True,
+    ),
+    Refusal("--use-megatron-fsdp", _FSDP, "`--use-distributed-optimizer`"),
+    Refusal("--use-torch-fsdp2", _FSDP, "`--use-distributed-optimizer`"),
+    Refusal("--yaml-cfg", "it builds the configuration from a file, past these flags"),
+    Refusal(
+        "--use-precision-aware-optimizer",
+        "Transformer Engine's optimizer then keeps the master weights, and fp32 alphas beside "
+        "16-bit weights are untested there",
+        told=True,
+    ),
+    Refusal(
+        "--optimizer-cpu-offload",
+        "loading a checkpoint it looks for a master copy of every parameter, and fp32 alphas have "
+        "none (mended in NVIDIA/Megatron-LM #5929, which is in no release)",
+        told=True,
+    ),
+)
+
+# By this package's entry, whose training step has no code for them.
+_STEP = "the entry has no code for it"
+_SCRIPT = "Megatron-LM's own pretrain_gpt.py, with `--spec` or the patch"
+BY_ENTRY = (
+    Refusal("--sft", _STEP, _SCRIPT),
+    Refusal("--fim-data", _STEP, _SCRIPT),
+    Refusal("--dataloader-inter-document-masking", _STEP, _SCRIPT),
+    Refusal("--hybrid-context-parallel", _STEP, _SCRIPT),
+    Refusal("--logits-load-dir", _STEP, _SCRIPT),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        "it cuts layers into pieces that run on several streams; untested",
+        in_spec=True,
+    ),
+    Refusal("--perform-rl-step", _STEP, _SCRIPT),
+)
+
+# Megatron builds these from other specs than the dense one before 0.19; the patch knows the first
+# two.
+_SPECS = "scripts build it from another spec than the dense one"
+EXPERTS_AND_MTP = (Refusal("--num-experts", _SPECS), Refusal("--mtp-num-layers", _SPECS))
+BEFORE_0_19 = (
+    *EXPERTS_AND_MTP,
+    Refusal("--experimental-attention-variant", _SPECS),
+    Refusal("--heterogeneous-layers-config-path", _SPECS),
+    Refusal("--heterogeneous-layers-config-encoded-json", _SPECS),
+    Refusal("--use-kitchen", _SPECS),
+    Refusal("--use-legacy-models", _SPECS),
+)
+
+_WHOLE = "the whole MLP is recomputed from its input, and its activation's output with it"
+_QUANTISED = "fc2 keeps a quantised copy of the output and lets it go: nothing would be saved"
+_GRAPH = "Megatron treats the modules that it recomputes itself specially in a capture; not ours"
+WITH_RECOMPUTE_OUTPUT = (
+    Refusal("--recompute-granularity", _WHOLE, values=("full",)),
+    Refusal("--recompute-modules", _WHOLE, values=("mlp",)),
+    Refusal("--recompute-modules", _WHOLE, values=("moe",)),
+    Refusal("--recompute-modules", _WHOLE, values=("shared_experts",)),
+    Refusal("--moe-layer-recompute", _WHOLE),
+    Refusal(
+        "--moe-shared-expert-overlap",
+        "shared experts run in parts, on a stream of their own: untested",
+    ),
+    Refusal("--fp8-format", _QUANTISED, argument="fp8"),
+    Refusal("--fp4-format", _QUANTISED, argument="fp4"),
+    Refusal("--te-precision-config-file", _QUANTISED, argument="quant_recipe"),
+    Refusal(
+        "--cpu-offloading-num-layers",
+        "it copies to the host what fc2 saved, while we free it; Megatron refuses it with any "
+        "recomputation",
+    ),
+    Refusal(
+        "--fine-grained-activation-offloading",
+        "it frees and restores memory of its own choice, on GPUs only: untested together with ours",
+    ),
+    Refusal(
+        "--delay-wgrad-compute",
+        "fc2's weight gradient comes after the backward pass, and would hold the output until then",
+    ),
+    Refusal("--cuda-graph-impl", _GRAPH, harmless=("none",)),
+    Refusal("--enable-cuda-graph", _GRAPH),
+    Refusal("--external-cuda-graph", _GRAPH),
+)
+
+_GROUPS = "its alphas are in groups of their own"
+WITH_SHARED_ALPHAS = (
+    Refusal(
+        "--pipeline-model-parallel-size above 1",
+        "copies on other stages would need their gradients summed over the pipeline",
+        argument="pipeline_model_parallel_size",
+        harmless=(1,),
+    ),
+    Refusal("--num-experts", _GROUPS),
+    Refusal("--mtp-num-layers", _GROUPS),
+)
+
+# By `--cpu`: they need a GPU.
+ON_CPU = (
+    Refusal("--transformer-impl", "", "`local`", values=("transformer_engine",)),
+    Refusal("--transformer-impl", "", "`local`", values=("inference_optimized",)),
+    Refusal("--distributed-backend", "", "`gloo`", values=("nccl",)),
+    Refusal("--attention-backend", "", values=("flash",)),
+    Refusal("--attention-backend", "", values=("fused",)),
+    Refusal("--cuda-graph-impl", "", values=("local",)),
+    Refusal("--cuda-graph-impl", "", values=("transformer_engine",)),
+    *(
+        Refusal(flag, "")
+        for flag in (
+            "--use-flash-attn --use-transformer-engine-op-fuser --fp8-format --fp4-format "
+            "--enable-cuda-graph --tp-comm-overlap --moe-grouped-gemm --use-megatron-fsdp "
+            "--use-torch-fsdp2 --use-nccl-ub --use-precision-aware-optimizer "
+            "--optimizer-cpu-offload --cpu-offloading-num-layers"
+        ).split()
+    ),
+)
+
+# By the plan: its arithmetic is for dense GPT models.
+BY_PLAN = tuple(
+    Refusal(flag, "the plan counts dense GPT models")
+    for flag in (
+        "--num-experts --mtp-num-layers --multi-latent-attention --hybrid-layer-pattern "
+        "--heterogeneous-layers-config-path --heterogeneous-layers-config-encoded-json "
+        "--experimental-attention-variant --attention-output-gate --use-megatron-fsdp "
+        "--use-torch-fsdp2 --yaml-cfg"
+    ).split()
+)
+BY_PLAN_WITH_CHECKPOINTS = tuple(
+    Refusal(flag, "it is not proven that checkpoints keep the optimizer's state", "--no-save-optim")
+    for flag in (
+        "--use-precision-aware-optimizer --optimizer-cpu-offload --fp8-param-gather "
+        "--fp4-param-gather"
+    ).split()
+)
+
+# The plan takes pipeline stages of equal size, and one batch size: it warns of these.
+NOT_MODELLED = ("--rampup-batch-size", "--step-batch-size-schedule")

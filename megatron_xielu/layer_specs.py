@@ -15,20 +15,10 @@ from typing import Any
 from megatron_xielu import arguments
 from megatron_xielu.activation_slot import audit, fill_prediction_layers, with_activation
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
+from megatron_xielu.catalog import BY_ENTRY, WITH_OURS
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import bias_fusion, recompute, shared_alphas
 from megatron_xielu.workarounds import releases
-
-# TransformerConfig fields that make Megatron build MLPs whose activation cannot be replaced, or run
-# them in a way that is not tested: flag.
-_UNSUPPORTED = {
-    "moe_grouped_gemm": "--moe-grouped-gemm",
-    "use_grouped_gemm_for_shared_expert": "--use-grouped-gemm-for-shared-expert",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
-    "use_grouped_gemm_for_dense_mlp": "--use-grouped-gemm-for-dense-mlp",
-    "use_kitchen": "--use-kitchen",
-}
 
 
 def model_config(args: Namespace) -> Any:
@@ -113,9 +103,9 @@ def check_config(transformer: Any) -> None:
         )
     if transformer.gated_linear_unit:
         raise ValueError("drop --swiglu (or --quick-geglu): xIELU and xIPReLU are not gated")
-    for field, flag in _UNSUPPORTED.items():
-        if getattr(transformer, field, None):
-            raise ValueError(f"{flag} is not supported with xIELU and xIPReLU yet")
+    for refusal in (*WITH_OURS, *BY_ENTRY):
+        if refusal.in_spec and refusal.is_given(transformer):
+            raise ValueError(f"{refusal.flag} is not supported with xIELU and xIPReLU yet")
 
 
 def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:

@@ -18,7 +18,7 @@ from megatron_xielu.convert.architecture import Architecture
 
 # Argument: the values that Hugging Face's models imply; the first is what an import writes. An
 # argument that a release does not have has its first value there.
-_IMPLIED: dict[str, tuple[Any, ...]] = {
+IMPLIED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",),
     "add_bias_linear": (False,),
@@ -66,7 +66,7 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
     Raises:
         Refused: Hugging Face cannot express it; names the argument.
     """
-    for name, accepted in _IMPLIED.items():
+    for name, accepted in IMPLIED.items():
         value = getattr(arguments, name, accepted[0])
         if value not in accepted:
             raise Refused(
@@ -125,7 +125,7 @@ def arguments_of(architecture: Architecture, dtype: torch.dtype) -> Namespace:
     """What Megatron reads from a checkpoint of this architecture, and `architecture_of` too."""
     a = architecture
     return Namespace(
-        **{name: accepted[0] for name, accepted in _IMPLIED.items()},
+        **{name: accepted[0] for name, accepted in IMPLIED.items()},
         num_layers=a.layers,
         hidden_size=a.hidden,
         ffn_hidden_size=a.ffn,

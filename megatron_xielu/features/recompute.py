@@ -23,6 +23,7 @@ import torch
 from megatron.core.tensor_parallel import random
 
 from megatron_xielu.activations import Handover, TrainableActivation
+from megatron_xielu.catalog import WITH_RECOMPUTE_OUTPUT
 
 FLAG = "--xielu-recompute-output"
 
@@ -36,40 +37,9 @@ def check(settings: Any) -> None:
     Raises:
         ValueError: naming the flag to change.
     """
-
-    def value(name: str) -> Any:
-        return getattr(settings, name, None)
-
-    excluded = {
-        # These recompute the whole MLP from its input: y is freed with everything else in it.
-        "--recompute-granularity full": value("recompute_granularity") == "full",
-        **{
-            f"--recompute-modules {module}": module in (value("recompute_modules") or ())
-            for module in ("mlp", "moe", "shared_experts")
-        },
-        "--moe-layer-recompute": value("moe_layer_recompute"),
-        # It runs shared experts in parts, on a stream of their own, among other modules.
-        "--moe-shared-expert-overlap": value("moe_shared_expert_overlap"),
-        # fc2 keeps a quantised copy of y and lets y itself go: nothing would be saved.
-        "--fp8-format": value("fp8"),
-        "--fp4-format": value("fp4"),
-        "--te-precision-config-file": value("te_precision_config_file") or value("quant_recipe"),
-        # It copies what fc2 saved to the host while we free it; Megatron refuses it with any
-        # recomputation.
-        "--cpu-offloading-num-layers": value("cpu_offloading_num_layers"),
-        # It frees and restores memory of its own choice, on GPUs only: untested beside ours.
-        "--fine-grained-activation-offloading": value("fine_grained_activation_offloading"),
-        # fc2 would use y, and hold its memory, after the backward pass that brought it back.
-        "--delay-wgrad-compute": value("delay_wgrad_compute"),
-        # A graph replays the addresses of its capture, and `CheckpointWithoutOutput` does nothing
-        # in Megatron's graph warm-up; Megatron handles that for the modules that it knows.
-        "--cuda-graph-impl": value("cuda_graph_impl") not in (None, "none"),
-        "--enable-cuda-graph": value("enable_cuda_graph"),
-        "--external-cuda-graph": value("external_cuda_graph"),
-    }
-    for flag, given in excluded.items():
-        if given:
-            raise ValueError(f"{FLAG} does not work with {flag}; drop one of them")
+    for refusal in WITH_RECOMPUTE_OUTPUT:
+        if refusal.is_given(settings):
+            raise ValueError(refusal.with_(FLAG))
 
 
 def build_extension() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_xielu.activations import TrainableActivation
+from megatron_xielu.catalog import WITH_SHARED_ALPHAS
 
 FLAG = "--xielu-shared-alphas"
 
@@ -25,15 +26,9 @@ def check(args: Any) -> None:
     Raises:
         ValueError: naming the flag to change.
     """
-    excluded = {
-        # Copies on other stages would need their gradients summed over the pipeline.
-        "--pipeline-model-parallel-size above 1": args.pipeline_model_parallel_size > 1,
-        "--num-experts": args.num_experts,
-        "--mtp-num-layers": args.mtp_num_layers,
-    }
-    for flag, given in excluded.items():
-        if given:
-            raise ValueError(f"{FLAG} does not work with {flag}; drop one of them")
+    for refusal in WITH_SHARED_ALPHAS:
+        if refusal.is_given(args):
+            raise ValueError(refusal.with_(FLAG))
 
 
 def install(model: list) -> list:

@@ -13,41 +13,13 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_xielu import catalog
 from megatron_xielu.catalog import TRAINABLE, activations_of
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
-# README, Limits. tests/plan/test_plan.py compares these with the package's own lists.
-EXCLUDED = (
-    "--swiglu --squared-relu --quick-geglu --use-transformer-engine-op-fuser "
-    "--moe-grouped-gemm --use-grouped-gemm-for-shared-expert --heterogeneous-layers-config-path "
-    "--heterogeneous-layers-config-encoded-json --experimental-attention-variant "
-    "--hybrid-layer-pattern --use-kitchen --use-grouped-gemm-for-dense-mlp --use-megatron-fsdp "
-    "--use-torch-fsdp2 --use-precision-aware-optimizer --optimizer-cpu-offload --yaml-cfg"
-).split()
-OTHER_SCRIPTS = (
-    "--sft --fim-data --dataloader-inter-document-masking --hybrid-context-parallel "
-    "--logits-load-dir --overlap-moe-expert-parallel-comm --perform-rl-step"
-).split()
-EXCLUDED_BY_RECOMPUTE = (
-    "--fp8-format --fp4-format --te-precision-config-file --cpu-offloading-num-layers "
-    "--fine-grained-activation-offloading --delay-wgrad-compute --enable-cuda-graph "
-    "--external-cuda-graph"
-).split()
-# Models and optimizers that the arithmetic does not know.
-_UNKNOWN = (
-    "--num-experts --mtp-num-layers --multi-latent-attention --hybrid-layer-pattern "
-    "--heterogeneous-layers-config-path --heterogeneous-layers-config-encoded-json "
-    "--experimental-attention-variant --attention-output-gate --use-megatron-fsdp "
-    "--use-torch-fsdp2 --yaml-cfg"
-).split()
-# The plan takes pipeline stages of equal size, and one batch size.
-_CHANGING_BATCH = ["--rampup-batch-size", "--step-batch-size-schedule"]
-# Optimizers whose checkpoints docs/checkpoint-walk.md does not cover, and the sizes that it does.
-_UNPROVEN = (
-    "--use-precision-aware-optimizer --optimizer-cpu-offload --fp8-param-gather --fp4-param-gather"
-).split()
+# The sizes whose checkpoints docs/checkpoint-walk.md covers.
 _WALKED = {"tensor": 8, "pipeline": 4, "data": 512}
 
 # TOKENIZER and TOKENS_… hold no secret.
@@ -100,7 +72,7 @@ def warnings(plan: Plan) -> list[str]:
         )
     found += [
         f"{flag} is not modelled: stages and batches are taken to be of equal size"
-        for flag in [*optimizer_format.UNEVEN_STAGES, *_CHANGING_BATCH]
+        for flag in [*optimizer_format.UNEVEN_STAGES, *catalog.NOT_MODELLED]
         if flag in given
     ]
     if _saves_optimizer(plan) and plan.args.optimizer != "adam":
@@ -128,11 +100,11 @@ def _flags(plan: Plan) -> Iterator[str]:
         yield "give one activation, not --xielu and --xiprelu"
     if plan.model.activation in TRAINABLE:
         name = f"--{plan.model.activation}"
-        excluded = [*EXCLUDED, *OTHER_SCRIPTS]
+        excluded = [*catalog.WITH_OURS, *catalog.BY_ENTRY]
         if args.transformer_impl == "inference_optimized":
             yield f"{name} does not work with --transformer-impl inference_optimized"
     else:
-        name, excluded = "this entry", OTHER_SCRIPTS
+        name, excluded = "this entry", [*catalog.BY_ENTRY]
         for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
             if f"--xielu-{flag}" in given:
                 yield f"--xielu-{flag} needs --xielu or --xiprelu"
@@ -141,20 +113,21 @@ def _flags(plan: Plan) -> Iterator[str]:
             "--xielu-shared-alphas does not work with --pipeline-model-parallel-size above 1; drop "
             "one of them"
         )
-    for flag in excluded:
-        if flag in given:
-            yield f"{name} does not work with {flag}; drop one of them"
+    for refusal in excluded:
+        if refusal.flag in given:
+            yield refusal.with_(name)
     if args.xielu_recompute_output:
-        refused = [flag for flag in EXCLUDED_BY_RECOMPUTE if flag in given]
-        if args.recompute_granularity == "full":
-            refused.append("--recompute-granularity full")
-        if "mlp" in args.recompute_modules:
-            refused.append("--recompute-modules mlp")
-        for flag in refused:
-            yield f"--xielu-recompute-output does not work with {flag}; drop one of them"
-    for flag in _UNKNOWN:
-        if flag in given and flag not in excluded:
-            yield f"{flag} is not known to the plan, which counts dense GPT models; drop it"
+        for refusal in catalog.WITH_RECOMPUTE_OUTPUT:
+            # The plan's parser knows those that are refused for a value, and no other.
+            anyhow = not refusal.values and not refusal.harmless and refusal.flag in given
+            if anyhow or refusal.is_given(args):
+                yield refusal.with_("--xielu-recompute-output")
+    known = {refusal.flag for refusal in excluded}
+    for refusal in catalog.BY_PLAN:
+        if refusal.flag in given and refusal.flag not in known:
+            yield (
+                f"{refusal.flag} is not known to the plan, which counts dense GPT models; drop it"
+            )
     try:
         optimizer_format.check_optimizer(args)
     except ValueError as error:
@@ -180,7 +153,7 @@ def _checkpoints(plan: Plan) -> Iterator[str]:
     """Where it is not proven that checkpoints keep the optimizer's state."""
     if not _saves_optimizer(plan):
         return
-    unproven = [flag for flag in _UNPROVEN if flag in _given(plan)]
+    unproven = [r.flag for r in catalog.BY_PLAN_WITH_CHECKPOINTS if r.flag in _given(plan)]
     with contextlib.suppress(ModuleNotFoundError):  # a login node need not have Megatron
         root, version = releases.installed()
         if releases.release(version) < releases.OLDEST_SPEC:

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.catalog import BEFORE_0_19
+
 ENTRY = (0, 19)
 OLDEST_SPEC, NEWEST_SPEC = (0, 17), (0, 19)
 
@@ -22,17 +24,6 @@ _VERSION_FILE = "megatron/core/package_info.py"
 
 _SPEC = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
 _PATCH = "python -m megatron_xielu.patch --apply CHECKOUT"
-
-# Megatron options whose layers a script builds from other specs than the dense one, by argument.
-_OTHER_LAYERS = {
-    "num_experts": "--num-experts",
-    "mtp_num_layers": "--mtp-num-layers",
-    "experimental_attention_variant": "--experimental-attention-variant",
-    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
-    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
-    "use_kitchen": "--use-kitchen",
-    "use_legacy_models": "--use-legacy-models",
-}
 
 
 class UnsupportedRelease(ValueError):
@@ -153,10 +144,10 @@ def dense_layer_spec(args: Namespace) -> Any:
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    for argument, flag in _OTHER_LAYERS.items():
-        if getattr(args, argument, None):
+    for refusal in BEFORE_0_19:
+        if refusal.is_given(args):
             raise ValueError(
-                f"{flag} with --spec megatron_xielu.layer_specs needs megatron-core "
+                f"{refusal.flag} with --spec megatron_xielu.layer_specs needs megatron-core "
                 f"{_dotted(ENTRY)} or newer"
             )
     attention = {

@@ -462,14 +462,6 @@ def test_secrets_are_named_and_not_printed():
     assert plan_checks.problems(plan_1b("--x short"), environment={"KEY": "short"}) == []
 
 
-def test_refuses_what_the_package_refuses():
-    from megatron_xielu import arguments
-
-    because = {flag for flag, _ in arguments._EXCLUDED_BECAUSE.values()}
-    assert set(plan_checks.EXCLUDED) == {*arguments._EXCLUDED.values(), *because}
-    assert set(plan_checks.OTHER_SCRIPTS) == set(arguments._OTHER_SCRIPTS.values())
-
-
 def test_checkpoints():
     def counts(flags: str, **keep) -> tuple[int, int]:
         plan = plan_1b(f"--save out --save-interval 3000 {flags}", **keep).checkpoints()
