@@ -100,8 +100,12 @@ def start(
         **(environment or {}),
     }
     log.touch()
-    # Not of a test's own Megatron: hardly two runs would share it.
-    megatron = _begins_with_megatron(command) and "PYTHONPATH" not in (environment or {})
+    # Not of a test's own Megatron: hardly two runs would share it. And CPU mode refuses a GPU.
+    megatron = (
+        _begins_with_megatron(command)
+        and "PYTHONPATH" not in (environment or {})
+        and not torch.cuda.is_available()
+    )
     python = _warm_python()
     return [
         python.start(
