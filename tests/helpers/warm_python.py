@@ -11,6 +11,7 @@ Run as a script this file is the server: it reads one JSON request a line, and a
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import gc
@@ -224,6 +225,7 @@ class _Server:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        atexit.register(gc.unfreeze)  # else nanobind reports leaks as it ends
         multiprocessing.context.SpawnContext.Manager = _forked_manager  # type: ignore[assignment]
         first, *rest = command
         beside = str(Path(first).parent) if not first.startswith("-") else folder
