@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from megatron_xielu.bridge.models import ApertusBridge, ArceeXIELUBridge
-from megatron_xielu.bridge.provider import XIELUModelProvider
+from megatron_xielu.bridge.provider import XIELUModelProvider, activation_layer_spec
 
-__all__ = ["ApertusBridge", "ArceeXIELUBridge", "XIELUModelProvider"]
+# The last by its name here is in configurations that Bridge has saved.
+__all__ = ["ApertusBridge", "ArceeXIELUBridge", "XIELUModelProvider", "activation_layer_spec"]

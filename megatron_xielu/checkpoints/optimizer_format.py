@@ -322,5 +322,5 @@ def _tensors(args: Namespace, folder: str) -> dict[str, Any]:
     try:
         checkpoint = find(Path(folder), getattr(args, "ckpt_step", None))
         return read_metadata(checkpoint / ".metadata").state_dict_metadata
-    except (NoCheckpoint, Refused):
+    except (NoCheckpoint, Refused, OSError):
         return {}

@@ -22,6 +22,8 @@ from PIL import Image
 
 Array = NDArray[np.float64]
 
+if "petroff10" not in matplotlib.color_sequences:
+    raise ModuleNotFoundError("matplotlib 3.10 or newer is needed", name="matplotlib")
 RUN_COLOURS = matplotlib.color_sequences["petroff10"]
 _DASHES = ["-", "--", "-.", ":"]  # for as many runs each
 # The yellow end of viridis is too pale on white.

@@ -352,6 +352,7 @@ def test_nodes_that_see_another_directory_than_most_are_strangers():
     two = {"a": everyone - {"a"}, "b": {"a", "c"}, "c": everyone - {"c"}, "d": {"a", "c"}}
     assert nodes.strangers(two) == [("a", ["b", "d"]), ("c", ["b", "d"])]
     assert nodes.strangers({"a": {"c"}, "b": {"c"}, "c": set()}) == [("c", ["a", "b"])]
+    assert nodes.strangers({"a": {"a", "b"}, "b": {"a", "b"}}) == [("b", ["a"])]  # not even its own
 
 
 def test_versions_of_the_minority_are_odd():

@@ -12,6 +12,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from megatron_xielu import arguments, catalog
 from megatron_xielu.hf import modeling_xiprelu
+from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_every_room_gives_the_same_name(name, parse):
     flags = [flag for flag in [catalog.ACTIVATIONS[name].flag] if flag]
     args = parse(*flags)
     assert catalog.activation_of(args) == name
-    assert Model.from_arguments([*TINY_LLAMA, *flags]).activation == name
+    assert Model.of(plan_flags.parse([*TINY_LLAMA, *flags])).activation == name
     assert arguments.activation_name(args) == (name if name in catalog.TRAINABLE else None)
 
 

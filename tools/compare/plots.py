@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.paired import DIFFERENCE, Comparison, Spread
-from compare.records import Record
+from compare.records import Records
 from compare.variants import Variant
 from megatron_xielu.common import files
 from megatron_xielu.report.drawing import Drawing, depth_colour, run_style
@@ -16,8 +16,6 @@ from megatron_xielu.report.events import Curve
 _MARKERS = "os^DvP*X<>"  # tell variants and layers apart in grey too
 _SMOOTHED_ITERATIONS = 10  # a single batch's loss is too noisy to compare
 _SHOWN_FROM = 15  # the first 1/15 falls so far that it would flatten all the rest; it is cut off
-
-Records = dict[str, dict[int, Record]]  # by variant and seed
 
 
 def plot_losses(

@@ -71,6 +71,9 @@ class Record:
         return cls(**{**content, **curves, "alphas": alphas})
 
 
+Records = dict[str, dict[int, Record]]  # by variant and seed
+
+
 def read_record(
     folder: Path, settings: Settings, variant: Variant, seed: int, *, peak_rss: int, on_gpu: bool
 ) -> Record:

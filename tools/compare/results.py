@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compare import paired, plots
+from compare import paired
 from compare.equal_cost import Cost
 from compare.paired import Comparison, Spread
-from compare.plots import Records
+from compare.records import Records
 from compare.text import write_json
 from compare.variants import Variant
 from megatron_xielu.common import files
@@ -61,6 +61,8 @@ def write(
         costs: by variant.
         setup: what to say of it.
     """
+    from compare import plots  # not before: the paper's presets print commands, and draw nothing
+
     out.mkdir(parents=True, exist_ok=True)
     variants = [variant for variant in variants if records.get(variant.name)]
     comparisons = _compare(records, setup.baseline)

@@ -81,8 +81,7 @@ class Board:
         self._failures: dict[str, int] = {}
         self._start = time.monotonic()
         self._stopped_at: float | None = None
-        if self.rank == 0:  # the others just end, and are missed
-            signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGTERM, self._stop)
 
         self._post("hello", {"value": self.node})
         hello = self._collect_or_wait("hello", connect)
@@ -160,6 +159,7 @@ class Board:
             The same on all ranks.
         """
         if self._stopped_at is not None:
+            self._leave_above_rank_0()
             # The others see the verdict while they wait for this stage.
             self.fail(check, "not run: the launcher ends the ranks of this node", rank=0)
             self.finish()
@@ -200,6 +200,7 @@ class Board:
         while thread.is_alive() and time.monotonic() < end:
             thread.join(0.2)
             if self._stopped_at is not None:
+                self._leave_above_rank_0()
                 end = min(end, self._stopped_at + _STOP_GRACE)
         return dict(result) or {"error": f"not done within {limit:.0f} s"}
 
@@ -228,6 +229,7 @@ class Board:
             if self.store.check([key]):
                 return self.store.get(key)
             if self._stopped_at is not None:
+                self._leave_above_rank_0()
                 end = min(end, self._stopped_at + _STOP_GRACE)
             left = end - time.monotonic()
             if ended or left <= 0:
@@ -300,8 +302,15 @@ class Board:
         self.leave(verdict)
 
     def _stop(self, *_: object) -> None:
-        """SIGTERM: the launcher ends rank 0's node since one of its ranks has ended."""
+        """SIGTERM: the launcher ends this node's ranks since one of them has ended.
+
+        What waits or measures sees it and ends; a rank that hangs stays, to print its stack.
+        """
         self._stopped_at = time.monotonic()
+
+    def _leave_above_rank_0(self) -> None:
+        if self.rank:  # it is missed, and named
+            self.leave(1)
 
     def leave(self, code: int) -> NoReturn:
         """End this process at once: a thread stuck in a collective cannot be joined."""

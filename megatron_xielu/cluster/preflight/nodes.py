@@ -270,4 +270,5 @@ def strangers(blind: Mapping[str, set[str]]) -> list[tuple[str, list[str]]]:
     views = list(blind.values())
     usual = max(views, key=views.count, default=set())  # of a tie the one of the lowest rank
     most = [node for node, unseen in blind.items() if unseen == usual and node not in usual]
-    return [(node, most) for node in blind if most and node not in most]
+    most = most or list(blind)[:1]
+    return [(node, most) for node in blind if node not in most]
