@@ -3,7 +3,7 @@
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
 # make test-gpu      the kernels on a GPU: correctness, graphs, memory
-# make docs         write the generated documents: docs/limits.md
+# make docs          write the generated documents: docs/limits.md
 # make lint          ruff, mypy, who may import whom
 # make demo          pretrain a small Llama with five activations on text that needs no download
 # make bench         the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}
@@ -41,7 +41,7 @@ test-image:
 test-cluster: setup
 	@tests/slurm/install.sh; status=$$?; \
 	if [ $$status = 77 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
-	$(PYTEST_TWICE) tests/slurm
+	$(PYTEST_TWICE) tests/slurm tests/report/test_report_page.py::test_report_in_a_browser
 
 docs: setup
 	$(BIN)/python tools/make_docs.py

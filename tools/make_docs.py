@@ -77,7 +77,10 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 
 {_listed(refusal.said for refusal in catalog.ON_CPU)}
 
-## By the plan (`--dry-run`), beside all above
+## By the plan (`--dry-run`)
+
+The flags of the first four tables, but for `--moe-use-upcycling` and `--spec` of another module;
+and:
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan counts dense GPT models.
 

@@ -1,1 +1,1 @@
-"""What keeps a run on many nodes going: preflight, checkpoints, restarts, events."""
+"""What keeps a run on many nodes going: the launcher, its ranks, restarts, the preflight."""

@@ -34,6 +34,9 @@ def like_hardware() -> Iterator[None]:
                 return cast(self, src, dst_type)
         return TensorHandle(data.numpy(), dst_type.scalar)
 
+    if torch.cuda.is_available():  # nothing is interpreted then
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(InterpreterBuilder, "cast_impl", cast_as_pytorch)
         patched = interpreter._patch_lang(

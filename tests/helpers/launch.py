@@ -1,4 +1,4 @@
-"""Runs the real training entry in real processes, for the tests of this folder.
+"""Runs the real training entry in real processes, for the tests of all rooms.
 
 `train` starts one process per rank (gloo, CPU), as torchrun would, and returns what it left behind.
 """

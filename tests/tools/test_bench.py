@@ -222,7 +222,7 @@ def test_targets_say_what_was_met() -> None:
     rows = [measured("ours-compiled", 10.5, 2.0), measured("ours-eager", 1.9, 3.0)]
     lines = [str(t) for t in bench_report.targets(rows, "cpu")]
     assert [line[:12].strip() for line in lines] == ["met", "NOT met", "met", *["not measured"] * 3]
-    # On a GPU every target of the issue has a line, measured or not.
+    # On a GPU every target has a line, measured or not.
     assert len(bench_report.targets([], "cuda")) == 2 * (2 * 5 + 2 + 3) + 4
     assert {str(t)[:12] for t in bench_report.targets([], "cuda")} == {"not measured"}
 

@@ -450,7 +450,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 @contextlib.contextmanager
 def warm_trainings() -> Iterator[None]:
-    """Trainings of one rank start from a process that has imported PyTorch: half the time."""
+    """Trainings of one rank start from a process that has imported PyTorch and Megatron."""
 
     def start(command: list[str], *, log: Path, **rest: object) -> Process:
         (process,) = launch.start(command[3:], ranks=1, log=log, command=command[1:3])

@@ -66,7 +66,7 @@ class TestByteText:
         byte_text.prepare(library, out)
         assert (out / "manifest.json").read_text() != before
         assert not (out / "cache").exists()  # Megatron's indices into the old text
-        assert not list(out.glob("*.unfinished"))
+        assert not list(out.glob("*.unfinished")) and not list(out.glob(".*"))
 
     def test_refuses_a_folder_without_text(self, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="no text in"):

@@ -1,4 +1,4 @@
-"""What the benchmark hands out: rows, the table, the CSV file, the issue's targets."""
+"""What the benchmark hands out: rows, the table, the CSV file, the targets."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def write_csv(rows: list[Row], header: dict[str, str], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """One of the issue's targets with what was measured; NaN: nothing was."""
+    """One target with what was measured; NaN: nothing was."""
 
     text: str
     value: float
@@ -162,7 +162,7 @@ class Target:
 
 
 def targets(rows: list[Row], device: str) -> list[Target]:
-    """Those of the issue's targets that belong to this device."""
+    """Those targets that belong to this device."""
     by_key = {(r.what, r.shape, r.dtype, r.mode, r.provider): r for r in rows if r.status == "ok"}
 
     def find(*key: str) -> Row:
