@@ -231,6 +231,16 @@ class XIPReLU(TrainableActivation):
 ACTIVATIONS: dict[str, type[TrainableActivation]] = {a.name: a for a in (XIELU, XIPReLU)}
 
 
+def mlps_of(model: list) -> list[Any]:
+    """The MLPs of these model chunks, experts among them, that have one of our activations."""
+    return [
+        module
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(getattr(module, "activation_func", None), TrainableActivation)
+    ]
+
+
 @dataclass(frozen=True)
 class ActivationBuilder:
     """An activation with its settings, in the form that Megatron's activation slot calls.

@@ -41,7 +41,7 @@ LONGEST = """
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """float64 is the eager backend's alone."""
+    """The longest files first; float64 is the eager backend's alone."""
     items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     items[:] = [
         item

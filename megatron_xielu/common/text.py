@@ -38,7 +38,7 @@ def table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        spaces = [" " * (size - _width(cell)) for cell, size in zip(row, widths, strict=True)]
+        spaces = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
         cells = zip(row, spaces, strict=True)
         lines.append(
             "  ".join(

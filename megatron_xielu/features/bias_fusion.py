@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_xielu.activations import Handover, TrainableActivation
+from megatron_xielu.activations import Handover, mlps_of
 
 
 def install(model: list) -> list:
@@ -27,11 +27,8 @@ def install(model: list) -> list:
     Returns:
         ``model``, so that this is one of Megatron's ``pre_wrap_hooks``.
     """
-    for chunk in model:
-        for mlp in chunk.modules():
-            activation = getattr(mlp, "activation_func", None)
-            if isinstance(activation, TrainableActivation):
-                mlp.linear_fc1.register_forward_hook(partial(_keep_bias, activation.handover))
+    for mlp in mlps_of(model):
+        mlp.linear_fc1.register_forward_hook(partial(_keep_bias, mlp.activation_func.handover))
     return model
 
 

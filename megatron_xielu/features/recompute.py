@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import random
 
-from megatron_xielu.activations import Handover, TrainableActivation
+from megatron_xielu.activations import Handover, mlps_of
 from megatron_xielu.catalog import WITH_RECOMPUTE_OUTPUT
 
 FLAG = "--xielu-recompute-output"
@@ -72,12 +72,7 @@ def install(model: list) -> list:
         ValueError: the model's configuration does not allow it (see `check`), or the extension
             cannot be built (see `build_extension`).
     """
-    mlps = [
-        module
-        for chunk in model
-        for module in chunk.modules()
-        if isinstance(getattr(module, "activation_func", None), TrainableActivation)
-    ]
+    mlps = mlps_of(model)
     for mlp in mlps:
         check(mlp.config)
     build_extension()
