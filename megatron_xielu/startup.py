@@ -6,7 +6,6 @@ Nothing of Megatron may be imported before: on a CPU it is imported into a redir
 from __future__ import annotations
 
 import os
-import socket
 import sys
 
 import torch
@@ -57,9 +56,6 @@ def _rendezvous_with_itself() -> None:
     """Without torchrun, be a group of one: ``python -m megatron_xielu.pretrain_gpt`` then works."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-        os.environ[name] = str(value)
+    # Port 0 is one that is free when PyTorch opens it; nobody else has to know it.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import TINY_LLAMA
+from launch import TINY_LLAMA, free_port
 
 from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
 
@@ -62,13 +61,6 @@ def checkout(tmp_path_factory) -> Path:
         script.write_text(content)
         script.chmod(0o755)
     return folder
-
-
-def free_port() -> int:
-    """MASTER_PORT; the preflight uses the next one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1] - 1
 
 
 @pytest.fixture

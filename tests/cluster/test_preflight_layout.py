@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import TINY_LLAMA
-from test_preflight import free_port, lines
+from launch import TINY_LLAMA, free_port
+from test_preflight import lines
 
 REPOSITORY = Path(__file__).parents[2]
 

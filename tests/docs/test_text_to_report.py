@@ -3,21 +3,17 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from launch import REPOSITORY
+from launch import REPOSITORY, free_port
 
 
 def test_from_parquet_to_a_page(tmp_path):
     """With fewer texts and tokens, and without the checks of the nodes, which other tests cover."""
     for name in ("tools", "examples"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     text = (REPOSITORY / "docs/text-to-report.md").read_text()
     commands = re.findall(r"```sh\n(.*?)```", text, re.S)
     assert len(commands) == 5
@@ -31,7 +27,7 @@ def test_from_parquet_to_a_page(tmp_path):
                 **os.environ,
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PYTHONPATH": str(REPOSITORY),
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(free_port()),
                 "OMP_NUM_THREADS": "1",
                 "PREFLIGHT": "0",
             },

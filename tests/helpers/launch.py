@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -74,6 +76,18 @@ class Run:
         ]
 
 
+def free_port() -> int:
+    """A port that stays free until it is used, and the next one too: no connection or server that
+    takes any port gets one of these, which Linux does not give out by itself.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10000, 16000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("", port))
+            other.bind(("", port + 1))
+            return port
+
+
 _warm_python = functools.cache(WarmPython)
 
 
@@ -86,15 +100,12 @@ def start(
     environment: dict[str, str] | None = None,
 ) -> list[Process]:
     """Start one process per rank; all write to ``log``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     variables = {
         **os.environ,
         "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         **(environment or {}),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from launch import REPOSITORY, load_checkpoint
+from launch import REPOSITORY, free_port, load_checkpoint
 from namespaces import environment
 
 PRETRAIN = REPOSITORY / "examples/pretrain.sh"
@@ -33,12 +32,11 @@ SETTINGS = {
 
 def pretrain(run: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """One node's job, to its end: pretrain.sh on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     return subprocess.run(
         [str(PRETRAIN)],
-        env=environment({**SETTINGS, "RUN_DIR": str(run), "MASTER_PORT": port, **variables}),
+        env=environment(
+            {**SETTINGS, "RUN_DIR": str(run), "MASTER_PORT": str(free_port()), **variables}
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -175,10 +174,8 @@ def _environment(ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
-    if ranks == 1:  # what torchrun would say
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    if ranks == 1:  # what torchrun would say; port 0 is any that is free
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return variables
 
