@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,19 +39,29 @@ TINY_LLAMA = """
 """.split()
 
 
+# Commands that turn CPU mode on and import Megatron before they do anything else, and what they
+# import then. A script that knows nothing of this package finds nothing of it imported.
 _ENTRIES = {"entry", "logits_entry", "checkpoint_bytes", "megatron_xielu.pretrain_gpt"}
+_SCRIPT_IMPORTS = """
+    megatron.training megatron.core.datasets.gpt_dataset megatron.core.datasets.helpers
+    megatron.core.datasets.blended_megatron_dataset_builder megatron.core.tokenizers.text
+""".split()
+_ENTRY_IMPORTS = """
+    megatron.core.models.mimo megatron.core.tokenizers.text.models megatron_xielu.startup
+    megatron_xielu.layer_specs megatron_xielu.training_step
+    megatron_xielu.features.alpha_logging megatron_xielu.features.tp_sync
+""".split()
 
 
-def _begins_with_megatron(command: Sequence[str]) -> bool:
-    """Whether it turns CPU mode on and imports Megatron before it does anything else."""
+def _imports(command: Sequence[str]) -> Sequence[str]:
     match command:
-        case ["-m", "megatron_xielu.cpu", script]:
-            return Path(script).name == "stock_script.py"
-        case ["-m", module]:
-            return module in _ENTRIES
-        case ["-c", code]:
-            return "pretrain_gpt" in code
-    return False
+        case ["-m", "megatron_xielu.cpu", script] if Path(script).name == "stock_script.py":
+            return _SCRIPT_IMPORTS
+        case ["-m", module] if module in _ENTRIES:
+            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
+        case ["-c", code] if "pretrain_gpt" in code:
+            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
+    return ()
 
 
 @dataclass
@@ -111,12 +122,8 @@ def start(
         **(environment or {}),
     }
     log.touch()
-    # Not of a test's own Megatron: hardly two runs would share it. And CPU mode refuses a GPU.
-    megatron = (
-        _begins_with_megatron(command)
-        and "PYTHONPATH" not in (environment or {})
-        and not torch.cuda.is_available()
-    )
+    # CPU mode refuses a GPU.
+    megatron = () if torch.cuda.is_available() else _imports(command)
     python = _warm_python()
     return [
         python.start(
@@ -143,6 +150,12 @@ def wait(processes: list[Process], *, timeout: float = 180) -> list[int]:
     return [p.wait() for p in processes]
 
 
+@functools.cache
+def _mock_data() -> tempfile.TemporaryDirectory:
+    """What Megatron builds anew for every training else: the order of 100,000 documents."""
+    return tempfile.TemporaryDirectory()
+
+
 def train(
     folder: Path,
     arguments: Sequence[str] | str,
@@ -160,6 +173,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(arguments, str):
         arguments = arguments.split()
+    if "--mock-data" in model:
+        arguments = ["--data-cache-path", _mock_data().name, *arguments]
     log = folder / "log.txt"
     for old in (log, *folder.glob("dump_*.json")):
         old.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import gc
 import importlib
-import inspect
+import importlib.metadata
 import json
 import multiprocessing.context
 import multiprocessing.managers
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-# Nothing of Megatron, whose import depends on the environment and the command line.
+# Nothing of Megatron, whose import depends on the environment.
 _MODULES = """
     torch torch._dynamo torch._inductor.standalone_compile torch._inductor.test_operators
     torch.distributed.checkpoint torch.distributed._tensor torch.utils.tensorboard
@@ -70,7 +70,7 @@ class WarmPython:
         environment: dict[str, str],
         folder: Path,
         output: Path,
-        megatron: bool = False,
+        megatron: Sequence[str] = (),
     ) -> Process:
         """Start ``python COMMAND`` in ``folder``, with its output appended to a file.
 
@@ -79,14 +79,14 @@ class WarmPython:
             environment: the whole of it; OMP_NUM_THREADS is 1 whatever it says.
             folder: the working directory.
             output: file for what it prints.
-            megatron: it begins with CPU mode and ``import megatron.training``, as this package's
-                entry does, so it may start with both behind it.
+            megatron: modules that it imports in CPU mode before any of them does anything,
+                ``megatron.training`` first, as this package's entry does: it may start with that
+                behind it.
         """
         kind = None
         if megatron:
-            kind = json.dumps(
-                {k: v for k, v in sorted(environment.items()) if k not in _OF_ONE_RUN}
-            )
+            common = {k: v for k, v in sorted(environment.items()) if k not in _OF_ONE_RUN}
+            kind = json.dumps([common, *megatron])
         request = {"environment": environment, "folder": str(folder), "output": str(output)}
         pid = self.ask({**request, "command": list(command), "kind": kind})
         return Process(self, pid, kind)
@@ -158,7 +158,7 @@ class _Server:
                         for other in kinds.values():  # each has to end when its own server does
                             other[0].close()
                         kinds.clear()
-                        self._import_megatron(json.loads(kind))
+                        self._import_megatron(*json.loads(kind))
                         gc.collect()
                         gc.freeze()
                         continue
@@ -175,7 +175,7 @@ class _Server:
             self.answers.flush()
         os._exit(0)
 
-    def _import_megatron(self, environment: dict[str, str]) -> None:
+    def _import_megatron(self, environment: dict[str, str], *modules: str) -> None:
         """What `megatron_xielu.pretrain_gpt` does before it reads a flag, but for its mends.
 
         What a process can tell by is put back, until it turns CPU mode on itself.
@@ -183,10 +183,8 @@ class _Server:
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = [*_paths(environment), *self.path]
-        from megatron_xielu import cpu, workarounds  # noqa: F401
+        from megatron_xielu import cpu
 
-        # Megatron reads the help of its flags from its source, three times a start.
-        inspect.getsource = functools.cache(inspect.getsource)
         is_available = torch.cuda.is_available
         stderr = os.dup(2)
         with tempfile.TemporaryFile("w+") as log:
@@ -194,8 +192,11 @@ class _Server:
                 os.dup2(log.fileno(), descriptor)
             try:
                 cpu.activate()
+                for name in modules:
+                    importlib.import_module(name)
                 from megatron.training import arguments
 
+                _cache_help()
                 arguments.add_megatron_arguments(argparse.ArgumentParser())
             finally:
                 sys.stdout.flush()
@@ -226,6 +227,8 @@ class _Server:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        for stream in (sys.stdout, sys.stderr):
+            vars(stream).pop("write", None)  # wandb's, which doubles the time of a print
         atexit.register(gc.unfreeze)  # else nanobind reports leaks as it ends
         multiprocessing.context.SpawnContext.Manager = _forked_manager  # type: ignore[assignment]
         first, *rest = command
@@ -243,6 +246,17 @@ class _Server:
         else:
             sys.argv = command
             runpy.run_path(first, run_name="__main__")
+
+
+def _cache_help() -> None:
+    """Megatron parses the source of its classes for the help of its flags, three times a start."""
+    from megatron.training import argument_utils
+
+    factory = argument_utils.ArgumentGroupFactory
+    read = functools.cache(
+        functools.partial(factory._get_field_docstrings, factory.__new__(factory))
+    )
+    factory._get_field_docstrings = lambda self, of_class: read(of_class)
 
 
 def _paths(environment: dict[str, str]) -> list[str]:
@@ -283,6 +297,9 @@ if __name__ == "__main__":
         importlib.import_module(name)
     import torch
 
+    # It reads a file of every installed package, which PyTorch asks for at every start.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points(group="torch.distributed.backends")
     server = _Server(sys.stdin, sys.stdout, sys.path[1:])
     try:
         server.become(**server.serve())
