@@ -14,7 +14,7 @@ from megatron_wheels import train_stock, unpack
 
 from megatron_xielu import patch
 
-START, LAST = 2, 8  # iterations: six after the resume
+START, LAST = 3, 6  # iterations: three after the resume
 
 BUCKETS = "--bf16 --overlap-grad-reduce --ddp-bucket-size 10000"
 DEFAULT = f"{BUCKETS} --use-distributed-optimizer"
