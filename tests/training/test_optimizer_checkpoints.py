@@ -54,9 +54,9 @@ CASES = {
 }
 
 
-def flags_of(flags: str, ranks: int, folder: Path) -> str:
+def flags_of(flags: str, ranks: int, folder: Path, last: int = LAST) -> str:
     return (
-        f"{flags} --global-batch-size {4 * ranks} --train-iters {LAST} --lr-decay-iters {LAST} "
+        f"{flags} --global-batch-size {4 * ranks} --train-iters {last} --lr-decay-iters {last} "
         f"--save {folder}/checkpoints --save-interval {START}"
     )
 
@@ -114,7 +114,7 @@ def test_without_mend(case, mend, message, tmp_path):
 @pytest.mark.parametrize("flags", [DEFAULT, FULL, BUCKETS])
 def test_saved_before_the_first_real_step(flags, tmp_path):
     """fp16 skips steps until its loss scale fits; Adam has no moments until then."""
-    flags = f"--xielu {flags.replace('--bf16', '--fp16')} --initial-loss-scale 1.6e7 --hysteresis 1"
+    flags = f"--xielu {flags.replace('--bf16', '--fp16')} --initial-loss-scale 2e6 --hysteresis 1"
     folders = [tmp_path / "whole", tmp_path / "resumed"]
     states = []
     for folder, more in zip(folders, ("", load(folders[0])), strict=True):
@@ -133,16 +133,16 @@ def moments(folder: Path, iteration: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ["--xielu", "--swiglu"])
 def test_shifted_state_is_refused(activation, tmp_path):
     """Megatron as it is writes it without a word, and goes on from it; with the mends it stops."""
-    flags, ranks = f"{activation} {FULL}", 3
+    flags, ranks, last = f"{activation} {FULL}", 3, START + 6
     as_it_is = {"WITHOUT_MENDS": "distributed_optimizer_checkpoints shifted_checkpoints"}
     stock, resumed, ours = (tmp_path / name for name in ("stock", "resumed", "ours"))
-    whole = train(stock, flags_of(flags, ranks, stock), ranks=ranks, environment=as_it_is)
-    more = f"{flags_of(flags, ranks, resumed)} {load(stock)}"
+    whole = train(stock, flags_of(flags, ranks, stock, last), ranks=ranks, environment=as_it_is)
+    more = f"{flags_of(flags, ranks, resumed, last)} {load(stock)}"
     wrong = train(resumed, more, ranks=ranks, environment=as_it_is)
     assert wrong.losses[0] == whole.losses[START]  # the 16-bit weights are right
     assert wrong.losses[-1] > whole.losses[-1] + 0.5
 
-    more = f"{flags_of(flags, ranks, ours)} {load(stock)}"
+    more = f"{flags_of(flags, ranks, ours, last)} {load(stock)}"
     refused = train(ours, more, ranks=ranks, succeeds=False)
     assert "the optimizer state of this checkpoint is not that of its weights" in refused.output
     assert "Traceback" not in refused.output and not refused.losses
