@@ -210,7 +210,6 @@ def walk(
             _initialize_parallel(args)
             _walk_stage(args, trace, world, result)
             gc.unfreeze()
-            gc.collect()
     result.seconds = time.monotonic() - started
     return result
 

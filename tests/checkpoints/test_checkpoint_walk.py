@@ -8,15 +8,13 @@ by ``tools/walk_checkpoints.py``.
 
 import json
 import re
-import subprocess
-import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-from walk_checkpoints import MODELS, OWN_BUCKETS, Layout, launcher_arguments, split  # noqa: E402
+from launch import start, wait
+from walk_checkpoints import MODELS, OWN_BUCKETS, Layout, launcher_arguments, split
 
 EXPERTS = "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2"
 UNEVEN = "--decoder-first-pipeline-num-layers 5 --decoder-last-pipeline-num-layers 5"
@@ -37,7 +35,7 @@ WHOLE = [
     Layout("1.1B", "xielu", 1, 2, 3, "--num-layers-per-virtual-pipeline-stage 4"),
     Layout("3B", "xielu", 2, 1, 12, OWN_BUCKETS),
     Layout("8B", "xielu", 1, 1, 9),  # a buffer of more than 2^31 elements
-    Layout("tiny", "xielu", 1, 1, 512, "--ddp-bucket-size 100000"),
+    Layout("tiny", "xielu", 1, 1, 200, "--ddp-bucket-size 100000"),
     Layout("tiny", "xielu", 1, 1, 6, f"{EXPERTS} --ddp-bucket-size 20000"),
     Layout("tiny", "xielu", 4, 1, 7, "--ddp-pad-buckets-for-high-nccl-busbw"),
     Layout("tiny", "xielu", 1, 1, 3, "--ddp-bucket-size 1"),  # ranks with a part of some buckets
@@ -72,27 +70,27 @@ def arguments(model: str, activation: str) -> list[str]:
     return launcher_arguments(**(MODELS | OTHER)[model], ACTIVATION=activation)
 
 
-@cache
-def walked(layouts: tuple[Layout, ...], without: str) -> dict[Layout, dict]:
-    """What the walk says of layouts, in one process for all."""
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory) -> Callable[[tuple[Layout, ...], str], dict[Layout, dict]]:
+    """What the walk says of layouts without some mends; in one process for all."""
+    return cache(partial(_walk, tmp_path_factory))
+
+
+def _walk(tmp_path_factory, layouts: tuple[Layout, ...], without: str) -> dict[Layout, dict]:
     asked = [
         (layout.tensor * layout.pipeline * layout.data, split(arguments(*layout[:2]), layout))
         for layout in layouts
     ]
-    run = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests/checkpoints/walk_layouts.py"), without],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    command = [str(Path(__file__).with_name("walk_layouts.py"))]
+    log = tmp_path_factory.mktemp("walk") / "log.txt"
+    processes = start([without, json.dumps(asked)], ranks=1, log=log, command=command)
+    assert wait(processes, timeout=900) == [0], log.read_text()[-3000:]
+    found = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     return dict(zip(layouts, found, strict=True))
 
 
 @pytest.mark.parametrize("layout", WHOLE, ids=lambda layout: "-".join(map(str, layout[:5])))
-def test_every_element_is_saved_once_and_read_back(layout):
+def test_every_element_is_saved_once_and_read_back(layout, walked):
     found = walked(tuple(WHOLE), "")[layout]
     assert found["faults"] == []
     assert found["parameters"] > 40_000
@@ -100,7 +98,7 @@ def test_every_element_is_saved_once_and_read_back(layout):
 
 
 @pytest.mark.parametrize("layout", STOCK, ids=lambda layout: "-".join(map(str, layout[:5])))
-def test_what_stock_megatron_loses_is_seen(layout):
+def test_what_stock_megatron_loses_is_seen(layout, walked):
     found = walked((*STOCK, CLEAN), "distributed_optimizer_checkpoints")[layout]
     expected = STOCK[layout]
     for form, text in expected.items():
@@ -109,17 +107,17 @@ def test_what_stock_megatron_loses_is_seen(layout):
         assert [ranks for *_, text, ranks in found["faults"] if EMPTY in text] == [40]
 
 
-def test_a_layout_that_stock_megatron_keeps_is_clean():
+def test_a_layout_that_stock_megatron_keeps_is_clean(walked):
     assert walked((*STOCK, CLEAN), "distributed_optimizer_checkpoints")[CLEAN]["faults"] == []
 
 
-def test_fp32_parameters_in_the_wrong_order_are_seen():
+def test_fp32_parameters_in_the_wrong_order_are_seen(walked):
     layout = Layout("tiny", "xielu", 1, 1, 2)
     found = walked((layout,), "fp32_parameters")[layout]
     assert {fault[0] for fault in found["faults"]} == {"dp_reshardable", "fully_reshardable"}
 
 
-def test_buckets_can_be_loaded_at_other_data_parallel_sizes():
+def test_buckets_can_be_loaded_at_other_data_parallel_sizes(walked):
     here, there = (walked(tuple(WHOLE), "")[layout] for layout in RESHARDED)
     assert here["content"] == there["content"]
     assert here["buckets"] == there["buckets"]

@@ -1,7 +1,7 @@
 """Walks layouts in one process and prints, for each, a line of JSON with the faults of each format.
 
 Run by test_checkpoint_walk.py, since a walk changes torch for good. Arguments: the mends to
-leave out, with commas; on standard input a JSON list of layouts, each a list of GPUs and arguments.
+leave out, with commas; a JSON list of layouts, each a list of GPUs and arguments.
 """
 
 import json
@@ -15,7 +15,7 @@ def main() -> None:
     """Walk them."""
     without = [name for name in sys.argv[1].split(",") if name]
     walk.prepare(without=without)
-    for gpus, arguments in json.load(sys.stdin):
+    for gpus, arguments in json.loads(sys.argv[2]):
         result = walk.walk(arguments, gpus, FORMATS, compare_ranks=not without)
         found = {
             "faults": [(f.format, f.parameter, f.text, len(f.ranks)) for f in result.faults],

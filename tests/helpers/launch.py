@@ -42,6 +42,7 @@ TINY_LLAMA = """
 # Commands that turn CPU mode on and import Megatron before they do anything else, and what they
 # import then. A script that knows nothing of this package finds nothing of it imported.
 _ENTRIES = {"entry", "logits_entry", "checkpoint_bytes", "megatron_xielu.pretrain_gpt"}
+_SCRIPTS = {"audit_cases", "other_model_cases", "recompute_cases", "walk_layouts"}
 _SCRIPT_IMPORTS = """
     megatron.training megatron.core.datasets.gpt_dataset megatron.core.datasets.helpers
     megatron.core.datasets.blended_megatron_dataset_builder megatron.core.tokenizers.text
@@ -58,6 +59,8 @@ def _imports(command: Sequence[str]) -> Sequence[str]:
         case ["-m", "megatron_xielu.cpu", script] if Path(script).name == "stock_script.py":
             return _SCRIPT_IMPORTS
         case ["-m", module] if module in _ENTRIES:
+            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
+        case [script] if Path(script).stem in _SCRIPTS:
             return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
         case ["-c", code] if "pretrain_gpt" in code:
             return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
