@@ -42,7 +42,10 @@ TINY_LLAMA = """
 # Commands that turn CPU mode on and import Megatron before they do anything else, and what they
 # import then. A script that knows nothing of this package finds nothing of it imported.
 _ENTRIES = {"entry", "logits_entry", "checkpoint_bytes", "megatron_xielu.pretrain_gpt"}
-_SCRIPTS = {"audit_cases", "other_model_cases", "recompute_cases", "walk_layouts"}
+_SCRIPTS = {
+    *("audit_cases", "other_model_cases", "recompute_cases", "walk_layouts"),
+    *("measure_activation_memory", "plan_cases"),
+}
 _SCRIPT_IMPORTS = """
     megatron.training megatron.core.datasets.gpt_dataset megatron.core.datasets.helpers
     megatron.core.datasets.blended_megatron_dataset_builder megatron.core.tokenizers.text

@@ -113,15 +113,9 @@ def test_parameters_and_checkpoint_are_those_of_a_real_training(case, tmp_path):
     assert plan.checkpoints().bytes == pytest.approx(size - twice, rel=within)
 
 
-def test_a_layer_keeps_what_a_real_one_keeps():
-    done = subprocess.run(
-        [sys.executable, "-m", "plan_cases"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured = json.loads(re.search(r"^CASES (.*)$", done.stdout, re.MULTILINE)[1])
+def test_a_layer_keeps_what_a_real_one_keeps(tmp_path):
+    run = train(tmp_path, "", model=(), command=[str(Path(__file__).with_name("plan_cases.py"))])
+    measured = json.loads(re.search(r"^CASES (.*)$", run.output, re.MULTILINE)[1])
     c = plan_cases
     for positions, flag in {"rope": "rope", "learned": "learned_absolute"}.items():
         plan = plan_1b(
