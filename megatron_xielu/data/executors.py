@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
@@ -148,6 +149,8 @@ def main() -> None:
         )
     else:
         os.environ[OWNER] = str(os.getpid())
+        # Workers are forked from a server: what that has imported they need not.
+        multiprocess.set_forkserver_preload(["megatron_xielu.data.executors"])
     make_executor(output, request).run()
 
 
