@@ -30,6 +30,7 @@ def test_from_parquet_to_a_page(tmp_path):
                 "MASTER_PORT": str(free_port()),
                 "OMP_NUM_THREADS": "1",
                 "PREFLIGHT": "0",
+                "MICRO_BATCH": "8",  # two passes a step, not eight
             },
             capture_output=True,
             text=True,
