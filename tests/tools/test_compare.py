@@ -10,8 +10,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -403,12 +401,6 @@ class TestResume:
         assert "--fp8-format needs a GPU" in str(error.value)
 
 
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(training.REPOSITORY),
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 NAMES, SEEDS = ("xielu", "swiglu", "xielu-shared"), (42, 43)
 
 
@@ -431,21 +423,20 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     out = tmp_path_factory.mktemp("comparison")
     options = ["quick", "--out", str(out), "--seeds", "2", "--tensor-parallel", "1"]
     options += ["--activations", "xielu", "swiglu", "--ablation", "xielu-shared"]
-    command = [sys.executable, tool.__file__, *options]
     folder = tool.folder_of(out, "xielu", 42)
-    log = folder / "log.txt"
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
-        deadline = time.monotonic() + 240
-        while not (log.exists() and "lm loss:" in log.read_text()):
-            assert first.poll() is None and time.monotonic() < deadline, log
-            time.sleep(0.05)
-        first.send_signal(signal.SIGTERM)
-        output, _ = first.communicate(timeout=120)
+    log, first_log = folder / "log.txt", out / "first.txt"
+    (first,) = launch.start(options, ranks=1, log=first_log, command=[tool.__file__])
+    deadline = time.monotonic() + 240
+    while not (log.exists() and "lm loss:" in log.read_text()):
+        assert first.poll() is None and time.monotonic() < deadline, first_log.read_text()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    first.wait()
     assert not (folder / "record.json").exists()
     stopped_at = read_tracker(folder / "checkpoints")
     with warm_trainings(), contextlib.redirect_stdout(io.StringIO()) as second:
         tool.main(options)
-    return Comparison(out, (first.returncode, output), stopped_at, second.getvalue())
+    return Comparison(out, (first.returncode, first_log.read_text()), stopped_at, second.getvalue())
 
 
 @contextlib.contextmanager
@@ -619,13 +610,17 @@ class TestHuggingFace:
             "doc_to_target: answer\n"
             "metric_list: [{metric: acc}]\n"
         )
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
-        command += ["--model_args", f"pretrained={hugging_face},dtype=float32"]
-        command += ["--tasks", "python_lines", "--include_path", str(tmp_path)]
-        command += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
-        environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
-        evaluated = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+        words = ["--model", "hf", "--device", "cpu"]
+        words += ["--model_args", f"pretrained={hugging_face},dtype=float32"]
+        words += ["--tasks", "python_lines", "--include_path", str(tmp_path)]
+        words += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
+        launch.train(
+            tmp_path / "evaluated",
+            words,
+            model=(),
+            command=("-m", "lm_eval"),
+            environment={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        )
         (file,) = (tmp_path / "results").rglob("results_*.json")
         results = json.loads(file.read_text())["results"]["python_lines"]
         assert results["acc,none"] == 1.0
