@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,8 @@ from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker
+from megatron_xielu.common.text import reason
+from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED = 42
 _DEFAULT_BASELINE = "swiglu"
@@ -435,14 +437,13 @@ def _cores() -> int:
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
-    """Have ``megatron_xielu.report`` write its page of the runs; a failure is only a warning."""
-    command = [sys.executable, "-m", "megatron_xielu.report", *map(str, folders)]
-    command += ["--output", str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if done.returncode:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        reason = said[-1] if said else f"exit status {done.returncode}"
-        print(f"warning: no page in {out}: {reason}", flush=True)
+    """Have `megatron_xielu.report` write its page of the runs; a failure is only a warning."""
+    words = [*map(str, folders), "--output", str(out)]
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            report.main(words)
+    except (Exception, SystemExit) as error:
+        print(f"warning: no page in {out}: {reason(error)}", flush=True)
     else:
         print(f"the page: {out}", flush=True)
 
