@@ -61,8 +61,6 @@ def _imports(command: Sequence[str]) -> Sequence[str]:
     match command:
         case ["-m", "megatron_xielu.cpu", script] if Path(script).name == "stock_script.py":
             return _SCRIPT_IMPORTS
-        case [script] if Path(script).name == "compare_activations.py":
-            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
         case ["-m", module] if module in _ENTRIES:
             return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
         case [script] if Path(script).stem in _SCRIPTS:
