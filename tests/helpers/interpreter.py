@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+# Of a kernel at a time, one after the other: as few as show every case. With two blocks of columns,
+# two for each block's rows.
+PROGRAMS = 4
+
 
 @contextmanager
 def like_hardware() -> Iterator[None]:
@@ -20,6 +24,8 @@ def like_hardware() -> Iterator[None]:
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from megatron_xielu.kernels import gpu_triton
 
     cast = InterpreterBuilder.cast_impl
 
@@ -39,6 +45,8 @@ def like_hardware() -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(InterpreterBuilder, "cast_impl", cast_as_pytorch)
+        patch.setattr(gpu_triton, "FORWARD_PROGRAMS", PROGRAMS)
+        patch.setattr(gpu_triton, "BACKWARD_PROGRAMS", PROGRAMS)
         patched = interpreter._patch_lang(
             types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         )
