@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
+
 PACKAGE = Path(__file__).parents[1] / "megatron_xielu"
 
 WITHOUT_MEGATRON = """
@@ -15,6 +17,7 @@ class Refuse:
         if name.partition(".")[0] == "megatron":
             raise ImportError(f"{name} at import time")
 
+assert "megatron" not in sys.modules
 sys.meta_path.insert(0, Refuse())
 for name in sys.argv[1:]:
     room = importlib.import_module(name)
@@ -25,7 +28,7 @@ for name in sys.argv[1:]:
 
 def test_rooms_that_are_imported_without_megatron():
     rooms = [f"megatron_xielu.{room}" for room in "checkpoints convert hf plan report".split()]
-    command = [sys.executable, "-c", WITHOUT_MEGATRON, *rooms]
+    command = [launch.python(), "-c", WITHOUT_MEGATRON, *rooms]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -13,7 +13,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import TINY_LLAMA, free_port
+from launch import TINY_LLAMA, free_port, python
 
 from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
 
@@ -49,8 +48,7 @@ class Node:
 def checkout(tmp_path_factory) -> Path:
     """What a node runs from: a copy, which does not change during a test."""
     folder = tmp_path_factory.mktemp("checkout")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(REPOSITORY / "megatron_xielu", folder / "megatron_xielu", ignore=ignored)
+    (folder / "megatron_xielu").symlink_to(REPOSITORY / "megatron_xielu")
     (folder / "examples").mkdir()
     text = (REPOSITORY / "examples/preflight.sh").read_text()
     module = "-m megatron_xielu.cluster.preflight \\\n"
@@ -98,12 +96,12 @@ def start(
         "RUN_DIR": str(run_dir or folder / "run"),
         "DEVICE": "cpu",
         "TP": "2",
-        "PYTHON": sys.executable,
+        "PYTHON": python(),
         "PREFLIGHT_TIMEOUT": "40",
         "FAULT": fault,
         **environment,
     }
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             ["bash", str(script), *flags],
             stdout=output,
@@ -313,7 +311,7 @@ def test_rank_0_may_publish_and_end_between_two_questions():
 
 def test_help_and_wrong_usage(checkout, tmp_path):
     script = str(checkout / "examples/preflight.sh")
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = {**os.environ, "PYTHON": python()}
     shown = subprocess.run([script, "--help"], capture_output=True, text=True, env=environment)
     assert not shown.returncode
     assert "PREFLIGHT_TIMEOUT" in shown.stdout

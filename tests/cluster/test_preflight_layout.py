@@ -5,10 +5,9 @@ test_preflight.py has a layout that Megatron refuses.
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-from launch import TINY_LLAMA, free_port
+from launch import TINY_LLAMA, free_port, python
 from test_preflight import lines
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,7 +19,7 @@ def preflight(folder: Path, *training: str) -> tuple[int, str]:
         [str(REPOSITORY / "examples/preflight.sh"), "--disk-mib", "1", "--", *training],
         env={
             **os.environ,
-            **{"GPUS_PER_NODE": "2", "DEVICE": "cpu", "PYTHON": sys.executable},
+            **{"GPUS_PER_NODE": "2", "DEVICE": "cpu", "PYTHON": python()},
             **{"MASTER_ADDR": "127.0.0.1", "LOCAL_ADDR": "127.0.0.1", "RUN_DIR": str(folder)},
             "MASTER_PORT": str(free_port()),
         },

@@ -61,14 +61,14 @@ def rank(tmp_path, *arguments: str) -> Ended:
     return Ended(process.wait(), output.read_text())
 
 
-def launched(tmp_path, script: str, *flags: str) -> Ended:
+def launched(tmp_path, script: str, *flags: str, **environment: str) -> Ended:
     """Run a script as one supervised rank under the launcher."""
     (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, "-m", "megatron_xielu.cluster.launcher", "--standalone", *flags]
+    command = [launch.python(), "-m", "megatron_xielu.cluster.launcher", "--standalone", *flags]
     command += ["-m", "megatron_xielu.cluster.rank", str(tmp_path / "script.py")]
     done = subprocess.run(
         [*command, "--save", str(tmp_path / "checkpoints")],
-        env={**os.environ, "MEGATRON_XIELU_FINISHED": str(tmp_path / "finished")},
+        env={**os.environ, "MEGATRON_XIELU_FINISHED": str(tmp_path / "finished"), **environment},
         cwd=launch.REPOSITORY,
         capture_output=True,
         text=True,
@@ -116,7 +116,8 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
     os.kill(os.getpid(), {int(signal.SIGKILL)})
 """
-    done = launched(tmp_path, script, "--max-restarts", "1")
+    # torchrun's own child, whose number is that of its session.
+    done = launched(tmp_path, script, "--max-restarts", "1", PYTHON_EXEC=sys.executable)
     assert done.returncode == 0, done.output
     first, second = log.read_text().splitlines()[-3:-1]
     assert 'rank=0 event=rank-failed local_rank=0 exit=-9 reason="killed by SIGKILL"' in first

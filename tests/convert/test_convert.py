@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
+from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, python, train
 from logits_entry import TOKENS
 
 from megatron_xielu.checkpoints import writer
@@ -434,7 +434,7 @@ def test_an_interrupted_export_leaves_no_half_model(trained, tmp_path):
 
     def interrupt(names: str, *flags: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", _INTERRUPTED, names, "to-hf", checkpoint, out, *flags],
+            [python(), "-c", _INTERRUPTED, names, "to-hf", checkpoint, out, *flags],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             cwd=tmp_path,
             capture_output=True,

@@ -194,14 +194,17 @@ def test_against_transformers(swiglu, prepared, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     gates: list[list] = [[] for _ in range(LAYERS)]
     for layer, kept in zip(model.model.layers, gates, strict=True):
-        layer.mlp.gate_proj.register_forward_hook(lambda m, i, out, kept=kept: kept.append(out[0]))
+        layer.mlp.gate_proj.register_forward_hook(
+            lambda m, i, out, kept=kept: kept.append(out.flatten(0, 1))
+        )
     labels = torch.from_numpy(_stream(prepared).astype(np.int64))
     inputs = labels.roll(1)  # the first token comes after the last
     loss = 0.0
     with torch.no_grad():
-        for x, y in zip(inputs.split(SEQUENCE), labels.split(SEQUENCE), strict=True):
-            logits = model(x[None]).logits[0]
-            loss += torch.nn.functional.cross_entropy(logits, y, reduction="sum").item()
+        whole = len(labels) // SEQUENCE * SEQUENCE  # the rest is a shorter sequence
+        for part, length in ((slice(whole), SEQUENCE), (slice(whole, None), len(labels) - whole)):
+            logits = model(inputs[part].reshape(-1, length)).logits.flatten(0, 1)
+            loss += torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum").item()
     assert found["tokens"] == len(labels)
     assert found["loss"] == pytest.approx(loss / len(labels), abs=1e-5)
     for layer, kept in zip(found["layers"], gates, strict=True):

@@ -39,9 +39,12 @@ TINY_LLAMA = """
 """.split()
 
 
-# Commands that turn CPU mode on and import Megatron before they do anything else, and what they
+# Commands that turn CPU mode on and import Megatron before they do anything with it, and what they
 # import then. A script that knows nothing of this package finds nothing of it imported.
-_ENTRIES = {"entry", "logits_entry", "checkpoint_bytes", "megatron_xielu.pretrain_gpt"}
+_ENTRIES = {
+    *("entry", "logits_entry", "checkpoint_bytes"),
+    *("megatron_xielu.pretrain_gpt", "megatron_xielu.evaluate"),
+}
 _SCRIPTS = {
     *("audit_cases", "other_model_cases", "recompute_cases", "walk_layouts"),
     *("measure_activation_memory", "plan_cases"),
@@ -55,19 +58,33 @@ _ENTRY_IMPORTS = """
     megatron_xielu.layer_specs megatron_xielu.training_step
     megatron_xielu.features.alpha_logging megatron_xielu.features.tp_sync
 """.split()
+# Those that import it as it is.
+_CHECKS = {"megatron_xielu.selftest", "megatron_xielu.cluster.preflight", "preflight_faults"}
 
 
-def _imports(command: Sequence[str]) -> Sequence[str]:
+def _imports(command: Sequence[str], environment: dict[str, str]) -> tuple[Sequence[str], dict]:
+    """What a process may find imported, and in which environment that is."""
+    first = Path(environment.get("PYTHONPATH", "").split(":")[0])
+    is_ours = (first / "megatron_xielu").resolve() == REPOSITORY / "megatron_xielu"
+    as_entry = [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS] if is_ours else ()
     match command:
-        case ["-m", "megatron_xielu.cpu", script] if Path(script).name == "stock_script.py":
-            return _SCRIPT_IMPORTS
-        case ["-m", module] if module in _ENTRIES:
-            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
-        case [script] if Path(script).stem in _SCRIPTS:
-            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
-        case ["-c", code] if "pretrain_gpt" in code:
-            return [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS]
-    return ()
+        case _ if torch.cuda.is_available():  # which CPU mode refuses
+            pass
+        case ["-m", "megatron_xielu.cpu", script, *_] if Path(script).name == "stock_script.py":
+            return _SCRIPT_IMPORTS, environment
+        case ["-m", module, *_] if module in _CHECKS:
+            return ["megatron.core"], _environment()
+        case ["-c", code, *_] if "selftest" in code:
+            return ["megatron.core"], _environment()
+        case ["-m", "megatron_xielu.checkpoint_walk", *_]:
+            return as_entry, _environment()
+        case ["-m", module, *_] if module in _ENTRIES:
+            return as_entry, environment
+        case [script, *_] if Path(script).stem in _SCRIPTS:
+            return as_entry, environment
+        case ["-c", code, *_] if "pretrain_gpt" in code or "megatron_xielu.evaluate" in code:
+            return as_entry, environment
+    return (), environment
 
 
 @dataclass
@@ -105,7 +122,20 @@ def free_port() -> int:
             return port
 
 
-_warm_python = functools.cache(WarmPython)
+def _environment() -> dict[str, str]:
+    """Of every process, but for what one run sets."""
+    paths = f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}"
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+@functools.cache
+def _warm_python() -> WarmPython:
+    return WarmPython(_imports)
+
+
+def python() -> str:
+    """A Python for what starts one, in place of ``sys.executable``: `WarmPython.executable`."""
+    return _warm_python().executable
 
 
 def start(
@@ -118,9 +148,7 @@ def start(
 ) -> list[Process]:
     """Start one process per rank; all write to ``log``."""
     variables = {
-        **os.environ,
-        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}",
-        "OMP_NUM_THREADS": "1",
+        **_environment(),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
@@ -128,8 +156,7 @@ def start(
         **(environment or {}),
     }
     log.touch()
-    # CPU mode refuses a GPU.
-    megatron = () if torch.cuda.is_available() else _imports(command)
+    megatron, imported_in = _imports(command, variables)
     python = _warm_python()
     return [
         python.start(
@@ -138,6 +165,7 @@ def start(
             folder=log.parent,
             output=log,
             megatron=megatron,
+            imported_in=imported_in,
         )
         for rank in range(ranks)
     ]

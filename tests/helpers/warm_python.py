@@ -5,6 +5,10 @@ along, and of Megatron. `WarmPython.start` is ``subprocess.Popen([sys.executable
 one that has them already. Megatron, whose import depends on the environment, is imported once per
 environment, by a second server that the first one forks; and only for a command that says so.
 
+What others start, scripts of this package and torchrun, starts from it as well where they are given
+`WarmPython.executable` as their Python: a program that asks for such a process, passes signals on
+to it, and ends as it does.
+
 Run as a script this file is the server: it reads one JSON request a line, and answers each.
 """
 
@@ -22,15 +26,18 @@ import multiprocessing.context
 import multiprocessing.managers
 import os
 import runpy
+import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -49,11 +56,48 @@ _OF_ONE_RUN = """
     DUMP_FOLDER BREAK_TP_SUM WITHOUT_MENDS WRITER_SLEEPS
 """.split()
 
+# Its lines of the answer: the process's number, and its exit code. It may be killed, too.
+_EXECUTABLE = """#!{python} -IS
+import json, os, signal, socket, sys
+
+asked = socket.socket(socket.AF_UNIX)
+asked.connect({address!r})
+lines = asked.makefile("rw")
+fields = (sys.argv[0], sys.argv[1:], dict(os.environ), os.getcwd(), os.getpid())
+lines.write(json.dumps(fields) + "\\n")
+lines.flush()
+started = int(lines.readline())
+
+def pass_on(signum, _):
+    try:
+        os.killpg(started, signum)
+    except ProcessLookupError:
+        pass
+
+for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    signum = getattr(signal, name)
+    if signal.getsignal(signum) != signal.SIG_IGN:
+        signal.signal(signum, pass_on)
+code = int(lines.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
 
 class WarmPython:
-    """The server's client: it ends when this object's process does."""
+    """The server's client: it ends when this object's process does.
 
-    def __init__(self) -> None:
+    Args:
+        imports: of a process that is started by `executable`: what `start` takes as its
+            ``megatron``, and the environment in which that is to be imported.
+    """
+
+    def __init__(
+        self, imports: Callable[[Sequence[str], dict[str, str]], tuple[Sequence[str], dict]]
+    ) -> None:
+        self._imports, self._lock = imports, threading.Lock()
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self._server = subprocess.Popen(
             [sys.executable, __file__],
@@ -71,6 +115,7 @@ class WarmPython:
         folder: Path,
         output: Path,
         megatron: Sequence[str] = (),
+        **more: Any,
     ) -> Process:
         """Start ``python COMMAND`` in ``folder``, with its output appended to a file.
 
@@ -79,22 +124,70 @@ class WarmPython:
             environment: the whole of it; OMP_NUM_THREADS is 1 whatever it says.
             folder: the working directory.
             output: file for what it prints.
-            megatron: modules that it imports in CPU mode before any of them does anything,
-                ``megatron.training`` first, as this package's entry does: it may start with that
-                behind it.
+            megatron: modules that it imports before any of them does anything, as this package's
+                entry does: it may start with that behind it. If ``megatron.training`` is the first,
+                in CPU mode.
+            more: ``imported_in``, the environment for those; and of `_Server.become`.
         """
-        kind = None
+        kind, imported_in = None, more.pop("imported_in", environment)
         if megatron:
-            common = {k: v for k, v in sorted(environment.items()) if k not in _OF_ONE_RUN}
+            common = {k: v for k, v in sorted(imported_in.items()) if k not in _OF_ONE_RUN}
             kind = json.dumps([common, *megatron])
-        request = {"environment": environment, "folder": str(folder), "output": str(output)}
+        request = {"environment": environment, "folder": str(folder), "output": str(output), **more}
         pid = self.ask({**request, "command": list(command), "kind": kind})
         return Process(self, pid, kind)
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send one request and return its answer."""
         assert self._server.stdin and self._server.stdout
-        return _ask(self._server.stdin, self._server.stdout, request)
+        with self._lock:
+            return _ask(self._server.stdin, self._server.stdout, request)
+
+    @functools.cached_property
+    def executable(self) -> str:
+        """A Python to give to what starts one: it starts ``-m MODULE …`` and so on from here."""
+        self._folder = tempfile.TemporaryDirectory()
+        path = Path(self._folder.name, "python3")
+        address = f"{self._folder.name}/socket"
+        path.write_text(_EXECUTABLE.format(python=sys.executable, address=address))
+        path.chmod(0o755)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(address)
+        listener.listen()
+        threading.Thread(target=self._accept, args=[listener], daemon=True).start()
+        return str(path)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self._start_for, args=[connection], daemon=True).start()
+
+    def _start_for(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rw") as lines:
+            executable, command, environment, folder, pid = json.loads(lines.readline())
+            unbuffered = command[0] == "-u"
+            megatron, imported_in = self._imports(command[unbuffered:], environment)
+            process = self.start(
+                command[unbuffered:],
+                environment=environment,
+                folder=folder,
+                output=Path(f"/proc/{pid}/fd/1"),
+                megatron=megatron,
+                imported_in=imported_in,
+                errors=f"/proc/{pid}/fd/2",
+                executable=executable,
+                unbuffered=unbuffered,
+            )
+            with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(process.pid)) as ended:
+                lines.write(f"{process.pid}\n")
+                lines.flush()
+                if ended not in select.select([ended, connection], [], [])[0]:
+                    process.kill()  # as the one that asked was
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                lines.write(f"{process.wait()}\n")
+                lines.flush()
+            process.wait()
 
 
 class Process:
@@ -183,7 +276,9 @@ class _Server:
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = [*_paths(environment), *self.path]
-        from megatron_xielu import cpu
+        in_cpu_mode = modules[0] == "megatron.training"
+        if in_cpu_mode:
+            from megatron_xielu import cpu
 
         is_available = torch.cuda.is_available
         stderr = os.dup(2)
@@ -191,13 +286,15 @@ class _Server:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
             try:
-                cpu.activate()
+                if in_cpu_mode:
+                    cpu.activate()
                 for name in modules:
                     importlib.import_module(name)
-                from megatron.training import arguments
+                if in_cpu_mode:
+                    from megatron.training import arguments
 
-                _cache_help()
-                arguments.add_megatron_arguments(argparse.ArgumentParser())
+                    _cache_help()
+                    arguments.add_megatron_arguments(argparse.ArgumentParser())
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -205,6 +302,8 @@ class _Server:
                     os.dup2(stderr, descriptor)
             log.seek(0)
             said = log.read()
+        if not in_cpu_mode:
+            return
         added = {name: os.environ[name] for name in os.environ.keys() - environment.keys()}
         redirected, torch.cuda.is_available = torch.cuda.is_available, is_available
 
@@ -217,13 +316,27 @@ class _Server:
         cpu.activate = activate
 
     def become(
-        self, environment: dict[str, str], folder: str, output: str, command: list[str]
+        self,
+        environment: dict[str, str],
+        folder: str,
+        output: str,
+        command: list[str],
+        *,
+        errors: str = "",
+        executable: str = "",
+        unbuffered: bool = False,
     ) -> None:
         """Run ``command`` as a Python of its own would."""
+        if executable:
+            os.setsid()
+            sys.executable = executable
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        log = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for descriptor, path in ((1, output), (2, errors or output)):
+            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.dup2(log, descriptor)
+            os.close(log)
+        if unbuffered:
+            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
@@ -281,15 +394,15 @@ def _close_sockets() -> None:
                 os.close(descriptor)
 
 
-def _end() -> None:
-    """End as Python does after a success, but leave all objects where they are: to take them apart
-    would copy most of what is shared with the parent, half the time of a short training.
+def _end(code: int = 0) -> None:
+    """End as Python does, but leave all objects where they are: to take them apart would copy most
+    of what is shared with the parent, half the time of a short training.
     """
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
@@ -304,6 +417,13 @@ if __name__ == "__main__":
     try:
         server.become(**server.serve())
     except SystemExit as end:
-        if end.code not in (None, 0):
-            raise
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
+        _end(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException as error:
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next
+        traceback.print_exception(error.with_traceback(frames))
+        _end(1)
     _end()
