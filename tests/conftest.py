@@ -11,6 +11,9 @@ import pytest
 # of ten milliseconds of a core's time for a loop over three numbers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Inductor compiles here, not in processes that import torch for it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 from launch import Run, load_checkpoint, train
 
@@ -40,8 +43,9 @@ def backend(request) -> Iterator[str]:
 
 # Files that take longest. Two run at a time: begun first, none of them is what is left at the end.
 LONGEST = """
-    test_optimizer_checkpoints test_functional test_compare test_prepare_data test_versions
-    test_layouts test_checkpoint_walk test_moe test_recompute test_preflight test_optimizer_format
+    test_functional test_optimizer_checkpoints test_compare test_prepare_data test_text_to_report
+    test_checkpoint_walk test_moe test_preflight test_layouts test_versions test_checkpoints
+    test_backends test_readme test_triton
 """.split()
 
 

@@ -65,7 +65,7 @@ def _xiprelu_slope(x: Tensor, effective: _Effective) -> tuple[Tensor, Tensor]:
 
 
 def _load(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.float() if bias is None else x.float() + bias.float()
+    return x.float() if bias is None else x.float() + bias
 
 
 def _define(value: Callable, slope_of: Callable) -> tuple[Callable, Callable]:
@@ -123,6 +123,11 @@ def _plain(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_dlpack(tensor.detach().reshape(shape).contiguous())
 
 
+def _plain_bias(bias: Tensor | None) -> Tensor | None:
+    """In float32, whatever it is in: the compiler would compile anew for each dtype."""
+    return None if bias is None else _plain(bias.float(), bias.shape)
+
+
 @contextmanager
 def _below_autograd() -> Iterator[None]:
     """The same dispatch state whoever calls, autograd or a compiled graph: the compiler guards on
@@ -151,7 +156,7 @@ def forward(
         function(
             _plain(x, shape),
             _effective(name, alpha_p, alpha_n, beta),
-            None if bias is None else _plain(bias, shape[1:]),
+            _plain_bias(bias),
             _plain(y, shape),
         )
     return y
@@ -176,7 +181,7 @@ def backward(
     with _below_autograd():
         effective = _effective(name, alpha_p, alpha_n, beta)
         tensors = [t.reshape(shape) for t in (dy, x, dx)]
-        plain_bias = None if bias is None else _plain(bias, shape[1:])
+        plain_bias = _plain_bias(bias)
         for chunk in _chunks(shape):
             dy_chunk, x_chunk, dx_chunk = (_plain(t[chunk], t[chunk].shape) for t in tensors)
             sums.append(function(dy_chunk, x_chunk, effective, plain_bias, dx_chunk))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import REPOSITORY, free_port
+from launch import REPOSITORY, free_port, python
 
 
 def test_from_parquet_to_a_page(tmp_path):
@@ -18,7 +18,7 @@ def test_from_parquet_to_a_page(tmp_path):
     commands = re.findall(r"```sh\n(.*?)```", text, re.S)
     assert len(commands) == 5
     for command in commands:
-        for size, smaller in (('glob("*.py")', 'glob("[a-d]*.py")'), ("=163840", "=20480")):
+        for size, smaller in (('glob("*.py")', 'glob("[a-d]*.py")'), ("=163840", "=10240")):
             command = command.replace(size, smaller)
         done = subprocess.run(
             ["bash", "-ec", command],
@@ -30,6 +30,7 @@ def test_from_parquet_to_a_page(tmp_path):
                 "MASTER_PORT": str(free_port()),
                 "OMP_NUM_THREADS": "1",
                 "PREFLIGHT": "0",
+                "PYTHON": python(),
                 "MICRO_BATCH": "8",  # two passes a step, not eight
             },
             capture_output=True,
@@ -37,7 +38,7 @@ def test_from_parquet_to_a_page(tmp_path):
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     run = tmp_path / "runs/first"
-    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "20"
+    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "10"
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert 1 < evaluation["bits_per_byte"] < 8 and len(evaluation["layers"]) == 4
     assert "<html" in (run / "report/report.html").read_text()

@@ -156,16 +156,12 @@ def start(
         **(environment or {}),
     }
     log.touch()
-    megatron, imported_in = _imports(command, variables)
-    python = _warm_python()
     return [
-        python.start(
+        _warm_python().start(
             [*command, *arguments],
             environment={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             folder=log.parent,
             output=log,
-            megatron=megatron,
-            imported_in=imported_in,
         )
         for rank in range(ranks)
     ]

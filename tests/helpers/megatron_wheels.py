@@ -5,14 +5,19 @@ They are kept in ``.cache/wheels`` of the repository, so that one download serve
 
 from __future__ import annotations
 
+import atexit
 import fcntl
+import functools
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 from launch import REPOSITORY, Run, train
+
+from megatron_xielu import patch
 
 RELEASES = ("0.17.1", "0.18.2", "0.19.2")
 
@@ -24,6 +29,21 @@ def unpack(version: str, folder: Path) -> Path:
     with zipfile.ZipFile(_download(version)) as wheel:
         wheel.extractall(folder)
     return folder
+
+
+@functools.cache
+def patched(version: str) -> Path:
+    """The tree of a release with the patch applied; not to be changed."""
+    tree = unpack(version, _trees() / version)
+    patch.apply(tree)
+    return tree
+
+
+@functools.cache
+def _trees() -> Path:
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _download(version: str) -> Path:

@@ -53,7 +53,7 @@ _MODULES = """
 # What differs from rank to rank and from run to run, and is read when training, not at import.
 _OF_ONE_RUN = """
     RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PYTEST_CURRENT_TEST
-    DUMP_FOLDER BREAK_TP_SUM WITHOUT_MENDS WRITER_SLEEPS
+    DUMP_FOLDER BREAK_TP_SUM WITHOUT_MENDS WRITER_SLEEPS KMP_DUPLICATE_LIB_OK KMP_INIT_AT_FORK
 """.split()
 
 # Its lines of the answer: the process's number, and its exit code. It may be killed, too.
@@ -90,8 +90,9 @@ class WarmPython:
     """The server's client: it ends when this object's process does.
 
     Args:
-        imports: of a process that is started by `executable`: what `start` takes as its
-            ``megatron``, and the environment in which that is to be imported.
+        imports: of a command and its environment: the modules that it imports before any of them
+            does anything, so that it may start with them behind it, and the environment to import
+            them in. If ``megatron.training`` is the first, that is done in CPU mode.
     """
 
     def __init__(
@@ -114,7 +115,6 @@ class WarmPython:
         environment: dict[str, str],
         folder: Path,
         output: Path,
-        megatron: Sequence[str] = (),
         **more: Any,
     ) -> Process:
         """Start ``python COMMAND`` in ``folder``, with its output appended to a file.
@@ -124,15 +124,13 @@ class WarmPython:
             environment: the whole of it; OMP_NUM_THREADS is 1 whatever it says.
             folder: the working directory.
             output: file for what it prints.
-            megatron: modules that it imports before any of them does anything, as this package's
-                entry does: it may start with that behind it. If ``megatron.training`` is the first,
-                in CPU mode.
-            more: ``imported_in``, the environment for those; and of `_Server.become`.
+            more: of `_Server.become`.
         """
-        kind, imported_in = None, more.pop("imported_in", environment)
-        if megatron:
+        kind = None
+        modules, imported_in = self._imports(command, environment)
+        if modules:
             common = {k: v for k, v in sorted(imported_in.items()) if k not in _OF_ONE_RUN}
-            kind = json.dumps([common, *megatron])
+            kind = json.dumps([common, *modules])
         request = {"environment": environment, "folder": str(folder), "output": str(output), **more}
         pid = self.ask({**request, "command": list(command), "kind": kind})
         return Process(self, pid, kind)
@@ -166,14 +164,11 @@ class WarmPython:
         with connection, connection.makefile("rw") as lines:
             executable, command, environment, folder, pid = json.loads(lines.readline())
             unbuffered = command[0] == "-u"
-            megatron, imported_in = self._imports(command[unbuffered:], environment)
             process = self.start(
                 command[unbuffered:],
                 environment=environment,
                 folder=folder,
                 output=Path(f"/proc/{pid}/fd/1"),
-                megatron=megatron,
-                imported_in=imported_in,
                 errors=f"/proc/{pid}/fd/2",
                 executable=executable,
                 unbuffered=unbuffered,

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import REPOSITORY, TINY_LLAMA, Run, load_checkpoint, train
-from megatron_wheels import train_stock, unpack
-
-from megatron_xielu import patch
+from megatron_wheels import patched, train_stock, unpack
 
 START, LAST = 3, 6  # iterations: three after the resume
 
@@ -215,9 +213,8 @@ SPEC = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-f
 )
 def test_scripts_of_other_releases(version, flags, tmp_path):
     """By ``--spec`` and in a patched tree (where a baseline is mended too)."""
-    tree = unpack(version, tmp_path / "megatron")
-    if "--spec" not in flags:
-        patch.apply(tree)
+    is_patched = "--spec" not in flags
+    tree = patched(version) if is_patched else unpack(version, tmp_path / "megatron")
     folders = [tmp_path / "whole", tmp_path / "resumed"]
     whole, resumed = (
         train_stock(folder, version, tree, f"{flags_of(flags, 3, folder)} {more}", ranks=3)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from launch import REPOSITORY, Run, train
-from megatron_wheels import RELEASES, train_stock, unpack
+from megatron_wheels import RELEASES, patched, train_stock, unpack
 
 from megatron_xielu import patch
 from megatron_xielu.kernels import reference
@@ -24,14 +24,6 @@ TP2 = "--tensor-model-parallel-size 2"
 def ours(tmp_path_factory) -> Run:
     """This package's entry, the way in that the others are compared with."""
     return train(tmp_path_factory.mktemp("ours"), f"--xielu {TP2}", ranks=2)
-
-
-@pytest.fixture(scope="module")
-def patched_0_18(tmp_path_factory):
-    """A patched 0.18.2."""
-    tree = unpack("0.18.2", tmp_path_factory.mktemp("megatron"))
-    patch.apply(tree)
-    return tree
 
 
 def contents(tree) -> dict:
@@ -73,26 +65,26 @@ def test_spec(version, ours, tmp_path):
     assert_trained_as(ours, train_stock(tmp_path / "run", version, tree, f"{flags} {TP2}", ranks=2))
 
 
-def test_patch_and_checkpoints(patched_0_18, tmp_path):
+def test_patch_and_checkpoints(tmp_path):
     """Saved, restored by --use-checkpoint-args bit for bit, and not loaded into a GELU model."""
     half = "--bf16 --use-distributed-optimizer --ckpt-fully-parallel-save"
     straight = train_stock(
         tmp_path / "straight",
         "0.18.2",
-        patched_0_18,
+        patched("0.18.2"),
         f"--xielu {half} --save {tmp_path}/saved --save-interval 3",
     )
     latest = tmp_path / "saved" / "latest_checkpointed_iteration.txt"
     latest.write_text("3")
     load = f"{half} --load {tmp_path}/saved"
     resumed = train_stock(
-        tmp_path / "resumed", "0.18.2", patched_0_18, f"{load} --use-checkpoint-args"
+        tmp_path / "resumed", "0.18.2", patched("0.18.2"), f"{load} --use-checkpoint-args"
     )
     assert resumed.dumps == straight.dumps
     # The second loss that a run prints is Megatron's mean of two.
     assert [resumed.losses[i] for i in (0, 2)] == [straight.losses[i] for i in (3, 5)]
 
-    refused = train_stock(tmp_path / "refused", "0.18.2", patched_0_18, load, succeeds=False)
+    refused = train_stock(tmp_path / "refused", "0.18.2", patched("0.18.2"), load, succeeds=False)
     assert "was trained with --xielu, but this run asks for GELU; add --xielu" in refused.output
 
 
@@ -103,8 +95,8 @@ def test_patch_and_checkpoints(patched_0_18, tmp_path):
         ("--xielu --yaml-cfg x.yaml", "--xielu does not work with --yaml-cfg"),
     ],
 )
-def test_patch_refuses(patched_0_18, flags, message, tmp_path):
-    run = train_stock(tmp_path, "0.18.2", patched_0_18, flags, succeeds=False)
+def test_patch_refuses(flags, message, tmp_path):
+    run = train_stock(tmp_path, "0.18.2", patched("0.18.2"), flags, succeeds=False)
     assert f"megatron_xielu: error: {message}" in run.output
 
 
