@@ -56,6 +56,8 @@ def _rendezvous_with_itself() -> None:
     """Without torchrun, be a group of one: ``python -m megatron_xielu.pretrain_gpt`` then works."""
     if "RANK" in os.environ:
         return
+    if "--inprocess-restart" in sys.argv:
+        raise SystemExit("megatron_xielu: error: --inprocess-restart: start with torchrun")
     # Port 0 is one that is free when PyTorch opens it; nobody else has to know it.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

@@ -42,7 +42,7 @@ from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker
-from megatron_xielu.common.text import reason
+from megatron_xielu.common.text import describe, reason
 from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED = 42
@@ -443,7 +443,8 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             report.main(words)
     except (Exception, SystemExit) as error:
-        print(f"warning: no page in {out}: {reason(error)}", flush=True)
+        why = reason(error) if isinstance(error, SystemExit) else describe(error)
+        print(f"warning: no page in {out}: {why}", flush=True)
     else:
         print(f"the page: {out}", flush=True)
 

@@ -84,7 +84,7 @@ def _walk(tmp_path_factory, layouts: tuple[Layout, ...], without: str) -> dict[L
     command = [str(Path(__file__).with_name("walk_layouts.py"))]
     log = tmp_path_factory.mktemp("walk") / "log.txt"
     processes = start([without, json.dumps(asked)], ranks=1, log=log, command=command)
-    assert wait(processes, timeout=900) == [0], log.read_text()[-3000:]
+    assert wait(processes, timeout=500) == [0], log.read_text()[-3000:]
     found = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     return dict(zip(layouts, found, strict=True))
 

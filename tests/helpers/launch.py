@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
 import re
-import signal
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,22 +59,21 @@ _ENTRY_IMPORTS = """
     megatron_xielu.features.alpha_logging megatron_xielu.features.tp_sync
 """.split()
 # Those that import it as it is.
-_CHECKS = {"megatron_xielu.selftest", "megatron_xielu.cluster.preflight", "preflight_faults"}
+_CHECKS = {"megatron_xielu.cluster.preflight", "preflight_faults"}  # and the self-test
 
 
 def _imports(command: Sequence[str], environment: dict[str, str]) -> tuple[Sequence[str], dict]:
     """What a process may find imported, and in which environment that is."""
-    first = Path(environment.get("PYTHONPATH", "").split(":")[0])
-    is_ours = (first / "megatron_xielu").resolve() == REPOSITORY / "megatron_xielu"
+    first = environment.get("PYTHONPATH", "").split(":")[0]
+    package = (REPOSITORY / "megatron_xielu").resolve()
+    is_ours = first and Path(first, "megatron_xielu").resolve() == package
     as_entry = [*_SCRIPT_IMPORTS, *_ENTRY_IMPORTS] if is_ours else ()
     match command:
         case _ if torch.cuda.is_available():  # which CPU mode refuses
             pass
         case ["-m", "megatron_xielu.cpu", script, *_] if Path(script).name == "stock_script.py":
             return _SCRIPT_IMPORTS, environment
-        case ["-m", module, *_] if module in _CHECKS:
-            return ["megatron.core"], _environment()
-        case ["-c", code, *_] if "selftest" in code:
+        case ["-m" | "-c", what, *_] if what in _CHECKS or "selftest" in what:
             return ["megatron.core"], _environment()
         case ["-m", "megatron_xielu.checkpoint_walk", *_]:
             return as_entry, _environment()
@@ -110,16 +109,24 @@ class Run:
         ]
 
 
-def free_port() -> int:
-    """A port that stays free until it is used, and the next one too: no connection or server that
-    takes any port gets one of these, which Linux does not give out by itself.
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Every second one of 3000 which Linux gives nobody by itself; other ones in the other worker.
+    From anywhere on: there may be another run of the tests.
     """
-    while True:
-        port = random.SystemRandom().randrange(10000, 16000)
+    first = 10000 + 3000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    start = first + 2 * random.SystemRandom().randrange(1500)
+    return itertools.cycle([*range(start, first + 3000, 2), *range(first, start, 2)])
+
+
+def free_port() -> int:
+    """A port that nobody listens on, nor on the next one; none that this has given out lately."""
+    for port in _ports():
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
             one.bind(("", port))
             other.bind(("", port + 1))
             return port
+    raise AssertionError
 
 
 def _environment() -> dict[str, str]:
@@ -150,7 +157,7 @@ def start(
     variables = {
         **_environment(),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(free_port()) if ranks > 1 else "0",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         **(environment or {}),
@@ -170,13 +177,18 @@ def start(
 def wait(processes: list[Process], *, timeout: float = 180) -> list[int]:
     """Wait for all ranks; when one fails, end the others, as torchrun does."""
     end = time.monotonic() + timeout
-    while any(p.poll() is None for p in processes):
-        if any(p.poll() not in (None, 0) for p in processes):
-            end = min(end, time.monotonic() + 3)  # let the others say why they failed, if they do
-        if time.monotonic() > end:
-            for process in processes:
-                process.send_signal(signal.SIGKILL)
-        time.sleep(0.05)
+    try:
+        while any(p.poll() is None for p in processes):
+            if any(p.poll() not in (None, 0) for p in processes):
+                end = min(end, time.monotonic() + 3)  # let the others say why they failed
+            if time.monotonic() > end:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.05)
+    except BaseException:  # the test's own limit, or Ctrl-C
+        for process in processes:
+            process.kill()
+        raise
     return [p.wait() for p in processes]
 
 

@@ -5,7 +5,6 @@ They are kept in ``.cache/wheels`` of the repository, so that one download serve
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import functools
 import shutil
@@ -34,16 +33,14 @@ def unpack(version: str, folder: Path) -> Path:
 @functools.cache
 def patched(version: str) -> Path:
     """The tree of a release with the patch applied; not to be changed."""
-    tree = unpack(version, _trees() / version)
+    tree = unpack(version, Path(_trees().name, version))
     patch.apply(tree)
     return tree
 
 
 @functools.cache
-def _trees() -> Path:
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
+def _trees() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
 
 
 def _download(version: str) -> Path:

@@ -69,10 +69,11 @@ lines.flush()
 started = int(lines.readline())
 
 def pass_on(signum, _):
-    try:
-        os.killpg(started, signum)
-    except ProcessLookupError:
-        pass
+    for send in (os.killpg, os.kill):  # it may not have its group yet
+        try:
+            return send(started, signum)
+        except ProcessLookupError:
+            pass
 
 for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
     signum = getattr(signal, name)
@@ -144,7 +145,7 @@ class WarmPython:
     @functools.cached_property
     def executable(self) -> str:
         """A Python to give to what starts one: it starts ``-m MODULE …`` and so on from here."""
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory(dir="/tmp")  # a socket's address is short
         path = Path(self._folder.name, "python3")
         address = f"{self._folder.name}/socket"
         path.write_text(_EXECUTABLE.format(python=sys.executable, address=address))
@@ -153,6 +154,8 @@ class WarmPython:
         listener.bind(address)
         listener.listen()
         threading.Thread(target=self._accept, args=[listener], daemon=True).start()
+        # When all is imported, which no test's own limit is to pay for.
+        self.start(["-c", ""], environment={}, folder=Path(), output=Path(os.devnull)).wait()
         return str(path)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -161,7 +164,8 @@ class WarmPython:
             threading.Thread(target=self._start_for, args=[connection], daemon=True).start()
 
     def _start_for(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rw") as lines:
+        # It may be killed before it has read an answer.
+        with contextlib.suppress(OSError), connection, connection.makefile("rw") as lines:
             executable, command, environment, folder, pid = json.loads(lines.readline())
             unbuffered = command[0] == "-u"
             process = self.start(
@@ -173,16 +177,19 @@ class WarmPython:
                 executable=executable,
                 unbuffered=unbuffered,
             )
-            with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(process.pid)) as ended:
+            try:
                 lines.write(f"{process.pid}\n")
                 lines.flush()
-                if ended not in select.select([ended, connection], [], [])[0]:
-                    process.kill()  # as the one that asked was
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                lines.write(f"{process.wait()}\n")
-                lines.flush()
-            process.wait()
+                with os.fdopen(os.pidfd_open(process.pid)) as ended:
+                    select.select([ended, connection], [], [])
+            finally:  # also when the one that asked was killed
+                if process.poll() is None:
+                    for kill in (os.killpg, os.kill):
+                        with contextlib.suppress(ProcessLookupError):
+                            kill(process.pid, signal.SIGKILL)
+                code = process.wait()
+            lines.write(f"{code}\n")
+            lines.flush()
 
 
 class Process:
@@ -331,7 +338,7 @@ class _Server:
             os.dup2(log, descriptor)
             os.close(log)
         if unbuffered:
-            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+            sys.stdout.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
@@ -420,5 +427,8 @@ if __name__ == "__main__":
         while frames and frames.tb_frame.f_code.co_filename == __file__:
             frames = frames.tb_next
         traceback.print_exception(error.with_traceback(frames))
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         _end(1)
     _end()

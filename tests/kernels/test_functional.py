@@ -313,8 +313,9 @@ def test_gradcheck(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bias(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(8)
-    # One column, one row, a part of a block, a block and a bit, more rows than programs.
-    for shape in ((5, 1), (1, 7), (7,), (2, 3, 24), (0, 4), (3, 1500), (40, 30)):
+    # One column, one row, a part of a block, a block and a bit, three blocks (and so as many
+    # programs, no power of two), more rows than programs.
+    for shape in ((5, 1), (1, 7), (7,), (2, 3, 24), (0, 4), (3, 1500), (2, 2100), (40, 30)):
         x, dy = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
         alpha_p, alpha_n = torch.tensor([0.2]), torch.tensor([-1.1])
         for bias_dtype in {torch.float32, dtype}:

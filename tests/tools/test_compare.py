@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -431,7 +432,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
         assert first.poll() is None and time.monotonic() < deadline, first_log.read_text()
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    first.wait()
+    launch.wait([first], timeout=120)
     assert not (folder / "record.json").exists()
     stopped_at = read_tracker(folder / "checkpoints")
     with warm_trainings(), contextlib.redirect_stdout(io.StringIO()) as second:
@@ -610,17 +611,18 @@ class TestHuggingFace:
             "doc_to_target: answer\n"
             "metric_list: [{metric: acc}]\n"
         )
-        words = ["--model", "hf", "--device", "cpu"]
-        words += ["--model_args", f"pretrained={hugging_face},dtype=float32"]
-        words += ["--tasks", "python_lines", "--include_path", str(tmp_path)]
-        words += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
-        launch.train(
-            tmp_path / "evaluated",
-            words,
-            model=(),
-            command=("-m", "lm_eval"),
-            environment={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        )
+        command = [launch.python(), "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+        command += ["--model_args", f"pretrained={hugging_face},dtype=float32"]
+        command += ["--tasks", "python_lines", "--include_path", str(tmp_path)]
+        command += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(training.REPOSITORY),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        evaluated = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
         (file,) = (tmp_path / "results").rglob("results_*.json")
         results = json.loads(file.read_text())["results"]["python_lines"]
         assert results["acc,none"] == 1.0

@@ -1,5 +1,6 @@
 """The flags: every refused combination, before anything is allocated and naming the flag."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from launch import TINY_LLAMA, train
 from megatron.training.arguments import parse_args
 
-from megatron_xielu import arguments
+from megatron_xielu import arguments, startup
 from megatron_xielu.activations import XIELU, XIPReLU
 
 
@@ -233,3 +234,12 @@ def test_cpu_mode_wants_a_script():
         text=True,
     )
     assert done.returncode != 0 and "no such script: no_such_script.py" in done.stderr
+
+
+def test_in_process_restart_needs_torchrun(monkeypatch):
+    """Megatron counts on the two ports after MASTER_PORT, which a group of one does not choose."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--inprocess-restart"])
+    with pytest.raises(SystemExit, match="--inprocess-restart: start with torchrun"):
+        startup._rendezvous_with_itself()
+    assert "RANK" not in os.environ

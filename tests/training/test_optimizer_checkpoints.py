@@ -54,7 +54,7 @@ CASES = {
 
 def flags_of(flags: str, ranks: int, folder: Path, last: int = LAST) -> str:
     return (
-        f"{flags} --global-batch-size {4 * ranks} --train-iters {last} --lr-decay-iters {last} "
+        f"{flags} --global-batch-size {2 * ranks} --train-iters {last} --lr-decay-iters {last} "
         f"--save {folder}/checkpoints --save-interval {START}"
     )
 
