@@ -13,6 +13,12 @@ import torch
 from megatron_xielu import workarounds
 from megatron_xielu.workarounds import checkpoint_writer, megatron_wheel, releases
 
+# What torchrun would say to a group of one. Port 0 is one that is free when PyTorch opens it;
+# nobody else has to know it.
+ALONE = {
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+}
 _MEGATRON_HINT = "pip install 'megatron-core[training]>=0.19,<0.20'"
 
 
@@ -58,6 +64,4 @@ def _rendezvous_with_itself() -> None:
         return
     if "--inprocess-restart" in sys.argv:
         raise SystemExit("megatron_xielu: error: --inprocess-restart: start with torchrun")
-    # Port 0 is one that is free when PyTorch opens it; nobody else has to know it.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= ALONE

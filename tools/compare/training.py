@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_xielu import startup
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 _POLL_SECONDS = 0.2
@@ -174,10 +176,7 @@ def _environment(ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
-    if ranks == 1:  # what torchrun would say; port 0 is any that is free
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return variables
+    return variables | (startup.ALONE if ranks == 1 else {})
 
 
 class _Progress:
