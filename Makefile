@@ -2,7 +2,7 @@
 # make test          every test, on the CPU; FILES=tests/kernels for those of one room
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
-# make test-gpu      the kernels on a GPU: correctness, graphs, memory
+# make test-gpu      the kernels on a GPU: correctness, graphs, memory; needs no setup
 # make docs          write the generated documents: docs/limits.md
 # make lint          ruff, mypy, who may import whom
 # make demo          pretrain a small Llama with five activations on text that needs no download
@@ -13,6 +13,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two files of tests at a time: trainings of one or two processes that wait for one another.
 PYTEST_TWICE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The container's own Python where nothing is set up: it has PyTorch, Triton, pytest and pytest-xdist.
+ON_GPU = PYTHONPATH=$(CURDIR):$$PYTHONPATH $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
 
 # PyTorch builds C++ extensions with the ninja that is installed here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -30,9 +33,9 @@ setup: .venv/installed
 test: setup
 	$(PYTEST_TWICE) $(FILES)
 
-test-gpu: setup
-	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu: PyTorch sees no CUDA device here")'
-	$(BIN)/python -m pytest tests/kernels/test_functional.py tests/kernels/test_triton.py tests/tools/test_bench.py -k "not compiled- and not eager-"
+test-gpu:
+	$(ON_GPU) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make $@: PyTorch sees no CUDA device here")'
+	$(ON_GPU) -m pytest --numprocesses 8 -m gpu $(or $(FILES),tests/kernels tests/tools/test_bench.py)
 
 test-image:
 	tests/image/run.sh
@@ -58,5 +61,5 @@ demo: setup
 bench: setup
 	$(BIN)/python tools/bench/bench_activation.py --device cpu
 
-bench-gpu: setup
-	$(BIN)/python tools/bench/bench_activation.py --device cuda
+bench-gpu:
+	$(ON_GPU) tools/bench/bench_activation.py --device cuda

@@ -26,11 +26,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.kernels import choose
 
 __all__ = ["xielu", "xiprelu"]
+
+
+_library = torch.library.Library("megatron_xielu", "DEF")
 
 
 def _define_operators(name: str) -> Callable[..., Tensor]:
@@ -75,33 +79,43 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
             x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
         )
 
-    forward_op = torch.library.custom_op(
-        f"megatron_xielu::{name}",
-        forward,
-        mutates_args=(),
-        schema="(Tensor x, Tensor alpha_p, Tensor alpha_n, float beta, Tensor? bias=None)"
-        " -> Tensor",
+    # `torch.library.custom_op` registers the same, and wraps each call in Python that checks for
+    # what these operators cannot do (write to an argument, return one): half of the host's time.
+    _library.define(
+        f"{name}(Tensor x, Tensor alpha_p, Tensor alpha_n, float beta, Tensor? bias=None) -> Tensor"
     )
-    backward_op = torch.library.custom_op(
-        f"megatron_xielu::{name}_backward",
-        backward,
-        mutates_args=(),
-        schema="(Tensor dy, Tensor x, Tensor alpha_p, Tensor alpha_n, float beta,"
-        " Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    _library.define(
+        f"{name}_backward(Tensor dy, Tensor x, Tensor alpha_p, Tensor alpha_n, float beta,"
+        " Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)"
     )
+    forward_op = getattr(torch.ops.megatron_xielu, name).default
+    backward_op = getattr(torch.ops.megatron_xielu, f"{name}_backward").default
 
-    def setup_context(ctx, inputs, output) -> None:
-        x, alpha_p, alpha_n, ctx.beta, bias = inputs
-        ctx.save_for_backward(x, alpha_p, alpha_n, bias)
+    class Activation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, alpha_p, alpha_n, beta, bias):
+            ctx.save_for_backward(x, alpha_p, alpha_n, bias)
+            ctx.beta = beta
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward_op(x, alpha_p, alpha_n, beta, bias)
 
-    def autograd_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, alpha_p, alpha_n, bias = ctx.saved_tensors
-        dx, d_alpha_p, d_alpha_n, d_bias = backward_op(dy, x, alpha_p, alpha_n, ctx.beta, bias)
-        return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy):
+            x, alpha_p, alpha_n, bias = ctx.saved_tensors
+            dx, d_alpha_p, d_alpha_n, d_bias = backward_op(dy, x, alpha_p, alpha_n, ctx.beta, bias)
+            return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
 
-    forward_op.register_fake(forward_fake)
-    backward_op.register_fake(backward_fake)
-    forward_op.register_autograd(autograd_backward, setup_context=setup_context)
+    def with_autograd(x, alpha_p, alpha_n, beta, bias=None):
+        return Activation.apply(x, alpha_p, alpha_n, beta, bias)
+
+    for operator, function, fake in (
+        (name, forward, forward_fake),
+        (f"{name}_backward", backward, backward_fake),
+    ):
+        _library.impl(operator, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"megatron_xielu::{operator}", fake, lib=_library)
+    _library.impl(name, with_autograd, "Autograd")
     return forward_op
 
 

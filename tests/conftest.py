@@ -50,7 +50,8 @@ LONGEST = """
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; float64 is the eager backend's alone."""
+    """The longest files first; float64 is the eager backend's alone. `make test-gpu` takes Triton's
+    tests beside those that are marked so themselves."""
     items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     items[:] = [
         item
@@ -61,6 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             and params.get("backend", "eager") != "eager"
         )
     ]
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")

@@ -39,13 +39,16 @@ from megatron_xielu.kernels import polynomials
 # of a float32 one. The compiled code has no spills; docs/benchmarks/sm90-code.md lists it.
 BLOCK = 1024
 NUM_WARPS = 4
-# Programs resident on a multiprocessor: forward takes 32 registers or fewer (16 x 128 threads fill
-# it), backward up to 64. Both then have 32 KiB of 16-bit loads in flight, three times what an
-# H200's read bandwidth times its latency (about 700 ns) asks for.
-FORWARD_PROGRAMS = 16
-BACKWARD_PROGRAMS = 8
-# Columns of the bias gradient that one program of `_finish_kernel` adds up.
-_BIAS_BLOCK = 128
+# Programs a multiprocessor, by whether there is a bias: as many as its registers hold of any dtype
+# and activation (16 x 128 threads fill it). Each has 2 or 4 KiB of 16-bit loads in flight; all
+# together three times what an H200's read bandwidth times its latency (about 700 ns) asks for.
+# tools/bench/tune_kernels.py times others.
+FORWARD_PROGRAMS = {False: 16, True: 16}
+BACKWARD_PROGRAMS = {False: 10, True: 9}
+# What a program of `_finish_kernel` loads at a time: the partials of an alpha, or of the bias, 32
+# columns of which are one line of the cache. For 9216 columns on 132 multiprocessors it loads once
+# or twice.
+FINISH_BLOCKS = {"ALPHA_SUMS": 2048, "BIAS_ROWS": 128, "BIAS_COLS": 32}
 # The interpreter runs programs one after the other: as few as show every case.
 _INTERPRETED_MULTIPROCESSORS = 1
 
@@ -215,12 +218,28 @@ def _backward_kernel(
 def _alpha_gradient(sums_ptr, raw_ptr, out_ptr, programs, BLOCK: tl.constexpr):
     """sigma(raw) times the sum of the partials, both in float64."""
     lanes = tl.arange(0, BLOCK)
-    total = tl.sum(tl.load(sums_ptr + lanes, mask=lanes < programs, other=0.0).to(tl.float64))
+    sums = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, programs, BLOCK):
+        exists = lanes < programs - start
+        sums += tl.load(sums_ptr + start + lanes, mask=exists, other=0.0).to(tl.float64)
     raw = tl.load(raw_ptr).to(tl.float64)
     small = tl.exp(-tl.abs(raw))
     sigmoid = tl.where(raw < 0.0, small, 1.0) / (1.0 + small)
     # Through float32: the interpreter has no float64 to bfloat16.
-    tl.store(out_ptr, (sigmoid * total).to(tl.float32).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr, (sigmoid * tl.sum(sums)).to(tl.float32).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _bias_gradient(sums_ptr, out_ptr, columns, rows, cols, ROWS: tl.constexpr):
+    """The sum of `columns` over the rows: ROWS of them at a time, so that loads wait together."""
+    lanes = tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, columns.shape[0]], tl.float32)
+    for row in range(0, rows, ROWS):
+        offsets = (row + lanes)[:, None] * cols + columns[None, :]
+        exists = (lanes < rows - row)[:, None] & (columns < cols)[None, :]
+        sums += tl.load(sums_ptr + offsets, mask=exists, other=0.0)
+    total = tl.sum(sums, axis=0)
+    tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < cols)
 
 
 @triton.jit(do_not_specialize=["programs", "row_programs"])
@@ -236,21 +255,20 @@ def _finish_kernel(
     row_programs,
     cols,
     HAS_BIAS: tl.constexpr,
-    PROGRAMS_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALPHA_SUMS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    BIAS_COLS: tl.constexpr,
 ):
-    """Add up the partials: the first program those of the alphas, the others those of the bias."""
+    """Add up the partials: a program for each alpha, and one for each BIAS_COLS of the bias."""
     program = tl.program_id(0)
     if program == 0:
-        _alpha_gradient(alpha_sums_ptr, alpha_p_ptr, d_alpha_p_ptr, programs, PROGRAMS_BLOCK)
+        _alpha_gradient(alpha_sums_ptr, alpha_p_ptr, d_alpha_p_ptr, programs, ALPHA_SUMS)
+    elif program == 1:
         second = alpha_sums_ptr + programs
-        _alpha_gradient(second, alpha_n_ptr, d_alpha_n_ptr, programs, PROGRAMS_BLOCK)
-    if HAS_BIAS and program > 0:
-        columns = (program - 1) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        for row in range(row_programs):
-            total += tl.load(bias_sums_ptr + row * cols + columns, mask=columns < cols, other=0.0)
-        tl.store(d_bias_ptr + columns, total.to(d_bias_ptr.dtype.element_ty), mask=columns < cols)
+        _alpha_gradient(second, alpha_n_ptr, d_alpha_n_ptr, programs, ALPHA_SUMS)
+    elif HAS_BIAS:
+        columns = (program - 2) * BIAS_COLS + tl.arange(0, BIAS_COLS)
+        _bias_gradient(bias_sums_ptr, d_bias_ptr, columns, row_programs, cols, BIAS_ROWS)
 
 
 def is_interpreted() -> bool:
@@ -268,12 +286,12 @@ def _multiprocessors(device: torch.device) -> int:
 class _Layout:
     """How a tensor's elements are divided among programs; a function of shape and device only."""
 
-    def __init__(self, x: Tensor, bias: Tensor | None, programs_per_multiprocessor: int) -> None:
+    def __init__(self, x: Tensor, bias: Tensor | None, programs: dict[bool, int]) -> None:
         self.numel = x.numel()
         self.cols = BLOCK if bias is None else bias.numel()
         rows = triton.cdiv(self.numel, self.cols)
         col_blocks = triton.cdiv(self.cols, BLOCK)
-        most = _multiprocessors(x.device) * programs_per_multiprocessor // col_blocks
+        most = _multiprocessors(x.device) * programs[bias is not None] // col_blocks
         # At least one, also for an empty tensor: its gradients are zeros, and written.
         self.row_programs = max(1, min(rows, most))
         self.programs = col_blocks * self.row_programs
@@ -350,8 +368,10 @@ def backward(
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-        bias_programs = 0 if bias is None else triton.cdiv(layout.cols, _BIAS_BLOCK)
-        _finish_kernel[(1 + bias_programs,)](
+        bias_programs = 0
+        if bias is not None:
+            bias_programs = triton.cdiv(layout.cols, FINISH_BLOCKS["BIAS_COLS"])
+        _finish_kernel[(2 + bias_programs,)](
             alpha_sums,
             bias_sums,
             alpha_p,
@@ -363,8 +383,7 @@ def backward(
             layout.row_programs,
             layout.cols,
             HAS_BIAS=bias is not None,
-            PROGRAMS_BLOCK=triton.next_power_of_2(layout.programs),
-            BLOCK=_BIAS_BLOCK,
+            **FINISH_BLOCKS,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

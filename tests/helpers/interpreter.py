@@ -80,8 +80,12 @@ def like_hardware() -> Iterator[None]:
         # The interpreter's own types are Triton's.
         patch.setattr(tl.block_type, "to_ir", lambda self, builder: self)
         patch.setattr(gpu_triton, "_softplus", softplus_once)
-        patch.setattr(gpu_triton, "FORWARD_PROGRAMS", PROGRAMS)
-        patch.setattr(gpu_triton, "BACKWARD_PROGRAMS", PROGRAMS)
+        programs = {False: PROGRAMS, True: PROGRAMS}
+        patch.setattr(gpu_triton, "FORWARD_PROGRAMS", programs)
+        patch.setattr(gpu_triton, "BACKWARD_PROGRAMS", programs)
+        # Several times round each loop over the partials of so few programs.
+        finish = {"ALPHA_SUMS": 2, "BIAS_ROWS": 2, "BIAS_COLS": 16}
+        patch.setattr(gpu_triton, "FINISH_BLOCKS", finish)
         patched = interpreter._patch_lang(
             types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         )

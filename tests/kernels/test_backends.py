@@ -30,12 +30,6 @@ def test_default_on_a_cpu():
     assert choose.choose(torch.zeros(LARGE, dtype=torch.float64)) is eager
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_default_on_a_gpu():
-    assert choose.choose(torch.zeros(1, device="cuda")) is gpu_triton
-    assert choose.choose(torch.zeros(1, device="cuda", dtype=torch.float64)) is eager
-
-
 def test_another_device_is_eager_and_says_so_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -127,7 +127,8 @@ def check(
     gradients = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
     x, alpha_p, alpha_n = (t.detach() for t in (x, alpha_p, alpha_n))
     if bias is not None:
-        x = x.double() + bias.detach().double()
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # of the arithmetic
+        x = x.to(wide) + bias.detach().to(wide)
     exact_y = getattr(reference, name)(x, alpha_p, alpha_n)
     assert_within(y.detach(), exact_y, largest_term(name, x, alpha_p, alpha_n))
     for dy, of_dy in zip(dys, gradients, strict=True):
@@ -313,8 +314,8 @@ def test_gradcheck(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bias(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(8)
-    # One column, one row, a part of a block, a block and a bit, more rows than programs.
-    for shape in ((5, 1), (1, 7), (7,), (2, 3, 24), (0, 4), (3, 1500), (40, 30)):
+    # One column, one row, a part of a block, a block and a bit, more rows than programs, three.
+    for shape in ((5, 1), (1, 7), (7,), (2, 3, 24), (0, 4), (3, 1500), (40, 30), (3, 40)):
         x, dy = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
         alpha_p, alpha_n = torch.tensor([0.2]), torch.tensor([-1.1])
         for bias_dtype in {torch.float32, dtype}:

@@ -2,10 +2,11 @@
 
     python tools/bench/inspect_kernels.py [--output docs/benchmarks/sm90-code.md]
 
-For each kernel: registers of a thread, bytes spilled, bytes of its widest and narrowest access to
-the tensors, and the machine instructions of the main loop for each element. The last is what
-decides whether memory or the instruction units are the limit. An H100 issues 128 a cycle on each of
-132 multiprocessors, so that while one element moves to and from memory it can issue
+For each kernel: registers of a thread, programs that a multiprocessor's registers hold, bytes
+spilled, bytes of its widest and narrowest access to the tensors, and the machine instructions of
+the main loop for each element. The last is what decides whether memory or the instruction units are
+the limit. An H100 issues 128 a cycle on each of 132 multiprocessors, so that while one element
+moves to and from memory it can issue
 
     132 * 128 * clock / (bandwidth / bytes an element)
 
@@ -40,12 +41,12 @@ _HEADING = """\
 # What the kernels compile to for sm_90
 
 Triton {version}, without a GPU: `python tools/bench/inspect_kernels.py --output FILE`. Nothing here
-was timed. Instructions are those of the main loop for each element. Share is what part that is of
-the instructions that an H100 or H200 can issue while the element's bytes move at copy bandwidth
-(3.0 and 4.3 TB/s; 132 multiprocessors, 128 instructions a cycle, 1.7 GHz): below 1, memory is the
-limit.
+was timed. Programs are what the registers of a multiprocessor hold. Instructions are those of the
+main loop for each element. Share is what part that is of the instructions that an H100 or H200 can
+issue while the element's bytes move at copy bandwidth (3.0 and 4.3 TB/s; 132 multiprocessors, 128
+instructions a cycle, 1.7 GHz): below 1, memory is the limit.
 
-| kernel | activation | dtype | bias | registers | spilled bytes | bytes an access \
+| kernel | activation | dtype | bias | registers | programs | spilled bytes | bytes an access \
 | instructions | {shares} |"""
 
 
@@ -93,50 +94,48 @@ def inspect_all() -> Iterator[Code]:
 
 def inspect(kernel: str, activation: str, dtype: str, has_bias: bool) -> Code:
     """Compile one kernel as a launch on aligned tensors of a multiple of 16 elements would."""
-    compiled = compile_for_sm90(kernel, activation, dtype, has_bias)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        assembly = _tool("nvdisasm", "-c", str(cubin))
+    compiled = compile_for_sm90(getattr(gpu_triton, kernel), activation, dtype, has_bias)
+    registers, spilled, assembly = read(compiled)
     loop = _main_loop(assembly)
     return Code(
         kernel,
         activation,
         dtype,
         has_bias,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        spilled=sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
-        access_bytes=tuple(sorted({_width(line) for line in loop if _is_access(line)})),
-        instructions=len(loop) * 32 * gpu_triton.NUM_WARPS / gpu_triton.BLOCK,
+        registers,
+        spilled,
+        tuple(sorted({_width(line) for line in loop if _is_access(line)})),
+        len(loop) * 32 * gpu_triton.NUM_WARPS / gpu_triton.BLOCK,
     )
 
 
 def compile_for_sm90(
-    kernel: str,
+    kernel: triton.runtime.JITFunction,
     activation: str,
     dtype: str,
     has_bias: bool,
     *,
     numel: str = "i32",
-    constants: dict[str, int] | None = None,
+    num_warps: int = gpu_triton.NUM_WARPS,
+    maxnreg: int | None = None,
+    **constants: int,
 ) -> triton.compiler.CompiledKernel:
-    """A kernel of `gpu_triton` by its name; `_finish_kernel` too.
+    """A kernel of `gpu_triton`, or one with its arguments.
 
     Args:
         numel: its integer type, as Triton chooses it by its value.
-        constants: arguments that Triton compiles in because they are 1.
+        constants: other values of its constexpr arguments, and arguments that Triton compiles in
+            because they are 1.
     """
-    function = getattr(gpu_triton, kernel)
     values = {
         "NAME": activation,
         "HAS_BIAS": has_bias,
         "BLOCK": gpu_triton.BLOCK,
-        "PROGRAMS_BLOCK": 2048,
-        **(constants or {}),
+        **gpu_triton.FINISH_BLOCKS,
+        **constants,
     }
     signature, attributes = {}, {}
-    for i, name in enumerate(function.arg_names):
+    for i, name in enumerate(kernel.arg_names):
         if "bias" in name and name.endswith("_ptr") and not has_bias:
             values[name] = None
         if name in values:
@@ -152,13 +151,33 @@ def compile_for_sm90(
             if name in ("numel", "cols"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
-        fn=function,
+        fn=kernel,
         signature=signature,
-        constexprs={k: v for k, v in values.items() if k in function.arg_names},
+        constexprs={k: v for k, v in values.items() if k in kernel.arg_names},
         attrs=attributes,
     )
-    options = {"num_warps": gpu_triton.NUM_WARPS, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def read(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, str]:
+    """Registers of a thread, bytes that it spills to stack and local memory, and the assembly."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        assembly = _tool("nvdisasm", "-c", str(cubin))
+    spilled = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return int(re.search(r"REG:(\d+)", usage)[1]), spilled, assembly
+
+
+def programs_that_fit(registers: int, num_warps: int) -> int:
+    """Programs resident on a multiprocessor of sm_90: 65,536 registers, 2,048 threads, 32 programs.
+
+    A warp's registers are given out 256 at a time.
+    """
+    of_a_warp = -(-registers * 32 // 256) * 256
+    return min(32, 64 // num_warps, 65536 // of_a_warp // num_warps)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -195,7 +214,7 @@ def _width(instruction: str) -> int:
 def report(codes: list[Code]) -> str:
     """The table in Markdown, with what made it."""
     shares = " | ".join(f"share, {name}" for name in BANDWIDTHS)
-    lines = [_HEADING.format(version=triton.__version__, shares=shares), "|---" * 10 + "|"]
+    lines = [_HEADING.format(version=triton.__version__, shares=shares), "|---" * 11 + "|"]
     for code in codes:
         cells = [
             code.kernel.strip("_").removesuffix("_kernel"),
@@ -203,6 +222,7 @@ def report(codes: list[Code]) -> str:
             code.dtype,
             "yes" if code.has_bias else "no",
             str(code.registers),
+            str(programs_that_fit(code.registers, gpu_triton.NUM_WARPS)),
             str(code.spilled),
             "–".join(map(str, code.access_bytes)),
             f"{code.instructions:.1f}",
