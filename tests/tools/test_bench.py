@@ -141,7 +141,7 @@ def test_refuses_alpha_gradients(factors: Iterator[float], reason: str | None) -
     )
     if reason is None:
         errors = bench_measure.check(scaled, (64, 96), torch.float32, "cpu")
-        assert errors.repeats == bench_measure.REPEATS["cpu"]
+        assert errors.repeats == bench_measure.REPEATS["eager"] < bench_measure.REPEATS["triton"]
         return
     with pytest.raises(bench_measure.RefusedError, match=reason):
         bench_measure.check(scaled, (64, 96), torch.float32, "cpu")

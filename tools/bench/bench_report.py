@@ -205,7 +205,7 @@ def _cuda_targets(find: Callable[..., Row]) -> list[Target]:
             errors = find("op", shape, dtype, "both", ours).errors
             text = f"{shape} {dtype}, alpha gradients repeated with the same bits"
             repeats = errors.repeats or math.nan
-            found.append(Target(text, repeats, at_least=REPEATS["cuda"]))
+            found.append(Target(text, repeats, at_least=REPEATS["triton"]))
         found += _error_targets(shape, find)
     for shape in ("8192x1536x9216", "16384x8192x43008"):
         row = find("block", shape, "bfloat16", "both", ours)
