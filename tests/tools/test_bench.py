@@ -114,6 +114,21 @@ def test_refuses_a_wrong_result(
     assert [r["status"] for r in rows if r["provider"] == "copy"] == ["ok"]
 
 
+def test_on_a_gpu_what_is_of_most_value_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = bench_activation.parse(["--device", "cuda", "--output", str(tmp_path)])
+    assert list(map(str, options.cases)) == [
+        "op 8192x9216 bfloat16",
+        "op 16384x43008 bfloat16",
+        "op 8192x9216 float32",
+        "op 16384x43008 float32",
+        "block 8192x1536x9216 bfloat16",
+        "block 16384x8192x43008 bfloat16",
+    ]
+
+
 @pytest.mark.parametrize(
     ("factors", "reason"),
     [
