@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +29,12 @@ X_BYTES = 4_000_000
 def run(folder: Path, *flags: str) -> tuple[int, list[dict[str, str]]]:
     """Exit status and the rows of the CSV file."""
     status = bench_activation.main(["--device", "cpu", "--quick", "--output", str(folder), *flags])
+    return status, rows_in(folder)
+
+
+def rows_in(folder: Path) -> list[dict[str, str]]:
     with (folder / "cpu.csv").open(newline="") as file:
-        return status, list(csv.DictReader(file))
+        return list(csv.DictReader(file))
 
 
 def test_rows_table_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +69,47 @@ def test_rows_table_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "REFUSED" not in (tmp_path / "cpu.txt").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.png", "cpu.txt"]
+
+
+def test_a_killed_run_has_its_finished_cases(tmp_path: Path) -> None:
+    shapes = ["64x96", "64x192", "64x384"]
+    flags = ["--device", "cpu", "--quick", "--op", "--dtypes", "float32", "--providers", "eager"]
+    command = [sys.executable, bench_activation.__file__, *flags, "--shapes", *shapes]
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        # Once the third is announced, two are finished.
+        third = f"op {shapes[2]} float32\n"
+        printed = list(itertools.takewhile(lambda line: line != third, process.stdout))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert "median" not in "".join(printed)
+    rows = rows_in(tmp_path)
+    modes = len(bench_providers.MODES)
+    assert [row["shape"] for row in rows] == [shapes[0]] * modes + [shapes[1]] * modes
+    text = (tmp_path / "cpu.txt").read_text()
+    assert f"op {shapes[1]} float32" in text
+    assert shapes[2] not in text.split("\n\n", 1)[1]
+    assert (tmp_path / "cpu.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def test_no_picture_is_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cpu.png").write_text("of an earlier run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, rows = run(tmp_path, "--op", "--dtypes", "float32", "--providers", "eager")
+    assert (status, {row["status"] for row in rows}) == (0, {"ok"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.txt"]
+    assert "cpu.csv, .txt; no picture: ModuleNotFoundError: " in capsys.readouterr().out
+
+
+def test_nothing_measured_is_nothing_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_providers.PROVIDERS, "eager", spoiled("eager", torch.zeros_like))
+    (tmp_path / "cpu.png").write_text("of an earlier run")
+    flags = ["--op", "--dtypes", "float32", "--providers", "eager"]
+    assert run(tmp_path, *flags)[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.txt"]
 
 
 def spoiled(name: str, spoil: Callable[[Tensor], Tensor]) -> Callable[[Request], Candidate]:

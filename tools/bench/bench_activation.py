@@ -9,6 +9,8 @@ all, and ratios are formed within a round. `bench_providers` has the providers, 
 how time, memory and error are measured, `bench_report` the table, the CSV and the targets,
 `bench_picture` the picture.
 
+All files are written anew after every case: a run that is killed leaves those that it finished.
+
 The block is fc1 → activation → fc2 without biases, ``torch.nn.functional.linear`` in the dtype,
 its gradients those of the input, both weights and the alphas. Its weights stay where they are;
 only inputs rotate.
@@ -51,6 +53,7 @@ from bench_report import Row
 from torch import Tensor
 
 from megatron_xielu.common import files
+from megatron_xielu.common.text import describe as describe_error
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,28 +130,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     not_there: list[str] = []
     for case in options.cases:
         rows += run_case(case, options, not_there)
-    text = "\n".join(
-        [
-            report.table(rows),
-            "",
-            *dict.fromkeys(not_there),
-            report.LEGEND,
-            "",
-            *map(str, report.targets(rows, options.device)),
-        ]
-    )
+        text, written = save(rows, not_there, header, options)
     print(text)
+    print(f"\n{time.monotonic() - begin:.0f} s; written to {written}")
+    ours_refused = [r for r in rows if r.status == "refused" and r.provider.startswith("ours")]
+    return 1 if ours_refused else 0
+
+
+def save(
+    rows: list[Row], not_there: list[str], header: dict[str, str], options: argparse.Namespace
+) -> tuple[str, str]:
+    """Write the tables and the picture of all cases so far.
+
+    Returns the table, and in one line which files there are.
+    """
+    targets = report.targets(rows, options.device)
+    notes = dict.fromkeys(not_there)
+    parts = [report.table(rows), "", *notes, report.LEGEND, "", *map(str, targets)]
+    text = "\n".join(parts)
     stem = options.output / options.device
     heading = "".join(f"{name}: {value}\n" for name, value in header.items())
     files.write(stem.with_suffix(".txt"), f"{heading}{text}\n")
     with files.whole(stem.with_suffix(".csv")) as path:
         report.write_csv(rows, header, path)
-    if any(r.status == "ok" for r in rows):
-        with files.whole(stem.with_suffix(".png")) as path:
+    picture = stem.with_suffix(".png")
+    try:
+        with files.whole(picture) as path:
             draw(rows, header, options.device, path)
-    print(f"\n{time.monotonic() - begin:.0f} s; written to {stem}.csv, .png, .txt")
-    ours_refused = [r for r in rows if r.status == "refused" and r.provider.startswith("ours")]
-    return 1 if ours_refused else 0
+    except Exception as error:
+        # The tables do without, but not with the picture of an earlier run.
+        picture.unlink(missing_ok=True)
+        return text, f"{stem}.csv, .txt; no picture: {describe_error(error)}"
+    return text, f"{stem}.csv, .png, .txt"
 
 
 def run_case(case: Case, options: argparse.Namespace, not_there: list[str]) -> list[Row]:
