@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import itertools
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -160,6 +162,162 @@ def test_refuses_a_wrong_result(
         assert row["median_ms"] == ""
         assert f"REFUSED, {reason}" in capsys.readouterr().out
     assert [r["status"] for r in rows if r["provider"] == "copy"] == ["ok"]
+
+
+def out_of_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 5.25 GiB. GPU 0 has a total capacity of 79.19 GiB "
+        "of which 2.00 GiB is free. Process 1 has 77.00 GiB memory in use. See documentation for "
+        "Memory Management"
+    )
+
+
+def out_of_memory_here() -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def another_error() -> None:
+    raise ValueError("this is why\nand here is a page of it")
+
+
+def failing(
+    name: str, fail: Callable[[], None], at: int, held: list[weakref.ref]
+) -> Callable[[Request], Candidate]:
+    """A provider that fails when it is built, or in call `at`; `held` are tensors it has then."""
+    calls = itertools.count(1)
+
+    def build(request: Request) -> Candidate:
+        right, weights = PROVIDERS[name](request), torch.ones(1000)
+        held.append(weakref.ref(weights))
+
+        def call(x: Tensor) -> Tensor:
+            if next(calls) < at:
+                return right.call(x) + 0 * weights[0]
+            buffer = torch.ones(1000)
+            held.append(weakref.ref(buffer))
+            try:
+                fail()
+            except Exception as error:
+                again = error
+            # Its traceback leads to this frame, which holds it: a circle, and the buffer.
+            raise again
+
+        return dataclasses.replace(right, call=call if at else call(torch.ones(1)))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param(0, id="built"),
+        pytest.param(1, id="checked"),
+        pytest.param(len(bench_measure.SIGMAS) + 1, id="peaks"),
+        pytest.param(len(bench_measure.SIGMAS) + 3, id="second-round"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "status", "fail", "reason"),
+    [
+        ("hf", 0, out_of_memory_on_a_gpu, "out of memory, asking for 5.25 GiB"),
+        ("copy", 0, another_error, "ValueError: this is why"),
+        ("ours-eager", 1, out_of_memory_here, f"out of memory, asking for {2**50} bytes"),
+    ],
+    ids=["hf", "copy", "ours"],
+)
+def test_a_provider_that_fails_is_alone_in_it(
+    name: str,
+    status: int,
+    fail: Callable[[], None],
+    reason: str,
+    at: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held: list[weakref.ref] = []
+    monkeypatch.setitem(bench_providers.PROVIDERS, name, failing(name, fail, at, held))
+
+    def witness(y: Tensor) -> Tensor:
+        if len(held) > 1:  # after the failure
+            assert [ref() for ref in held] == [None, None]
+        return y
+
+    monkeypatch.setitem(bench_providers.PROVIDERS, "relu2", spoiled("relu2", witness))
+    others = [other for other in ("copy", "hf", "ours-eager", "relu2") if other != name]
+    flags = ["--op", "--dtypes", "float32", "--shapes", "64x96"]
+    gc.disable()  # so that none but the benchmark can have collected the circle
+    try:
+        got, rows = run(tmp_path, *flags, "--providers", name, *others)
+    finally:
+        gc.enable()
+    assert got == status
+    assert len(held) == 2
+    (lost,) = (row for row in rows if row["provider"] == name)
+    assert (lost["status"], lost["reason"]) == ("failed", reason)
+    assert (lost["median_ms"], lost["peak_extra_bytes"]) == ("", "")
+    assert f"{bench_providers.LABELS[name]}: FAILED, {reason}\n" in capsys.readouterr().out
+    rest = [row for row in rows if row["provider"] != name]
+    assert len(rest) == len(bench_providers.MODES) * len(others)
+    for row in rest:
+        assert (row["status"], int(row["rounds"])) == ("ok", bench_activation.QUICK_ROUNDS)
+        assert (row["of_copy"] == "") == (name == "copy")
+        assert (row["faster_than_hf"] == "") == (name == "hf")
+        assert float(row["time_over_relu2"]) > 0
+    # The copy allocates nothing, whatever was released before its turn.
+    assert {r["peak_extra_bytes"] for r in rest if r["provider"] == "copy"} <= {"0"}
+
+
+def test_a_case_whose_inputs_do_not_fit_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = bench_measure.rotating
+
+    def rotating(count: int, shapes: tuple, dtype: torch.dtype, device: str) -> Iterator:
+        if shapes[0] == (64, 96):
+            out_of_memory_here()
+        return right(count, shapes, dtype, device)
+
+    monkeypatch.setattr(bench_measure, "rotating", rotating)
+    flags = ["--op", "--dtypes", "float32", "--shapes", "64x96", "64x192"]
+    status, rows = run(tmp_path, *flags, "--providers", "eager", "ours-eager")
+    assert status == 0
+    assert {(row["shape"], row["status"]) for row in rows} == {("64x192", "ok")}
+    line = f"op 64x96 float32 is skipped: out of memory, asking for {2**50} bytes\n"
+    assert line in (tmp_path / "cpu.txt").read_text()
+    assert line in capsys.readouterr().out
+
+
+def test_a_case_that_takes_more_memory_than_is_free_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_measure, "free_bytes", lambda device: 1e6)
+    flags = ["--op", "--dtypes", "float32", "--shapes", "64x9600", "64x96"]
+    status, rows = run(tmp_path, *flags, "--providers", "copy", "hf", "swiglu")
+    assert status == 0
+    assert {(row["shape"], row["status"]) for row in rows} == {("64x96", "ok")}
+    # Two copies; two sets of x and dy for SwiGLU and two for the others; ten buffers.
+    needed = (2 + 2 * 2 * 2 + 10) * 64 * 9600 * 4
+    line = f"op 64x9600 float32 is skipped: it takes up to {needed / 1e6:.1f} MB, 1.0 MB are free"
+    assert line in (tmp_path / "cpu.txt").read_text()
+
+
+@pytest.mark.parametrize("what", ["op", "block"])
+def test_the_estimate_of_memory_is_not_below_the_truth(what: str, tmp_path: Path) -> None:
+    flags = ["--shapes", "512x768"] if what == "op" else ["--block-shapes", "512x96x768"]
+    providers = ["hf", "eager", "relu2", "swiglu"]
+    _, rows = run(tmp_path, f"--{what}", *flags, "--providers", *providers)
+    assert len(rows) == 2 * len(providers) * len(bench_providers.MODES)
+    for row in (row for row in rows if row["mode"] == "both"):
+        case = bench_activation.Case(what, row["shape"], row["dtype"])
+        dtype = bench_activation.DTYPES[case.dtype]
+        request = Request("cpu", dtype, case.rows, case.ffn)
+        estimate = bench_activation.bytes_needed(case, request, [row["provider"]])
+        columns = case.ffn if what == "op" else case.hidden
+        inputs = 2 * request.sets * case.rows * columns * dtype.itemsize
+        weights = 0 if what == "op" else 2 * case.hidden * case.ffn * dtype.itemsize
+        truth = inputs + weights + int(row["peak_extra_bytes"])
+        assert truth <= estimate <= 2 * truth
 
 
 def test_on_a_gpu_what_is_of_most_value_comes_first(
