@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import itertools
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +31,12 @@ X_BYTES = 4_000_000
 def run(folder: Path, *flags: str) -> tuple[int, list[dict[str, str]]]:
     """Exit status and the rows of the CSV file."""
     status = bench_activation.main(["--device", "cpu", "--quick", "--output", str(folder), *flags])
+    return status, rows_in(folder)
+
+
+def rows_in(folder: Path) -> list[dict[str, str]]:
     with (folder / "cpu.csv").open(newline="") as file:
-        return status, list(csv.DictReader(file))
+        return list(csv.DictReader(file))
 
 
 def test_rows_table_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +71,47 @@ def test_rows_table_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "REFUSED" not in (tmp_path / "cpu.txt").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.png", "cpu.txt"]
+
+
+def test_a_killed_run_has_its_finished_cases(tmp_path: Path) -> None:
+    shapes = ["64x96", "64x192", "64x384"]
+    flags = ["--device", "cpu", "--quick", "--op", "--dtypes", "float32", "--providers", "eager"]
+    command = [sys.executable, bench_activation.__file__, *flags, "--shapes", *shapes]
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        # Once the third is announced, two are finished.
+        third = f"op {shapes[2]} float32\n"
+        printed = list(itertools.takewhile(lambda line: line != third, process.stdout))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert "median" not in "".join(printed)
+    rows = rows_in(tmp_path)
+    modes = len(bench_providers.MODES)
+    assert [row["shape"] for row in rows] == [shapes[0]] * modes + [shapes[1]] * modes
+    text = (tmp_path / "cpu.txt").read_text()
+    assert f"op {shapes[1]} float32" in text
+    assert shapes[2] not in text.split("\n\n", 1)[1]
+    assert (tmp_path / "cpu.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def test_no_picture_is_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cpu.png").write_text("of an earlier run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, rows = run(tmp_path, "--op", "--dtypes", "float32", "--providers", "eager")
+    assert (status, {row["status"] for row in rows}) == (0, {"ok"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.txt"]
+    assert "cpu.csv, .txt; no picture: ModuleNotFoundError: " in capsys.readouterr().out
+
+
+def test_nothing_measured_is_nothing_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_providers.PROVIDERS, "eager", spoiled("eager", torch.zeros_like))
+    (tmp_path / "cpu.png").write_text("of an earlier run")
+    flags = ["--op", "--dtypes", "float32", "--providers", "eager"]
+    assert run(tmp_path, *flags)[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.csv", "cpu.txt"]
 
 
 def spoiled(name: str, spoil: Callable[[Tensor], Tensor]) -> Callable[[Request], Candidate]:
@@ -114,6 +164,177 @@ def test_refuses_a_wrong_result(
     assert [r["status"] for r in rows if r["provider"] == "copy"] == ["ok"]
 
 
+def out_of_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 5.25 GiB. GPU 0 has a total capacity of 79.19 GiB "
+        "of which 2.00 GiB is free. Process 1 has 77.00 GiB memory in use. See documentation for "
+        "Memory Management"
+    )
+
+
+def out_of_memory_here() -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def another_error() -> None:
+    raise ValueError("this is why\nand here is a page of it")
+
+
+def failing(
+    name: str, fail: Callable[[], None], at: int, held: list[weakref.ref]
+) -> Callable[[Request], Candidate]:
+    """A provider that fails when it is built, or in call `at`; `held` are tensors it has then."""
+    calls = itertools.count(1)
+
+    def build(request: Request) -> Candidate:
+        right, weights = PROVIDERS[name](request), torch.ones(1000)
+        held.append(weakref.ref(weights))
+
+        def call(x: Tensor) -> Tensor:
+            if next(calls) < at:
+                return right.call(x) + 0 * weights[0]
+            buffer = torch.ones(1000)
+            held.append(weakref.ref(buffer))
+            try:
+                fail()
+            except Exception as error:
+                again = error
+            # Its traceback leads to this frame, which holds it: a circle, and the buffer.
+            raise again
+
+        return dataclasses.replace(right, call=call if at else call(torch.ones(1)))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param(0, id="built"),
+        pytest.param(1, id="checked"),
+        pytest.param(len(bench_measure.SIGMAS) + 1, id="peaks"),
+        pytest.param(len(bench_measure.SIGMAS) + 3, id="second-round"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "status", "fail", "reason"),
+    [
+        ("hf", 0, out_of_memory_on_a_gpu, "out of memory, asking for 5.25 GiB"),
+        ("copy", 0, another_error, "ValueError: this is why"),
+        ("ours-eager", 1, out_of_memory_here, f"out of memory, asking for {2**50} bytes"),
+    ],
+    ids=["hf", "copy", "ours"],
+)
+def test_a_provider_that_fails_is_alone_in_it(
+    name: str,
+    status: int,
+    fail: Callable[[], None],
+    reason: str,
+    at: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held: list[weakref.ref] = []
+    monkeypatch.setitem(bench_providers.PROVIDERS, name, failing(name, fail, at, held))
+
+    def witness(y: Tensor) -> Tensor:
+        if len(held) > 1:  # after the failure
+            assert [ref() for ref in held] == [None, None]
+        return y
+
+    monkeypatch.setitem(bench_providers.PROVIDERS, "relu2", spoiled("relu2", witness))
+    others = [other for other in ("copy", "hf", "ours-eager", "relu2") if other != name]
+    flags = ["--op", "--dtypes", "float32", "--shapes", "64x96"]
+    gc.disable()  # so that none but the benchmark can have collected the circle
+    try:
+        got, rows = run(tmp_path, *flags, "--providers", name, *others)
+    finally:
+        gc.enable()
+    assert got == status
+    assert len(held) == 2
+    (lost,) = (row for row in rows if row["provider"] == name)
+    assert (lost["status"], lost["reason"]) == ("failed", reason)
+    assert (lost["median_ms"], lost["peak_extra_bytes"]) == ("", "")
+    assert f"{bench_providers.LABELS[name]}: FAILED, {reason}\n" in capsys.readouterr().out
+    rest = [row for row in rows if row["provider"] != name]
+    assert len(rest) == len(bench_providers.MODES) * len(others)
+    for row in rest:
+        assert (row["status"], int(row["rounds"])) == ("ok", bench_activation.QUICK_ROUNDS)
+        assert (row["of_copy"] == "") == (name == "copy")
+        assert (row["faster_than_hf"] == "") == (name == "hf")
+        assert float(row["time_over_relu2"]) > 0
+    # The copy allocates nothing, whatever was released before its turn.
+    assert {r["peak_extra_bytes"] for r in rest if r["provider"] == "copy"} <= {"0"}
+
+
+def test_a_case_whose_inputs_do_not_fit_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = bench_measure.rotating
+
+    def rotating(count: int, shapes: tuple, dtype: torch.dtype, device: str) -> Iterator:
+        if shapes[0] == (64, 96):
+            out_of_memory_here()
+        return right(count, shapes, dtype, device)
+
+    monkeypatch.setattr(bench_measure, "rotating", rotating)
+    flags = ["--op", "--dtypes", "float32", "--shapes", "64x96", "64x192"]
+    status, rows = run(tmp_path, *flags, "--providers", "eager", "ours-eager")
+    assert status == 0
+    assert {(row["shape"], row["status"]) for row in rows} == {("64x192", "ok")}
+    line = f"op 64x96 float32 is skipped: out of memory, asking for {2**50} bytes\n"
+    assert line in (tmp_path / "cpu.txt").read_text()
+    assert line in capsys.readouterr().out
+
+
+def test_a_case_that_takes_more_memory_than_is_free_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_measure, "free_bytes", lambda device: 1e6)
+    flags = ["--op", "--dtypes", "float32", "--shapes", "64x9600", "64x96"]
+    status, rows = run(tmp_path, *flags, "--providers", "copy", "hf", "swiglu")
+    assert status == 0
+    assert {(row["shape"], row["status"]) for row in rows} == {("64x96", "ok")}
+    # Two copies; two sets of x and dy for SwiGLU and two for the others; ten buffers.
+    needed = (2 + 2 * 2 * 2 + 10) * 64 * 9600 * 4
+    line = f"op 64x9600 float32 is skipped: it takes up to {needed / 1e6:.1f} MB, 1.0 MB are free"
+    assert line in (tmp_path / "cpu.txt").read_text()
+
+
+@pytest.mark.parametrize("what", ["op", "block"])
+def test_the_estimate_of_memory_is_not_below_the_truth(what: str, tmp_path: Path) -> None:
+    flags = ["--shapes", "512x768"] if what == "op" else ["--block-shapes", "512x96x768"]
+    providers = ["hf", "eager", "relu2", "swiglu"]
+    _, rows = run(tmp_path, f"--{what}", *flags, "--providers", *providers)
+    assert len(rows) == 2 * len(providers) * len(bench_providers.MODES)
+    for row in (row for row in rows if row["mode"] == "both"):
+        case = bench_activation.Case(what, row["shape"], row["dtype"])
+        dtype = bench_activation.DTYPES[case.dtype]
+        request = Request("cpu", dtype, case.rows, case.ffn)
+        estimate = bench_activation.bytes_needed(case, request, [row["provider"]])
+        columns = case.ffn if what == "op" else case.hidden
+        inputs = 2 * request.sets * case.rows * columns * dtype.itemsize
+        weights = 0 if what == "op" else 2 * case.hidden * case.ffn * dtype.itemsize
+        truth = inputs + weights + int(row["peak_extra_bytes"])
+        assert truth <= estimate <= 2 * truth
+
+
+def test_on_a_gpu_what_is_of_most_value_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = bench_activation.parse(["--device", "cuda", "--output", str(tmp_path)])
+    assert list(map(str, options.cases)) == [
+        "op 8192x9216 bfloat16",
+        "op 16384x43008 bfloat16",
+        "op 8192x9216 float32",
+        "op 16384x43008 float32",
+        "block 8192x1536x9216 bfloat16",
+        "block 16384x8192x43008 bfloat16",
+    ]
+
+
 @pytest.mark.parametrize(
     ("factors", "reason"),
     [
@@ -141,7 +362,7 @@ def test_refuses_alpha_gradients(factors: Iterator[float], reason: str | None) -
     )
     if reason is None:
         errors = bench_measure.check(scaled, (64, 96), torch.float32, "cpu")
-        assert errors.repeats == bench_measure.REPEATS["cpu"]
+        assert errors.repeats == bench_measure.REPEATS["eager"] < bench_measure.REPEATS["triton"]
         return
     with pytest.raises(bench_measure.RefusedError, match=reason):
         bench_measure.check(scaled, (64, 96), torch.float32, "cpu")

@@ -3,11 +3,14 @@
     python tools/bench/bench_activation.py --op --shapes 2048x9216 --dtypes bfloat16 --modes both
 
 Each provider's result is first compared with the float64 oracle, on the shape that is then timed.
-One whose result is wrong is not timed but REFUSED, with the reason; if it is one of ours the exit
-status is 1. Providers then take turns, A B C A B C, so that a machine that slows down does so for
-all, and ratios are formed within a round. `bench_providers` has the providers, `bench_measure`
-how time, memory and error are measured, `bench_report` the table, the CSV and the targets,
-`bench_picture` the picture.
+One whose result is wrong is not timed but REFUSED, with the reason, and one that raises, then or
+later, FAILED: the others go on without it. If it is one of ours the exit status is 1. Providers
+take turns, A B C A B C, so that a machine that slows down does so for all, and ratios are formed
+within a round. `bench_providers` has the providers, `bench_measure` how time, memory and error
+are measured, `bench_report` the table, the CSV and the targets, `bench_picture` the picture.
+
+A case whose inputs do not fit in memory is skipped. All files are written anew after every case:
+a run that is killed leaves those that it finished.
 
 The block is fc1 → activation → fc2 without biases, ``torch.nn.functional.linear`` in the dtype,
 its gradients those of the input, both weights and the alphas. Its weights stay where they are;
@@ -33,7 +36,7 @@ from pathlib import Path
 import bench_measure as measure
 import bench_report as report
 import torch
-from bench_measure import Errors, RefusedError, Step
+from bench_measure import Errors, NoRoomError, RefusedError, Step
 from bench_picture import draw
 from bench_providers import (
     DEFAULT_PROVIDERS,
@@ -44,6 +47,7 @@ from bench_providers import (
     Candidate,
     NotThereError,
     Request,
+    bytes_held,
     bytes_moved,
     widths,
 )
@@ -51,6 +55,7 @@ from bench_report import Row
 from torch import Tensor
 
 from megatron_xielu.common import files
+from megatron_xielu.common.text import size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,10 +67,11 @@ SHAPES = {
     ("block", "cuda"): ["8192x1536x9216", "16384x8192x43008"],
 }
 QUICK_SHAPES = {"op": ["64x768"], "block": ["32x96x576"]}
-# A block in float32 takes a GPU half a minute per round, and nobody trains so.
+# A block in float32 takes a GPU half a minute per round, and nobody trains so. There, where minutes
+# are counted, what models are trained in comes first.
 DEFAULT_DTYPES = {
     ("op", "cpu"): ["float32", "bfloat16"],
-    ("op", "cuda"): ["float32", "bfloat16"],
+    ("op", "cuda"): ["bfloat16", "float32"],
     ("block", "cpu"): ["float32", "bfloat16"],
     ("block", "cuda"): ["bfloat16"],
 }
@@ -80,6 +86,9 @@ class Case:
     what: str
     shape: str
     dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.shape} {self.dtype}"
 
     @property
     def rows(self) -> int:
@@ -102,15 +111,11 @@ class Contender:
     errors: Errors
     call: Callable[[Tensor], Tensor]
     weights: tuple[Tensor, ...]  # whose gradients are wanted beside x's
-    buffers: Iterator[tuple[Tensor, ...]]  # endless sets of x and dy
-
-    def next_step(self) -> Step:
-        x, dy = next(self.buffers)
-        return Step(self.call, (x, *self.weights), dy)
+    shapes: tuple[tuple[int, int], ...]  # of x and dy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what was asked for; 1 if a result of ours was wrong."""
+    """Measure what was asked for; 1 if one of ours was wrong or failed."""
     begin = time.monotonic()
     options = parse(argv)
     header = describe(options, sys.argv[1:] if argv is None else argv)
@@ -120,95 +125,141 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.manual_seed(0)
     rows: list[Row] = []
-    not_there: list[str] = []
+    notes: list[str] = []
     for case in options.cases:
-        rows += run_case(case, options, not_there)
-    text = "\n".join(
-        [
-            report.table(rows),
-            "",
-            *dict.fromkeys(not_there),
-            report.LEGEND,
-            "",
-            *map(str, report.targets(rows, options.device)),
-        ]
-    )
+        print(f"\n{case}", flush=True)
+        try:
+            run_case(case, options, rows, notes)
+        except RuntimeError as error:
+            notes.append(f"{case} is skipped: {measure.reason(error)}")
+            print(f"  {notes[-1]}", flush=True)
+        text, written = save(rows, notes, header, options)
     print(text)
+    print(f"\n{time.monotonic() - begin:.0f} s; written to {written}")
+    return int(any(r.status != "ok" and r.provider.startswith("ours") for r in rows))
+
+
+def save(
+    rows: list[Row], notes: list[str], header: dict[str, str], options: argparse.Namespace
+) -> tuple[str, str]:
+    """Write the tables and the picture of all cases so far.
+
+    Returns the table, and in one line which files there are.
+    """
+    targets = report.targets(rows, options.device)
+    parts = [report.table(rows), "", *dict.fromkeys(notes), report.LEGEND, "", *map(str, targets)]
+    text = "\n".join(parts)
     stem = options.output / options.device
     heading = "".join(f"{name}: {value}\n" for name, value in header.items())
     files.write(stem.with_suffix(".txt"), f"{heading}{text}\n")
     with files.whole(stem.with_suffix(".csv")) as path:
         report.write_csv(rows, header, path)
-    if any(r.status == "ok" for r in rows):
-        with files.whole(stem.with_suffix(".png")) as path:
+    picture = stem.with_suffix(".png")
+    try:
+        with files.whole(picture) as path:
             draw(rows, header, options.device, path)
-    print(f"\n{time.monotonic() - begin:.0f} s; written to {stem}.csv, .png, .txt")
-    ours_refused = [r for r in rows if r.status == "refused" and r.provider.startswith("ours")]
-    return 1 if ours_refused else 0
+    except Exception as error:
+        # The tables do without, but not with the picture of an earlier run.
+        picture.unlink(missing_ok=True)
+        return text, f"{stem}.csv, .txt; no picture: {measure.reason(error)}"
+    return text, f"{stem}.csv, .png, .txt"
 
 
-def run_case(case: Case, options: argparse.Namespace, not_there: list[str]) -> list[Row]:
-    """All rows of a case. Why a provider is not among them goes into `not_there`."""
+def run_case(case: Case, options: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
+    """Add the rows of a case. Why a provider has none goes into `notes`.
+
+    Raises:
+        RuntimeError: its inputs do not fit in memory.
+    """
     begin = time.monotonic()
-    print(f"\n{case.what} {case.shape} {case.dtype}\n  checking", end="", flush=True)
     # Compiled anew in every case, for this shape alone: no result depends on the order of cases.
     torch._dynamo.reset()
+    measure.release(options.device)
     dtype = DTYPES[case.dtype]
     bytes_per_set = 2 * case.rows * case.ffn * dtype.itemsize
     sets = 2 if options.quick else measure.sets_needed(options.device, bytes_per_set)
     request = Request(options.device, dtype, case.rows, case.ffn, options.activation, sets)
-    contenders, rows, pools = [], [], {}
-    for name in options.providers:
-        if case.what == "block" and name == "copy":
-            continue
+    names = [name for name in options.providers if (case.what, name) != ("block", "copy")]
+    needed, free = bytes_needed(case, request, names), measure.free_bytes(options.device)
+    if needed > free:
+        raise NoRoomError(f"it takes up to {size(needed)}, {size(free)} are free")
+
+    print("  checking", end="", flush=True)
+    contenders: dict[str, Contender] = {}
+    for name in names:
         print(f" {name}", end="", flush=True)
         try:
-            candidate = PROVIDERS[name](request)
-            contenders.append(enter(candidate, case, request, pools))
+            contenders[name] = enter(name, case, request)
         except NotThereError as error:
-            not_there.append(f"{LABELS[name]} is not there in {case.dtype}: {error}")
+            notes.append(f"{LABELS[name]} is not there in {case.dtype}: {error}")
             print(" (not there)", end="", flush=True)
         except Exception as error:
-            # A provider that raises has no result to agree with; the others still have.
-            reason = str(error) if isinstance(error, RefusedError) else f"it raised {error!r}"
-            rows.append(Row(case.what, case.shape, case.dtype, "", name, "refused", reason))
-            print(" (REFUSED)", end="", flush=True)
+            rows.append(lost(name, case, error))
+            print(f" ({rows[-1].status.upper()})", end="", flush=True)
+        # Not before the traceback, and with it what it refers to, is gone.
+        if name not in contenders:
+            measure.release(options.device)
     print()
-    peaks, times = run_rounds(case, contenders, options)
+    measure.release(options.device)
+    shapes = dict.fromkeys(contender.shapes for contender in contenders.values())
+    pools = {s: measure.rotating(sets, s, dtype, options.device) for s in shapes}
+    found = run_rounds(case, contenders, pools, options, rows)
     for mode in options.modes:
-        rows += (row(mode, case, c, times[mode], peaks[c.candidate.name]) for c in contenders)
+        times = {name: [turn[mode] for turn in turns] for name, (_, *turns) in found.items()}
+        rows += (
+            row(mode, case, contender, times, found[name][0])
+            for name, contender in contenders.items()
+        )
     print(f"  {time.monotonic() - begin:.0f} s", flush=True)
-    return rows
 
 
-def enter(
-    candidate: Candidate,
-    case: Case,
-    request: Request,
-    pools: dict[int, Iterator[tuple[Tensor, ...]]],
-) -> Contender:
-    """Check a candidate, and give it the inputs that it shares with those of the same width.
+def bytes_needed(case: Case, request: Request, names: Sequence[str]) -> int:
+    """The most memory that a case holds at once, as an estimate: in a step of its timed rounds.
+
+    Of an operation: all sets of x and dy, those of SwiGLU in shapes of their own; as many targets
+    of the copy; what the hungriest provider holds. A block's inputs have H columns, each of its
+    providers has two weights, and a step holds the gradients of two, fc1's output, and the
+    gradient of that. A check has no sets, but an x and dy of its own.
+    """
+    elements, itemsize = case.rows * case.ffn, request.dtype.itemsize
+    step = elements * max((bytes_held(name, itemsize) for name in names), default=0)
+    if case.what == "op":
+        kinds = len({name == "swiglu" for name in names})
+        return step + request.sets * (2 * kinds + ("copy" in names)) * elements * itemsize
+    inputs = request.sets * 2 * case.rows * case.hidden
+    weights = 2 * case.hidden * case.ffn
+    return step + (inputs + (len(names) + 1) * weights + 2 * elements) * itemsize
+
+
+def lost(name: str, case: Case, error: Exception) -> Row:
+    """The row of a provider that is wrong, or raised."""
+    status = "refused" if isinstance(error, RefusedError) else "failed"
+    return Row(case.what, case.shape, case.dtype, "", name, status, measure.reason(error))
+
+
+def enter(name: str, case: Case, request: Request) -> Contender:
+    """Build and check a provider.
 
     Raises:
+        NotThereError: it cannot run here.
         RefusedError: a result is wrong.
     """
+    candidate = PROVIDERS[name](request)
     x_width, y_width = widths(case.ffn, candidate.gated)
     with candidate.selected():
         errors = measure.check(candidate, (case.rows, x_width), request.dtype, request.device)
-    call, weights = candidate.call, candidate.alphas
-    shapes = ((case.rows, x_width), (case.rows, y_width))
-    if case.what == "block":
-        shapes = ((case.rows, case.hidden),) * 2
-        fc1, fc2 = (
-            (torch.randn(out, into, device=request.device) / math.sqrt(into))
-            .to(request.dtype)
-            .requires_grad_()
-            for out, into in ((x_width, case.hidden), (case.hidden, y_width))
-        )
-        call, weights = in_block(candidate.call, fc1, fc2), (fc1, fc2, *candidate.alphas)
-    if shapes[0][1] not in pools:
-        pools[shapes[0][1]] = measure.rotating(request.sets, shapes, request.dtype, request.device)
-    return Contender(candidate, errors, call, weights, pools[shapes[0][1]])
+    if case.what == "op":
+        shapes = ((case.rows, x_width), (case.rows, y_width))
+        return Contender(candidate, errors, candidate.call, candidate.alphas, shapes)
+    fc1, fc2 = (
+        (torch.randn(out, into, device=request.device) / math.sqrt(into))
+        .to(request.dtype)
+        .requires_grad_()
+        for out, into in ((x_width, case.hidden), (case.hidden, y_width))
+    )
+    weights = (fc1, fc2, *candidate.alphas)
+    shapes = ((case.rows, case.hidden),) * 2
+    return Contender(candidate, errors, in_block(candidate.call, fc1, fc2), weights, shapes)
 
 
 def in_block(
@@ -220,41 +271,48 @@ def in_block(
 
 
 def run_rounds(
-    case: Case, contenders: list[Contender], options: argparse.Namespace
-) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, list[float]]]]:
-    """Peak bytes by provider and mode; seconds by mode and provider, one for each round.
+    case: Case,
+    contenders: dict[str, Contender],
+    pools: dict[tuple[tuple[int, int], ...], Iterator[tuple[Tensor, ...]]],
+    options: argparse.Namespace,
+    rows: list[Row],
+) -> dict[str, list[dict[str, float]]]:
+    """By provider what each of its turns found by mode: peak bytes in the first, then seconds.
 
-    All have one turn in a round. The one for the peaks comes first, and warms up.
+    All have one turn in a round. The one for the peaks comes first, and warms up. Who fails is
+    no longer among the contenders, but has a row.
     """
     if options.device == "cuda":
         take_peak, take_time = measure.peak_on_cuda, measure.CudaTimer()
     else:
         take_peak, take_time = measure.peak_on_cpu, measure.time_on_cpu
     default = QUICK_ROUNDS if options.quick else ROUNDS[case.what, options.device]
-    peaks: dict[str, dict[str, int]] = {}
-    times: dict[str, dict[str, list[float]]] = {
-        mode: {c.candidate.name: [] for c in contenders} for mode in options.modes
-    }
 
-    def turn(contender: Contender, take: Callable[[Step, bool], dict]) -> dict:
+    def turn(contender: Contender, take: Callable[[Step, bool], dict]) -> dict[str, float]:
         candidate = contender.candidate
         backward = candidate.differentiable and options.modes != ["forward"]
+        x, dy = next(pools[contender.shapes])
         with candidate.selected():
-            found = take(contender.next_step(), backward)
+            taken = take(Step(contender.call, (x, *contender.weights), dy), backward)
         # A copy has one time, to compare with in every mode.
-        return found if candidate.differentiable else dict.fromkeys(MODES, found["forward"])
+        return taken if candidate.differentiable else dict.fromkeys(MODES, taken["forward"])
 
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     print("  measuring ", end="", flush=True)
-    for contender in contenders:
-        peaks[contender.candidate.name] = turn(contender, take_peak)
-    for _ in range(options.rounds or default):
-        print(".", end="", flush=True)
-        for contender in contenders:
-            found = turn(contender, take_time)
-            for mode in options.modes:
-                times[mode][contender.candidate.name].append(found[mode])
+    for take in (take_peak, *[take_time] * (options.rounds or default)):
+        if take is take_time:
+            print(".", end="", flush=True)
+        for name in list(contenders):
+            try:
+                found[name].append(turn(contenders[name], take))
+            except Exception as error:
+                rows.append(lost(name, case, error))
+                print(f" {name} ({rows[-1].status.upper()})", end="", flush=True)
+                del contenders[name], found[name]
+            if name not in contenders:
+                measure.release(options.device)
     print(flush=True)
-    return peaks, times
+    return found
 
 
 def row(
@@ -348,7 +406,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         by_default = QUICK_SHAPES[what] if options.quick else SHAPES[what, options.device]
         dtypes = options.dtypes or DEFAULT_DTYPES[what, options.device]
         options.cases += [
-            Case(what, shape, dtype) for shape in given or by_default for dtype in dtypes
+            Case(what, shape, dtype) for dtype in dtypes for shape in given or by_default
         ]
     return options
 

@@ -26,10 +26,13 @@ only asked to compute the same function, ||got - exact|| <= 0.25 ||exact||.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -42,13 +45,16 @@ from bench_providers import Candidate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from megatron_xielu.common.text import describe
+
 CACHE_MULTIPLE = 3
 SIGMAS = (1.0, 0.02)
 OUR_EXCESS = 2.0**-20
 OUR_ALPHA_ERROR = 1e-5
 PEER_NORM_ERROR = 0.25
-# On a GPU one is a fraction of a millisecond.
-REPEATS = {"cpu": 3, "cuda": 100}
+# By backend. The Triton kernels have programs that end in any order, and a repetition is one
+# launch or two; eager's many operations at the sizes of a GPU would take most of a case's time.
+REPEATS = {"eager": 3, "compiled": 3, "triton": 100}
 
 _TILE_ROWS = 64
 _BACKWARD = "benchmark: backward"
@@ -58,6 +64,34 @@ _SLEEP_CYCLES = (4_000_000, 100_000_000)  # about 2 ms, and 50 ms at the most
 
 class RefusedError(Exception):
     """A result is wrong; the message says which and by how much."""
+
+
+class NoRoomError(RuntimeError):
+    """A case does not fit in memory; like what PyTorch's allocators raise, a RuntimeError."""
+
+
+def reason(error: Exception) -> str:
+    """Why something was not measured, in one line: an allocator says a page."""
+    if isinstance(error, RefusedError | NoRoomError):
+        return str(error)
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    return f"out of memory, asking for {asked[1]}" if asked else describe(error)
+
+
+def release(device: str) -> None:
+    """Free what nobody refers to any more, circles through a traceback's frames included.
+
+    Else that would count as less memory in the turn in which it happens to be freed.
+    """
+    gc.collect()
+    if device == "cuda":
+        with suppress(RuntimeError):  # of a device that has failed: whoever uses it next says so
+            torch.cuda.empty_cache()
+
+
+def free_bytes(device: str) -> float:
+    """Memory that a GPU has left; of a CPU's, as much as anybody asks for."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf
 
 
 @dataclass(frozen=True)
@@ -186,6 +220,8 @@ def peak_on_cpu(step: Step, backward: bool) -> dict[str, int]:
 
 def peak_on_cuda(step: Step, backward: bool) -> dict[str, int]:
     """The same, from the CUDA allocator."""
+    # Once for what stays: cuBLAS's workspaces would count as memory of whoever comes first.
+    step.backward(step.forward()) if backward else step.forward()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y = step.forward()
@@ -263,7 +299,7 @@ def _errors_at(
         error_alpha = error if math.isnan(error_alpha) else max(error, error_alpha)
     repeats = 0
     if candidate.ours:
-        for repeats in range(1, REPEATS[device] + 1):
+        for repeats in range(1, REPEATS[candidate.backend] + 1):
             again = torch.autograd.grad(y, candidate.alphas, dy, retain_graph=True)
             if not all(torch.equal(a, b) for a, b in zip(again, alpha_gradients, strict=True)):
                 raise RefusedError(f"alpha gradients differ in repetition {repeats}")

@@ -46,14 +46,21 @@ def _metric(what: str, device: str, providers: set[str]) -> _Metric:
 
 
 def draw(rows: list[Row], header: dict[str, str], device: str, path: Path) -> None:
-    """A group of bars for each provider that was measured, a bar for each mode."""
+    """A group of bars for each provider that was measured, a bar for each mode.
+
+    Raises:
+        ValueError: none was.
+        ImportError: there is no matplotlib.
+    """
+    panels = list(groups(r for r in rows if r.status == "ok"))
+    if not panels:
+        raise ValueError("nothing was measured")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    panels = list(groups(r for r in rows if r.status == "ok"))
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines + _TOP_INCHES

@@ -99,6 +99,16 @@ def bytes_moved(mode: str, rows: int, ffn: int, itemsize: int, *, gated: bool) -
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
+def bytes_held(name: str, itemsize: int) -> int:
+    """The most that a step of a provider holds beside its inputs, for an element of T F.
+
+    The peaks in docs/benchmarks/cpu.md, in bytes and rounded up: with what autograd keeps, nine
+    buffers of x's dtype for Hugging Face's module, and up to 38 bytes for the formula, which
+    computes in float32. For all others y, dx and less than one buffer more.
+    """
+    return {"hf": 10 * itemsize, "eager": 40}.get(name, 3 * itemsize)
+
+
 def xielu_formula(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
     """xIELU as one would write it: float32 inside, differentiated by autograd."""
     z, soft_p = x.float(), F.softplus(alpha_p.float())
