@@ -79,8 +79,8 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
             x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
         )
 
-    # `torch.library.custom_op` registers the same, and wraps each call in Python that checks for
-    # what these operators cannot do (write to an argument, return one): half of the host's time.
+    # `torch.library.custom_op` would register the same, and make each call dearer by Python that
+    # looks for what these operators cannot do (tools/bench/measure_host_cost.py times both).
     _library.define(
         f"{name}(Tensor x, Tensor alpha_p, Tensor alpha_n, float beta, Tensor? bias=None) -> Tensor"
     )

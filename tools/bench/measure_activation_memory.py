@@ -1,13 +1,18 @@
 """Measures what Megatron's MLP keeps for its backward pass, by activation, in bytes per token.
 
-Builds Megatron's real dense MLP (local layers, bf16, no linear bias, one rank) on the CPU at the
-widths of the paper's models and runs one forward pass. Every tensor that autograd saves passes
-through `torch.autograd.graph.saved_tensors_hooks`. Their distinct storages are counted at the size
-they have after the forward pass: a parameter not at all, and an output that was freed as 0.
+Builds Megatron's real dense MLP (local layers, bf16, no linear bias, one rank) at the widths of the
+paper's models and runs one forward pass. Every tensor that autograd saves passes through
+`torch.autograd.graph.saved_tensors_hooks`. Their distinct storages are counted at the size they
+have after the forward pass: a parameter not at all, and an output that was freed as 0.
 
     python tools/bench/measure_activation_memory.py [--output table.md]
 
-prints a Markdown table; docs/memory.md has it, and what the numbers leave out.
+prints a Markdown table; docs/memory.md has it, and what the numbers leave out. On a GPU
+
+    python tools/bench/measure_activation_memory.py --device cuda
+
+measures the peak instead: the most that the CUDA allocator gives out beyond weights and their
+gradients while 12 such MLPs in a row, with residuals, run forward and backward over 8192 tokens.
 """
 
 import argparse
@@ -20,6 +25,8 @@ from megatron_xielu import cpu
 
 MODELS = {"1.1B": (1536, 6144), "3B": (2048, 8192)}  # hidden size, ffn size of SwiGLU
 TOKENS = (2, 1)  # sequence, micro-batch: CPUs are slow at bf16, and bytes are per token
+GPU_TOKENS = (8192, 1)
+GPU_MLPS = 12
 
 
 def saved_bytes(mlp: torch.nn.Module, x: torch.Tensor) -> int:
@@ -38,6 +45,21 @@ def saved_bytes(mlp: torch.nn.Module, x: torch.Tensor) -> int:
     return sum(size for key, size in storages.items() if key not in parameters)
 
 
+def peak_bytes(mlps: list[torch.nn.Module], x: torch.Tensor) -> int:
+    """Most bytes allocated on the GPU in a forward and a backward pass, over those before."""
+    for _ in range(2):  # the first compiles, and makes the gradients of the weights
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = x
+        for mlp in mlps:
+            y = y + mlp(y)[0]
+        y.sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        del y
+    return peak
+
+
 def build_mlp(hidden: int, ffn: int, builder: Any, **options: Any) -> torch.nn.Module:
     """Megatron's dense MLP with its own activation, or with ``builder`` in the activation slot."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -54,7 +76,7 @@ def build_mlp(hidden: int, ffn: int, builder: Any, **options: Any) -> torch.nn.M
         "add_bias_linear": False,
         "bf16": True,
         "params_dtype": torch.bfloat16,
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": not torch.cuda.is_available(),
         "use_te_activation_func": builder is not None,
         **options,
     }
@@ -66,7 +88,7 @@ def build_mlp(hidden: int, ffn: int, builder: Any, **options: Any) -> torch.nn.M
     return spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
 
 
-def measure() -> str:
+def measure(on_gpu: bool = False) -> str:
     """The table, in Markdown.
 
     Raises:
@@ -93,26 +115,31 @@ def measure() -> str:
         ("xIELU, `--xielu-recompute-output`", xielu, {}, True),
         ("xIPReLU, `--xielu-recompute-output`", xiprelu, {}, True),
     ]
+    what = "peak bytes per token and MLP" if on_gpu else "bytes per token and layer"
     lines = [
-        "| model | MLP | hidden | ffn | weights | bytes per token and layer | of SwiGLU's |",
+        f"| model | MLP | hidden | ffn | weights | {what} | of SwiGLU's |",
         "|---|---|---|---|---|---|---|",
     ]
+    device, count, tokens = ("cuda", GPU_MLPS, GPU_TOKENS) if on_gpu else ("cpu", 1, TOKENS)
     for model, (hidden, gated_ffn) in MODELS.items():
         weights_of_swiglu = bytes_of_swiglu = 0
         for name, builder, options, recomputed in rows:
-            ffn = gated_ffn if options is swiglu else gated_ffn * 3 // 2
+            ffn = gated_ffn if name == "SwiGLU" else gated_ffn * 3 // 2
             # Bytes do not depend on the weights, which take half a minute to draw.
-            mlp = build_mlp(hidden, ffn, builder, perform_initialization=False, **options)
+            options = {"perform_initialization": False, **options}
+            mlps = [build_mlp(hidden, ffn, builder, **options) for _ in range(count)]
             if recomputed:
-                recompute.install([mlp])
-            weights = sum(p.numel() for p in mlp.parameters() if p.dim() == 2)
-            x = torch.randn(*TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
-            per_token, remainder = divmod(saved_bytes(mlp, x), TOKENS[0] * TOKENS[1])
+                recompute.install(mlps)
+            weights = sum(p.numel() for p in mlps[0].parameters() if p.dim() == 2)
+            x = torch.zeros(*tokens, hidden, dtype=torch.bfloat16, device=device)
+            x.requires_grad_()
+            held = peak_bytes(mlps, x) if on_gpu else saved_bytes(*mlps, x)
+            per_token, remainder = divmod(held, count * tokens[0] * tokens[1])
             weights_of_swiglu = weights_of_swiglu or weights
             bytes_of_swiglu = bytes_of_swiglu or per_token
             if weights != weights_of_swiglu:
                 raise RuntimeError(f"{name}: {weights:,} weights, SwiGLU {weights_of_swiglu:,}")
-            if remainder:
+            if remainder and not on_gpu:
                 raise RuntimeError(f"{name}: {remainder} bytes were saved that are no token's")
             lines.append(
                 f"| {model} | {name} | {hidden} | {ffn} | {weights:,} | {per_token:,} "
@@ -125,19 +152,23 @@ def main() -> None:
     """Measure, print, and write where asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the peak")
     args = parser.parse_args()
-
-    cpu.hide_gpus()
-    cpu.activate()
+    on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device here")
+    if not on_gpu:
+        cpu.hide_gpus()
+        cpu.activate()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        "nccl" if on_gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    table = measure()
+    table = measure(on_gpu)
     print(table)
     if args.output:
         args.output.write_text(table + "\n")

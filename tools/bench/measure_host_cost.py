@@ -95,9 +95,7 @@ def main() -> None:
         choose.choose = lambda x: EmptyBackend
     x, dy = torch.randn(2, *SHAPE, device=options.device, dtype=torch.bfloat16)
     x.requires_grad_()
-    alphas = [
-        torch.tensor([raw], device=options.device, requires_grad=True) for raw in (0.2, -1.1)
-    ]
+    alphas = [torch.tensor([raw], device=options.device, requires_grad=True) for raw in (0.2, -1.1)]
     by_operator = custom_op()
 
     def with_autograd(function: Callable[..., Tensor]) -> Callable[[], object]:

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Everything that is measured on a GPU, for one that can be had for minutes: the most valuable first,
+# each step with a limit of its own, and $OUT (runs/on_gpu) up to date after each.
+#
+#     tools/bench/on_gpu.sh check     right? how fast? what would be faster?      (6 minutes at most)
+#     tools/bench/on_gpu.sh train     Megatron: three activations, resume, memory (5 minutes at most)
+#
+# Needs python3 with PyTorch, Triton, pytest, pytest-xdist and matplotlib. Wheels in .whl/ are put
+# beside it: megatron-core and omegaconf, where there is no Megatron; without it the peers ReLU² and
+# SwiGLU and `train` are left out. `train` takes runs/minutes/text from a machine with a network:
+#     tools/compare_activations.py minutes --prepare-text
+# A step that fails or runs out of time does not stop the others, but for the first.
+set -u -o pipefail
+cd "$(dirname "$0")/../.." || exit
+what=${1:-}
+[[ $what == check || $what == train ]] || { echo "usage: tools/bench/on_gpu.sh check|train" >&2; exit 2; }
+out=${OUT:-$PWD/runs/on_gpu}
+work=$(mktemp -d)
+site=$work/site
+mkdir -p "$out" "$work/$what"
+if compgen -G '.whl/*.whl' >/dev/null; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit
+fi
+export PYTHONPATH=$site:$PWD PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 CUDA_DEVICE_MAX_CONNECTIONS=1
+# Kept between `check` and `train`.
+export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/on_gpu/triton TORCHINDUCTOR_CACHE_DIR=${TMPDIR:-/tmp}/on_gpu/inductor
+export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/on_gpu/extensions
+
+step() { # NAME SECONDS LINES COMMAND…: run it, show the last lines of what it says, keep everything
+    local name=$1 limit=$2 lines=$3 begin=$SECONDS status
+    shift 3
+    timeout --kill-after=5 "$limit" "$@" >"$work/$what/$name.log" 2>&1
+    status=$?
+    printf '%-12s exit %3d  %4d s\n' "$name" "$status" $((SECONDS - begin)) | tee -a "$work/$what/summary.txt"
+    tail -n "$lines" "$work/$what/$name.log" | cut -c1-200
+    tar -C "$work" --exclude=checkpoints --exclude=text -czf "$out/.$what.tgz" "$what"
+    mv "$out/.$what.tgz" "$out/$what.tgz"
+    return "$status"
+}
+
+bench() { # NAME SECONDS LINES FLAGS…
+    local name=$1 limit=$2 lines=$3
+    shift 3
+    step "$name" "$limit" "$lines" python3 tools/bench/bench_activation.py --device cuda \
+        --providers copy hf eager compile ours-triton relu2 swiglu --output "$work/$what/$name" "$@"
+}
+
+one_pass='
+import torch
+from megatron_xielu import functional
+x = torch.randn(8192, 9216, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+alphas = [torch.zeros(1, device="cuda", requires_grad=True) for _ in range(2)]
+functional.xielu(x, *alphas).backward(torch.ones_like(x))
+torch.cuda.synchronize()'
+
+case $what in
+check)
+    { nvidia-smi; python3 -m pip list; } >"$work/$what/machine.txt" 2>&1
+    # Without right numbers nothing else means anything.
+    step smoke 90 12 make test-gpu FILES=tests/kernels/test_gpu.py || exit
+    step tune 60 40 python3 tools/bench/tune_kernels.py --output "$work/$what/tune.json" --shapes 8192x9216 16384x43008
+    bench op 100 70 --op --dtypes bfloat16 --rounds 30
+    bench block 100 40 --block --rounds 12
+    step tests 100 12 make test-gpu
+    step host 20 8 python3 tools/bench/measure_host_cost.py --device cuda
+    step memory 40 20 python3 tools/bench/measure_activation_memory.py --device cuda
+    bench fp32 60 30 --op --shapes 8192x9216 --dtypes float32 --rounds 20
+    step tune-bias 30 20 python3 tools/bench/tune_kernels.py --output "$work/$what/tune-bias.json" --bias
+    step ncu 60 80 ncu --clock-control none --kernel-name 'regex:_(forward|backward|finish)_kernel' \
+        --section SpeedOfLight --section Occupancy --section WarpStateStats python3 -c "$one_pass"
+    ;;
+train)
+    mkdir -p "$work/$what/minutes"
+    cp -r runs/minutes/text "$work/$what/minutes/" || exit
+    step train 240 30 python3 tools/compare_activations.py minutes --activations xielu swiglu relu2 --out "$work/$what/minutes"
+    ;;
+esac
+cat "$work/$what/summary.txt"
