@@ -26,7 +26,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.kernels import choose
@@ -91,6 +90,17 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
     forward_op = getattr(torch.ops.megatron_xielu, name).default
     backward_op = getattr(torch.ops.megatron_xielu, f"{name}_backward").default
 
+    class Gradients(torch.autograd.Function):
+        """With ``create_graph``: else a second derivative would be left out without a word."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            return backward_op(*inputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise RuntimeError(f"{name} can be differentiated once: it has no second derivative")
+
     class Activation(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, alpha_p, alpha_n, beta, bias):
@@ -100,10 +110,12 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
                 return forward_op(x, alpha_p, alpha_n, beta, bias)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy):
             x, alpha_p, alpha_n, bias = ctx.saved_tensors
-            dx, d_alpha_p, d_alpha_n, d_bias = backward_op(dy, x, alpha_p, alpha_n, ctx.beta, bias)
+            differentiate = Gradients.apply if torch.is_grad_enabled() else backward_op
+            dx, d_alpha_p, d_alpha_n, d_bias = differentiate(
+                dy, x, alpha_p, alpha_n, ctx.beta, bias
+            )
             return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
 
     def with_autograd(x, alpha_p, alpha_n, beta, bias=None):

@@ -310,6 +310,17 @@ def test_gradcheck(name: str, dtype: torch.dtype) -> None:
     assert torch.autograd.gradcheck(getattr(functional, name), inputs[:3])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    """Not left out in silence, where the rest of a sum has one."""
+    x = torch.randn(3, requires_grad=True)
+    alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
+    y = getattr(functional, name)(x, *alphas)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name} can be differentiated once"):
+        (dx.square() + x.square()).sum().backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_bias(name: str, dtype: torch.dtype) -> None:
