@@ -130,10 +130,10 @@ import inspect_kernels
 for has_bias in (False, True):
     for constants in ({}, {"cols": 1}, {"cols": 1, "numel": 1}):
         for kernel in ("_forward_kernel", "_backward_kernel", "_finish_kernel"):
-            for numel in ("i32", "i64"):
+            for numel_type in ("i32", "i64"):
                 function = getattr(inspect_kernels.gpu_triton, kernel)
                 inspect_kernels.compile_for_sm90(
-                    function, "xielu", "bf16", has_bias, numel=numel, **constants
+                    function, "xielu", "bf16", has_bias, numel_type=numel_type, **constants
                 )
 print("all compiled")
 """

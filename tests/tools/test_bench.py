@@ -474,6 +474,7 @@ def test_no_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda: PyTorch sees no CUDA device here" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path: Path) -> None:
     status = bench_activation.main(["--device", "cuda", "--quick", "--output", str(tmp_path)])

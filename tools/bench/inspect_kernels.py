@@ -115,7 +115,7 @@ def compile_for_sm90(
     dtype: str,
     has_bias: bool,
     *,
-    numel: str = "i32",
+    numel_type: str = "i32",
     num_warps: int = gpu_triton.NUM_WARPS,
     maxnreg: int | None = None,
     **constants: int,
@@ -123,7 +123,7 @@ def compile_for_sm90(
     """A kernel of `gpu_triton`, or one with its arguments.
 
     Args:
-        numel: its integer type, as Triton chooses it by its value.
+        numel_type: the integer type of numel, as Triton chooses it by its value.
         constants: other values of its constexpr arguments, and arguments that Triton compiles in
             because they are 1.
     """
@@ -147,7 +147,7 @@ def compile_for_sm90(
         elif name == "beta":
             signature[name] = "fp32"
         else:
-            signature[name] = numel if name == "numel" else "i32"
+            signature[name] = numel_type if name == "numel" else "i32"
             if name in ("numel", "cols"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
