@@ -303,7 +303,7 @@ def describe_run(
     else:
         text = byte_text.describe(folder or byte_text.stdlib_folder()).to_json()
     return {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "init_std": settings.init_std},
         "machine": asdict(machine),
         "text": text,
         "ffn": widths,

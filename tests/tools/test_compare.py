@@ -97,6 +97,13 @@ class TestSettings:
         assert chosen.iterations % chosen.save_every == 0
         assert chosen.iterations >= chosen.warmup + chosen.decay
 
+    def test_pre_activations_start_as_large_as_the_papers(self, size: str) -> None:
+        """1536 wide, std 0.025: behind an RMSNorm 0.98."""
+        flags = flags_of("xielu", size)
+        std = float(flags[flags.index("--init-method-std") + 1])
+        assert std * math.sqrt(SETTINGS[size].hidden) == pytest.approx(0.98, abs=0.001)
+        assert "--embedding-init-method-std" not in flags  # the same: logits start as large, too
+
     def test_costs_are_equal_but_for_the_alphas(self, size: str) -> None:
         names = [*variants.ACTIVATIONS, "xielu-frozen", "xielu-shared", "xiprelu-beta-0.3"]
         costs = equal_cost.costs({name: flags_of(name, size) for name in names})
@@ -376,6 +383,14 @@ class TestResume:
             tool.check_settings(
                 tmp_path, tool.describe_run(settings.QUICK, CPU, library, {"xielu": 8})
             )
+
+    def test_another_init_std_is_refused(self, library: Path, tmp_path: Path) -> None:
+        """It is computed and no field; results from before it was have none."""
+        before = tool.describe_run(settings.QUICK, CPU, library, {})
+        del before["settings"]["init_std"]
+        tool.check_settings(tmp_path, before)
+        with pytest.raises(SystemExit, match=r"settings\.init_std: None there, 0\.1414 now"):
+            tool.check_settings(tmp_path, tool.describe_run(settings.QUICK, CPU, library, {}))
 
     def test_a_second_comparison_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
         lock = tool.hold_lock(tmp_path)
