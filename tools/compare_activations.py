@@ -10,6 +10,7 @@ checkpoint. The settings are kept with the results; a run with others is refused
     quick        exercises everything in minutes; its losses mean nothing
     tiny         a small Llama on bytes of Python's standard library, on a CPU (``make demo``)
     small        50M parameters on 99 MB of prose and code, on one GPU
+    minutes      the same, a third as long: for a GPU that is rented by the minute
     paper-1b     the paper's models: prints the commands for a cluster, and runs nothing
     paper-3b
 
@@ -91,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.monotonic()
     raise_on_stop_signals()
     try:
+        if options.prepare_text:
+            _only_prepare_text(options, out)
+            return
         records = _compare(options, out)
     except Stopped as stopped:
         print(f"\nstopped; run the same command again to resume (kept in {out})", flush=True)
@@ -147,6 +151,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="ranks of a run [what the preset and machine have]",
     )
+    parser.add_argument(
+        "--prepare-text",
+        action="store_true",
+        help="only write OUT/text, which can be carried to a machine without a network",
+    )
     options = parser.parse_args(argv)
     names = list(dict.fromkeys([*options.activations, *options.ablation]))
     try:
@@ -158,6 +167,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, name in [("--baseline", options.baseline), *(("--ffn", n) for n, _ in options.ffn)]:
         if name not in names:
             parser.error(f"{flag} {name}: not among what is compared, {', '.join(names)}")
+    if options.prepare_text and options.preset in _CLUSTER_PRESETS:
+        parser.error(f"--prepare-text: {options.preset} runs nothing here")
     if options.text and not options.text.is_dir():
         parser.error(f"--text {options.text}: no such folder")
     if options.tensor_parallel is not None and options.tensor_parallel not in (1, 2, 4):
@@ -213,6 +224,18 @@ def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Reco
     setup = _setup(options, settings, machine, text)
     print("\n" + results.write(out / "results", records, options.variants, costs, setup))
     return records
+
+
+def _only_prepare_text(options: argparse.Namespace, out: Path) -> None:
+    """Without settings.json, which names the machine: another one is going to train."""
+    lock = hold_lock(out)
+    text = prepare_text(PRESETS[options.preset], out / "text", options.text)
+    os.close(lock)
+    size = sum(path.stat().st_size for path in (out / "text").rglob("*"))
+    print(
+        f"{text.tokens['train']:,} {text.unit}s to train on, {text.tokens['valid']:,} held out; "
+        f"{out / 'text'} is {size / 2**20:.0f} MiB, and all that another machine needs in its OUT"
+    )
 
 
 def this_machine(settings: Settings, ranks: int | None) -> Machine:
