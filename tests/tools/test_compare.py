@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import compare_activations as tool
@@ -70,6 +71,7 @@ class TestVariants:
                 (0.4, 1.2),
             ),
             ("xielu-beta-0.3", "--xielu --xielu-beta 0.3", (0.8, 0.8)),
+            ("xielu-recompute", "--xielu --xielu-recompute-output", (0.8, 0.8)),
         ],
     )
     def test_ablations(self, name: str, flags: str, init: tuple[float, float]) -> None:
@@ -79,7 +81,8 @@ class TestVariants:
 
     @pytest.mark.parametrize(
         "name",
-        "relu gelu-frozen xielu- xielu-frosen xielu-init xielu-beta-x xielu-init-0.4-0.5".split(),
+        "relu gelu-frozen relu2-recompute xielu- xielu-frosen xielu-init xielu-beta-x "
+        "xielu-init-0.4-0.5".split(),
     )
     def test_what_is_none_is_refused(self, name: str) -> None:
         with pytest.raises(ValueError, match=re.escape(name.partition("-")[0])):
@@ -106,6 +109,7 @@ class TestSettings:
 
     def test_costs_are_equal_but_for_the_alphas(self, size: str) -> None:
         names = [*variants.ACTIVATIONS, "xielu-frozen", "xielu-shared", "xiprelu-beta-0.3"]
+        names += ["xielu-recompute"]
         costs = equal_cost.costs({name: flags_of(name, size) for name in names})
         equal_cost.check(costs, "swiglu")
         assert len({cost.flops for cost in costs.values()}) == 1
@@ -481,16 +485,17 @@ def process_state() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train_xielu(out: Path, prepared: Path, *, ranks: int) -> records.Record:
+def train_xielu(out: Path, prepared: Path, *, ranks: int, name: str = "xielu") -> records.Record:
     """The quick preset's xIELU with seed 42 in one go, on the text of ``prepared``."""
     machine = tool.Machine("cpu", ranks)
     options = tool.parse_options(["quick", "--activations", "xielu", "--out", str(out)])
+    options.variants = [variants.parse(name)]
     made = tool.prepare_text(settings.QUICK, prepared / "text", None)
     (run,) = tool.plan_runs(options, out, settings.QUICK, machine, made)
     lock = tool.hold_lock(out)
     tool.do_run(run, "[1/1]", settings.QUICK, machine, lock)
     os.close(lock)
-    return tool.finished_records(out, [run.variant], [42])["xielu"][42]
+    return tool.finished_records(out, [run.variant], [42])[name][42]
 
 
 class TestQuick:
@@ -523,6 +528,37 @@ class TestQuick:
         assert resumed.train == whole.train
         assert resumed.valid == whole.valid
         assert resumed.alphas == whole.alphas
+
+    def test_a_recomputed_output_gives_the_same_bits(
+        self, comparison: Comparison, tmp_path: Path
+    ) -> None:
+        """As recomputed as the name says, and as ``xielu`` in all that is not speed or memory."""
+        with warm_trainings():
+            found = train_xielu(tmp_path, comparison.out, ranks=1, name="xielu-recompute")
+        log = (tool.folder_of(tmp_path, "xielu-recompute", 42) / "log.txt").read_text()
+        assert re.search(r"xielu_recompute_output \.+ True", log)
+        xielu = comparison.records["xielu"][42]
+        assert found.train == xielu.train
+        assert found.valid == xielu.valid
+        assert found.alphas == xielu.alphas
+
+    def test_memory_of_a_gpu_is_the_most_that_was_allocated(
+        self, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The tag is that of the allocator's peak in Megatron, which may fall after a restart."""
+        source = Path(find_spec("megatron.training").origin).with_name("training.py").read_text()
+        assert re.search(
+            r'"mem-max-allocated-bytes", mem_stats\["allocated_bytes\.all\.peak"\]', source
+        )
+        folder = tool.folder_of(comparison.out, "swiglu", 42)
+        events = records.read_events(folder / "events")
+        assert {step for step, _ in events["mem-max-allocated-bytes"]} == set(range(1, 31))
+        events["mem-max-allocated-bytes"] = [(1, 5.0), (2, 9.0), (3, 7.0)]
+        monkeypatch.setattr(records, "read_events", lambda folder: events)
+        record = records.read_record(
+            folder, settings.QUICK, variants.parse("swiglu"), 42, peak_rss=1, on_gpu=True
+        )
+        assert (record.memory, record.memory_of) == (9.0, "GPU, allocated")
 
     def test_a_seed_has_its_own_data_and_variants_share_it(self, comparison: Comparison) -> None:
         """Megatron's index of the order of the data: one a seed, named by what it depends on."""
