@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 import compare_activations as tool
 import launch
 import pytest
+import torch
 from compare import (
     byte_text,
     cluster,
@@ -27,6 +29,7 @@ from compare import (
     plots,
     records,
     results,
+    resume,
     settings,
     text,
     training,
@@ -312,6 +315,8 @@ class TestOptions:
             ("tiny --seeds 1,1", "has a seed twice"),
             ("tiny --seeds 0", "one seed at least"),
             ("tiny --text /nowhere", "--text /nowhere: no such folder"),
+            ("paper-1b --check-resume", "--check-resume: paper-1b runs nothing here"),
+            ("tiny --check-resume --prepare-text", "not allowed with argument"),
         ],
     )
     def test_refusals(self, options: str, message: str, capsys) -> None:
@@ -419,6 +424,80 @@ class TestResume:
         os.close(lock)
         assert f"the training of xIELU failed; its whole log: {log}" in str(error.value)
         assert "--fp8-format needs a GPU" in str(error.value)
+
+
+class TestCheckResume:
+    """``--check-resume`` with real trainings, in Megatron's deterministic mode."""
+
+    OPTIONS = ("quick", "--check-resume", "--tensor-parallel", "1", "--out")
+
+    @pytest.fixture(scope="class")
+    def checked(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        out = tmp_path_factory.mktemp("check")
+        with warm_trainings(), pytest.raises(SystemExit) as end:
+            tool.main([*self.OPTIONS, str(out)])
+        assert end.value.code == 0, (out / "results" / "resume.md").read_text()
+        return out
+
+    def test_says_what_was_compared(self, checked: Path) -> None:
+        shown = (checked / "results" / "resume.md").read_text()
+        assert "# Stopped and resumed: quick, xIELU, seed 42" in shown
+        stopped_at = int(re.search(r"SIGTERM after iteration (\d+) of 16", shown)[1])
+        assert resume.STOP_AFTER <= stopped_at < 16
+        assert "**the same bits**" in shown
+        assert not (checked / "settings.json").exists()  # these are no runs to compare
+        log = (checked / "resume/stopped/xielu/seed_42/log.txt").read_text()
+        assert f"at iteration {stopped_at}" in log and "deterministic_mode" in log
+
+    @pytest.mark.parametrize("part", ["linear_fc1.weight", "exp_avg_sq", "alpha_p"])
+    def test_finds_one_changed_bit(
+        self, checked: Path, part: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of weights, moments, alphas; the smallest change that a float can have."""
+        folders = [checked / "resume" / name / "xielu/seed_42" for name in ("whole", "stopped")]
+        read, changed = resume._tensors, []
+
+        def read_and_change(checkpoint: Path) -> dict:
+            tensors = read(checkpoint)
+            if "stopped" in str(checkpoint):
+                key = sorted(key for key in tensors if part in key)[0]
+                tensors[key].reshape(-1)[:1].view(torch.int32).add_(1)
+                changed.append(key)
+            return tensors
+
+        monkeypatch.setattr(resume, "_tensors", read_and_change)
+        found = resume.compare(*folders, stopped_at=4, iterations=16)
+        assert list(found.differing) == changed
+        assert changed[0] in found.markdown("quick", {})
+
+    def test_finds_another_loss(self, checked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folders = [checked / "resume" / name / "xielu/seed_42" for name in ("whole", "stopped")]
+        read = resume.read_events
+
+        def read_and_change(folder: Path) -> dict:
+            events = read(folder)
+            if "whole" in str(folder):
+                events["lm loss"] = [*events["lm loss"][:-1], (16, 1.0)]
+            return events
+
+        monkeypatch.setattr(resume, "read_events", read_and_change)
+        found = resume.compare(*folders, stopped_at=4, iterations=16)
+        assert found.differing == ("lm loss",)
+
+    def test_a_training_that_was_over_is_refused(
+        self, checked: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        shutil.copytree(checked / "text", tmp_path / "text")
+        done = tmp_path / "resume/stopped/xielu/seed_42/checkpoints"
+
+        def train(*args: object, **rest: object) -> int:
+            done.mkdir(parents=True, exist_ok=True)
+            (done / "latest_checkpointed_iteration.txt").write_text("16")
+            return 0
+
+        monkeypatch.setattr(tool, "train", train)
+        with pytest.raises(SystemExit, match=r"was not stopped on its way: .*\.txt says 16;"):
+            tool.main([*self.OPTIONS, str(tmp_path)])
 
 
 NAMES, SEEDS = ("xielu", "swiglu", "xielu-shared"), (42, 43)
