@@ -10,6 +10,7 @@ checkpoint. The settings are kept with the results; a run with others is refused
     quick        exercises everything in minutes; its losses mean nothing
     tiny         a small Llama on bytes of Python's standard library, on a CPU (``make demo``)
     small        50M parameters on 99 MB of prose and code, on one GPU
+    minutes      the same, a third as long: for a GPU that is rented by the minute
     paper-1b     the paper's models: prints the commands for a cluster, and runs nothing
     paper-3b
 
@@ -34,14 +35,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compare import equal_cost, results
+from compare import equal_cost, results, resume
 from compare.records import Record, read_record
 from compare.settings import PRESETS, Settings, megatron_flags
 from compare.text import Text, write_json
 from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
-from megatron_xielu.checkpoints.folder import checkpoints, read_tracker
+from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
+from megatron_xielu.common import files
 from megatron_xielu.common.text import describe, reason
 from megatron_xielu.report import __main__ as report
 
@@ -91,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.monotonic()
     raise_on_stop_signals()
     try:
+        if options.prepare_text:
+            _only_prepare_text(options, out)
+            return
+        if options.check_resume:
+            raise SystemExit(1 if check_resume(options, out).differing else 0)
         records = _compare(options, out)
     except Stopped as stopped:
         print(f"\nstopped; run the same command again to resume (kept in {out})", flush=True)
@@ -147,6 +154,18 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="ranks of a run [what the preset and machine have]",
     )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--prepare-text",
+        action="store_true",
+        help="only write OUT/text, which can be carried to a machine without a network",
+    )
+    instead.add_argument(
+        "--check-resume",
+        action="store_true",
+        help="only stop a short training of the first activation in its middle, and see whether "
+        "it ends with the bits of one that is not stopped",
+    )
     options = parser.parse_args(argv)
     names = list(dict.fromkeys([*options.activations, *options.ablation]))
     try:
@@ -158,6 +177,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, name in [("--baseline", options.baseline), *(("--ffn", n) for n, _ in options.ffn)]:
         if name not in names:
             parser.error(f"{flag} {name}: not among what is compared, {', '.join(names)}")
+    for flag in ("prepare_text", "check_resume"):
+        if getattr(options, flag) and options.preset in _CLUSTER_PRESETS:
+            parser.error(f"--{flag.replace('_', '-')}: {options.preset} runs nothing here")
     if options.text and not options.text.is_dir():
         parser.error(f"--text {options.text}: no such folder")
     if options.tensor_parallel is not None and options.tensor_parallel not in (1, 2, 4):
@@ -213,6 +235,63 @@ def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Reco
     setup = _setup(options, settings, machine, text)
     print("\n" + results.write(out / "results", records, options.variants, costs, setup))
     return records
+
+
+def _only_prepare_text(options: argparse.Namespace, out: Path) -> None:
+    """Without settings.json, which names the machine: another one is going to train."""
+    lock = hold_lock(out)
+    text = prepare_text(PRESETS[options.preset], out / "text", options.text)
+    os.close(lock)
+    size = sum(path.stat().st_size for path in (out / "text").rglob("*"))
+    print(
+        f"{text.tokens['train']:,} {text.unit}s to train on, {text.tokens['valid']:,} held out; "
+        f"{out / 'text'} is {size / 2**20:.0f} MiB, and all that another machine needs in its OUT"
+    )
+
+
+def check_resume(options: argparse.Namespace, out: Path) -> resume.Outcome:
+    """Train in ``out/resume``, anew each time, and write ``out/results/resume.md``.
+
+    Raises:
+        SystemExit: a training fails, or was over before it could be stopped.
+    """
+    settings, lock = resume.shortened(PRESETS[options.preset]), hold_lock(out)
+    machine = this_machine(settings, options.tensor_parallel)
+    text = prepare_text(settings, out / "text", options.text)
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    folders = [out / "resume" / name for name in ("whole", "stopped")]
+    whole, stopped = (plan_runs(options, at, settings, machine, text)[0] for at in folders)
+
+    def go(run: Run, what: str, stop_after: int | None = None) -> None:
+        train(
+            f"{run.label}, {what}:",
+            [*run.flags, resume.FLAG],
+            ranks=machine.tensor_parallel,
+            on_gpu=machine.on_gpu,
+            tokens_per_iteration=settings.tokens_per_iteration,
+            log=run.folder / "log.txt",
+            keep_open=lock,
+            stop_after=stop_after,
+        )
+
+    go(whole, "in one go")
+    go(stopped, "to be stopped", resume.STOP_AFTER)
+    at = read_tracker(stopped.folder / "checkpoints")
+    if not isinstance(at, int) or at >= settings.iterations:
+        raise SystemExit(
+            f"compare: the training was not stopped on its way: {TRACKER} says {at}; its log is "
+            f"{stopped.folder / 'log.txt'}"
+        )
+    go(stopped, "again")
+    found = resume.compare(
+        whole.folder, stopped.folder, stopped_at=at, iterations=settings.iterations
+    )
+    title = f"{options.preset}, {whole.label}"
+    shown = found.markdown(title, _context(machine))
+    files.write(out / "results" / "resume.md", shown)
+    os.close(lock)
+    print("\n" + shown)
+    return found
 
 
 def this_machine(settings: Settings, ranks: int | None) -> Machine:
@@ -303,7 +382,7 @@ def describe_run(
     else:
         text = byte_text.describe(folder or byte_text.stdlib_folder()).to_json()
     return {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "init_std": settings.init_std},
         "machine": asdict(machine),
         "text": text,
         "ffn": widths,
@@ -405,16 +484,22 @@ def _setup(
         notes=tuple(notes),
         context={
             "command": " ".join(["tools/compare_activations.py", *_words(options)]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": machine.device if machine.on_gpu else f"{_cores()} CPU cores",
-            "versions": f"Megatron-core {version('megatron-core')}, PyTorch {version('torch')}, "
-            f"Python {platform.python_version()}",
+            **_context(machine),
             "run": f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} "
             f"{text.unit}s, {settings.iterations * settings.tokens_per_iteration:,} in all, of "
             f"{text.tokens['train']:,} there are; tensor parallel {machine.tensor_parallel}",
         },
         settings=describe_run(settings, machine, options.text, dict(options.ffn)),
     )
+
+
+def _context(machine: Machine) -> dict[str, str]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": machine.device if machine.on_gpu else f"{_cores()} CPU cores",
+        "versions": f"Megatron-core {version('megatron-core')}, PyTorch {version('torch')}, "
+        f"Python {platform.python_version()}",
+    }
 
 
 def _words(options: argparse.Namespace) -> list[str]:

@@ -9,15 +9,18 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import compare_activations as tool
 import launch
 import pytest
+import torch
 from compare import (
     byte_text,
     cluster,
@@ -26,6 +29,7 @@ from compare import (
     plots,
     records,
     results,
+    resume,
     settings,
     text,
     training,
@@ -70,6 +74,7 @@ class TestVariants:
                 (0.4, 1.2),
             ),
             ("xielu-beta-0.3", "--xielu --xielu-beta 0.3", (0.8, 0.8)),
+            ("xielu-recompute", "--xielu --xielu-recompute-output", (0.8, 0.8)),
         ],
     )
     def test_ablations(self, name: str, flags: str, init: tuple[float, float]) -> None:
@@ -79,7 +84,8 @@ class TestVariants:
 
     @pytest.mark.parametrize(
         "name",
-        "relu gelu-frozen xielu- xielu-frosen xielu-init xielu-beta-x xielu-init-0.4-0.5".split(),
+        "relu gelu-frozen relu2-recompute xielu- xielu-frosen xielu-init xielu-beta-x "
+        "xielu-init-0.4-0.5".split(),
     )
     def test_what_is_none_is_refused(self, name: str) -> None:
         with pytest.raises(ValueError, match=re.escape(name.partition("-")[0])):
@@ -97,8 +103,16 @@ class TestSettings:
         assert chosen.iterations % chosen.save_every == 0
         assert chosen.iterations >= chosen.warmup + chosen.decay
 
+    def test_pre_activations_start_as_large_as_the_papers(self, size: str) -> None:
+        """1536 wide, std 0.025: behind an RMSNorm 0.98."""
+        flags = flags_of("xielu", size)
+        std = float(flags[flags.index("--init-method-std") + 1])
+        assert std * math.sqrt(SETTINGS[size].hidden) == pytest.approx(0.98, abs=0.001)
+        assert "--embedding-init-method-std" not in flags  # the same: logits start as large, too
+
     def test_costs_are_equal_but_for_the_alphas(self, size: str) -> None:
         names = [*variants.ACTIVATIONS, "xielu-frozen", "xielu-shared", "xiprelu-beta-0.3"]
+        names += ["xielu-recompute"]
         costs = equal_cost.costs({name: flags_of(name, size) for name in names})
         equal_cost.check(costs, "swiglu")
         assert len({cost.flops for cost in costs.values()}) == 1
@@ -301,6 +315,8 @@ class TestOptions:
             ("tiny --seeds 1,1", "has a seed twice"),
             ("tiny --seeds 0", "one seed at least"),
             ("tiny --text /nowhere", "--text /nowhere: no such folder"),
+            ("paper-1b --check-resume", "--check-resume: paper-1b runs nothing here"),
+            ("tiny --check-resume --prepare-text", "not allowed with argument"),
         ],
     )
     def test_refusals(self, options: str, message: str, capsys) -> None:
@@ -377,6 +393,14 @@ class TestResume:
                 tmp_path, tool.describe_run(settings.QUICK, CPU, library, {"xielu": 8})
             )
 
+    def test_another_init_std_is_refused(self, library: Path, tmp_path: Path) -> None:
+        """It is computed and no field; results from before it was have none."""
+        before = tool.describe_run(settings.QUICK, CPU, library, {})
+        del before["settings"]["init_std"]
+        tool.check_settings(tmp_path, before)
+        with pytest.raises(SystemExit, match=r"settings\.init_std: None there, 0\.1414 now"):
+            tool.check_settings(tmp_path, tool.describe_run(settings.QUICK, CPU, library, {}))
+
     def test_a_second_comparison_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
         lock = tool.hold_lock(tmp_path)
         with pytest.raises(SystemExit, match="another comparison is running"):
@@ -400,6 +424,80 @@ class TestResume:
         os.close(lock)
         assert f"the training of xIELU failed; its whole log: {log}" in str(error.value)
         assert "--fp8-format needs a GPU" in str(error.value)
+
+
+class TestCheckResume:
+    """``--check-resume`` with real trainings, in Megatron's deterministic mode."""
+
+    OPTIONS = ("quick", "--check-resume", "--tensor-parallel", "1", "--out")
+
+    @pytest.fixture(scope="class")
+    def checked(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        out = tmp_path_factory.mktemp("check")
+        with warm_trainings(), pytest.raises(SystemExit) as end:
+            tool.main([*self.OPTIONS, str(out)])
+        assert end.value.code == 0, (out / "results" / "resume.md").read_text()
+        return out
+
+    def test_says_what_was_compared(self, checked: Path) -> None:
+        shown = (checked / "results" / "resume.md").read_text()
+        assert "# Stopped and resumed: quick, xIELU, seed 42" in shown
+        stopped_at = int(re.search(r"SIGTERM after iteration (\d+) of 16", shown)[1])
+        assert resume.STOP_AFTER <= stopped_at < 16
+        assert "**the same bits**" in shown
+        assert not (checked / "settings.json").exists()  # these are no runs to compare
+        log = (checked / "resume/stopped/xielu/seed_42/log.txt").read_text()
+        assert f"at iteration {stopped_at}" in log and "deterministic_mode" in log
+
+    @pytest.mark.parametrize("part", ["linear_fc1.weight", "exp_avg_sq", "alpha_p"])
+    def test_finds_one_changed_bit(
+        self, checked: Path, part: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of weights, moments, alphas; the smallest change that a float can have."""
+        folders = [checked / "resume" / name / "xielu/seed_42" for name in ("whole", "stopped")]
+        read, changed = resume._tensors, []
+
+        def read_and_change(checkpoint: Path) -> dict:
+            tensors = read(checkpoint)
+            if "stopped" in str(checkpoint):
+                key = sorted(key for key in tensors if part in key)[0]
+                tensors[key].reshape(-1)[:1].view(torch.int32).add_(1)
+                changed.append(key)
+            return tensors
+
+        monkeypatch.setattr(resume, "_tensors", read_and_change)
+        found = resume.compare(*folders, stopped_at=4, iterations=16)
+        assert list(found.differing) == changed
+        assert changed[0] in found.markdown("quick", {})
+
+    def test_finds_another_loss(self, checked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folders = [checked / "resume" / name / "xielu/seed_42" for name in ("whole", "stopped")]
+        read = resume.read_events
+
+        def read_and_change(folder: Path) -> dict:
+            events = read(folder)
+            if "whole" in str(folder):
+                events["lm loss"] = [*events["lm loss"][:-1], (16, 1.0)]
+            return events
+
+        monkeypatch.setattr(resume, "read_events", read_and_change)
+        found = resume.compare(*folders, stopped_at=4, iterations=16)
+        assert found.differing == ("lm loss",)
+
+    def test_a_training_that_was_over_is_refused(
+        self, checked: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        shutil.copytree(checked / "text", tmp_path / "text")
+        done = tmp_path / "resume/stopped/xielu/seed_42/checkpoints"
+
+        def train(*args: object, **rest: object) -> int:
+            done.mkdir(parents=True, exist_ok=True)
+            (done / "latest_checkpointed_iteration.txt").write_text("16")
+            return 0
+
+        monkeypatch.setattr(tool, "train", train)
+        with pytest.raises(SystemExit, match=r"was not stopped on its way: .*\.txt says 16;"):
+            tool.main([*self.OPTIONS, str(tmp_path)])
 
 
 NAMES, SEEDS = ("xielu", "swiglu", "xielu-shared"), (42, 43)
@@ -466,16 +564,17 @@ def process_state() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train_xielu(out: Path, prepared: Path, *, ranks: int) -> records.Record:
+def train_xielu(out: Path, prepared: Path, *, ranks: int, name: str = "xielu") -> records.Record:
     """The quick preset's xIELU with seed 42 in one go, on the text of ``prepared``."""
     machine = tool.Machine("cpu", ranks)
     options = tool.parse_options(["quick", "--activations", "xielu", "--out", str(out)])
+    options.variants = [variants.parse(name)]
     made = tool.prepare_text(settings.QUICK, prepared / "text", None)
     (run,) = tool.plan_runs(options, out, settings.QUICK, machine, made)
     lock = tool.hold_lock(out)
     tool.do_run(run, "[1/1]", settings.QUICK, machine, lock)
     os.close(lock)
-    return tool.finished_records(out, [run.variant], [42])["xielu"][42]
+    return tool.finished_records(out, [run.variant], [42])[name][42]
 
 
 class TestQuick:
@@ -508,6 +607,37 @@ class TestQuick:
         assert resumed.train == whole.train
         assert resumed.valid == whole.valid
         assert resumed.alphas == whole.alphas
+
+    def test_a_recomputed_output_gives_the_same_bits(
+        self, comparison: Comparison, tmp_path: Path
+    ) -> None:
+        """As recomputed as the name says, and as ``xielu`` in all that is not speed or memory."""
+        with warm_trainings():
+            found = train_xielu(tmp_path, comparison.out, ranks=1, name="xielu-recompute")
+        log = (tool.folder_of(tmp_path, "xielu-recompute", 42) / "log.txt").read_text()
+        assert re.search(r"xielu_recompute_output \.+ True", log)
+        xielu = comparison.records["xielu"][42]
+        assert found.train == xielu.train
+        assert found.valid == xielu.valid
+        assert found.alphas == xielu.alphas
+
+    def test_memory_of_a_gpu_is_the_most_that_was_allocated(
+        self, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The tag is that of the allocator's peak in Megatron, which may fall after a restart."""
+        source = Path(find_spec("megatron.training").origin).with_name("training.py").read_text()
+        assert re.search(
+            r'"mem-max-allocated-bytes", mem_stats\["allocated_bytes\.all\.peak"\]', source
+        )
+        folder = tool.folder_of(comparison.out, "swiglu", 42)
+        events = records.read_events(folder / "events")
+        assert {step for step, _ in events["mem-max-allocated-bytes"]} == set(range(1, 31))
+        events["mem-max-allocated-bytes"] = [(1, 5.0), (2, 9.0), (3, 7.0)]
+        monkeypatch.setattr(records, "read_events", lambda folder: events)
+        record = records.read_record(
+            folder, settings.QUICK, variants.parse("swiglu"), 42, peak_rss=1, on_gpu=True
+        )
+        assert (record.memory, record.memory_of) == (9.0, "GPU, allocated")
 
     def test_a_seed_has_its_own_data_and_variants_share_it(self, comparison: Comparison) -> None:
         """Megatron's index of the order of the data: one a seed, named by what it depends on."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+import shutil
+import sys
 import zipfile
 from pathlib import Path
 
+import compare_activations as tool
 import pytest
 from compare import bpe_text, byte_text, package_text, settings, text
 
@@ -79,6 +83,60 @@ class TestByteText:
         validations = tiny.iterations // tiny.validate_every + 1
         held_out = validations * tiny.validation_batches * tiny.tokens_per_iteration
         assert manifest.tokens["valid"] > held_out
+
+
+class TestBpeText:
+    """The text of the GPU presets, of a folder in place of the packages."""
+
+    def test_is_carried_without_its_source_and_without_a_network(
+        self, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small = functools.partial(bpe_text.prepare, vocab_size=300)
+        monkeypatch.setattr(bpe_text, "prepare", small)
+        monkeypatch.setattr(
+            package_text, "_read_packages", lambda _: package_text._read_folder(library)
+        )
+        here, there = tmp_path / "here", tmp_path / "there"
+        tool.main(["minutes", "--prepare-text", "--out", str(here)])
+        # Without settings.json, which names the machine that trains.
+        assert {path.name for path in here.iterdir()} == {".lock", "corpus", "text"}
+        assert (here / "text" / "SOURCES.md").is_file()  # the licences
+
+        shutil.copytree(here / "text", there / "text")
+        shutil.rmtree(here)
+        for module in ("tokenizers", "datatrove", "nltk"):
+            monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setattr(bpe_text, "_make", None)
+        made = tool.prepare_text(settings.MINUTES, there / "text", None)
+        for split, prefix in (("train", made.train), ("valid", made.valid)):
+            documents = read_split(prefix.parent, prefix.name)
+            assert made.documents[split] == len(documents) > 0
+            assert made.tokens[split] == sum(map(len, documents))
+            assert {document[-1] for document in documents} == {299}
+
+        path = made.train.with_suffix(".bin")
+        path.write_bytes(path.read_bytes()[:-2])
+        with pytest.raises(SystemExit, match=r"00000\.bin is missing or damaged; copy it again"):
+            tool.prepare_text(settings.MINUTES, there / "text", None)
+
+    def test_of_another_source_nothing_stays(
+        self, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def make(out: Path, *rest: object) -> None:
+            found.append({path.relative_to(out).as_posix() for path in out.rglob("*.*")})
+            raise SystemExit
+
+        found: list[set[str]] = []
+        monkeypatch.setattr(bpe_text, "_make", make)
+        for folder in (library, library, None):
+            with pytest.raises(SystemExit):
+                bpe_text.prepare(folder, tmp_path / "text")
+            for name in ("tokenizer.json", "train/train/00000.bin", "cache/index.npy"):
+                path = tmp_path / "text" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        assert [len(names) for names in found] == [1, 4, 1]
+        assert found[2] == {"source.json"}
 
 
 class TestPackageText:

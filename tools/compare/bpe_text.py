@@ -1,19 +1,23 @@
-"""The text of the `small` preset: a corpus, a BPE tokenizer trained on it, Megatron's files.
+"""The text of the GPU presets: a corpus, a BPE tokenizer trained on it, Megatron's files.
 
 `package_text` writes the corpus. Tokens are made by this project's own data preparation
 (tools/prepare_data.py), which goes on where it was stopped.
+
+    OUT/corpus/    packages, documents: only to make the text of
+    OUT/text/      tokens and tokenizer: all that a training reads, to be carried to any machine
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from compare import package_text
-from compare.text import SPLITS, Text
+from compare.text import SPLITS, Text, write_json
 from megatron_xielu.common import files
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -23,26 +27,27 @@ _TOOL = Path(__file__).resolve().parents[1] / "prepare_data.py"
 def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text:
     """Have the corpus tokenised in ``out``, unless it is there already.
 
+    Where it is, nothing is needed but ``out``: neither the corpus, nor a network, nor the packages
+    that tokenise.
+
     Args:
         folder: text of the user's; None for the pinned packages.
-        out: gets ``corpus/``, ``tokenizer.json`` and the data of each split.
+        out: gets ``tokenizer.json`` and the data of each split; the corpus lies beside it.
         vocab_size: of the tokenizer, end-of-document token included.
 
     Raises:
-        SystemExit: there is no text, or its preparation fails.
+        SystemExit: there is no text, its preparation fails, or a file of it is damaged.
     """
-    corpus = out / "corpus"
-    package_text.write_corpus(corpus, folder)
-    print((corpus / "SOURCES.md").read_text(), flush=True)
-    tokenizer = out / "tokenizer.json"
-    if not tokenizer.exists():
-        train_tokenizer(corpus / "train.jsonl", tokenizer, vocab_size)
-    totals = {}
-    for split in SPLITS:
-        manifest = out / split / "manifest.json"
-        if not manifest.exists():
-            _tokenise(corpus / f"{split}.jsonl", tokenizer, out / split)
-        totals[split] = json.loads(manifest.read_text())["train"]
+    source = out / "source.json"
+    described = {"vocab_size": vocab_size, **package_text.describe(folder)}
+    if source.exists() and json.loads(source.read_text()) != described:
+        for name in ("cache", *SPLITS):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / "tokenizer.json").unlink(missing_ok=True)
+    write_json(source, described)
+    if not all(_manifest(out, split).exists() for split in SPLITS):
+        _make(out, out.with_name("corpus"), folder, vocab_size)
+    totals = {split: _checked_totals(out, split) for split in SPLITS}
     return Text(
         train=out / "train" / "train" / "00000",
         valid=out / "valid" / "train" / "00000",
@@ -53,6 +58,36 @@ def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text
         tokens={split: totals[split]["tokens"] for split in SPLITS},
         documents={split: totals[split]["documents"] for split in SPLITS},
     )
+
+
+def _manifest(out: Path, split: str) -> Path:
+    return out / split / "manifest.json"
+
+
+def _make(out: Path, corpus: Path, folder: Path | None, vocab_size: int) -> None:
+    package_text.write_corpus(corpus, folder)
+    print((corpus / "SOURCES.md").read_text(), flush=True)
+    shutil.copy(corpus / "SOURCES.md", out)  # licences go where the text goes
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.exists():
+        train_tokenizer(corpus / "train.jsonl", tokenizer, vocab_size)
+    for split in SPLITS:
+        if not _manifest(out, split).exists():
+            _tokenise(corpus / f"{split}.jsonl", tokenizer, out / split)
+
+
+def _checked_totals(out: Path, split: str) -> dict[str, int]:
+    """Tokens and documents of a split, whose files are as they were written."""
+    manifest = json.loads(_manifest(out, split).read_text())
+    for shard in manifest["shards"]:
+        for kind in ("bin", "idx"):
+            path = out / split / f"{shard['prefix']}.{kind}"
+            if not path.exists() or files.sha256(path) != shard[kind]["sha256"]:
+                raise SystemExit(
+                    f"compare: {path} is missing or damaged; copy it again, or delete {out} to "
+                    "have it made again"
+                )
+    return manifest["train"]
 
 
 def train_tokenizer(corpus: Path, path: Path, vocab_size: int) -> None:

@@ -19,14 +19,14 @@ from megatron_xielu.checkpoints.alphas import Alphas, count_parameters
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.report.events import Curve, read_events
 
-_TRAIN, _VALID = "lm loss", "lm loss validation"
+TRAIN, VALID = "lm loss", "lm loss validation"
 _MEMORY = "mem-max-allocated-bytes"
 _ALPHA_POINTS = 25  # kept of an alpha's history
 
 # Events reach the disk every two minutes only: of a training that was killed, the log knows more.
 _IN_LOG = {
-    _TRAIN: re.compile(r"iteration +(\d+)/.*\| lm loss: ([\d.E+-]+) \|"),
-    _VALID: re.compile(r"validation loss at iteration (\d+) .*\| lm loss value: ([\d.E+-]+) \|"),
+    TRAIN: re.compile(r"iteration +(\d+)/.*\| lm loss: ([\d.E+-]+) \|"),
+    VALID: re.compile(r"validation loss at iteration (\d+) .*\| lm loss value: ([\d.E+-]+) \|"),
 }
 
 
@@ -91,7 +91,7 @@ def read_record(
         SystemExit: a file is missing or ends early.
     """
     events = read_events(folder / "events")
-    for tag in (_TRAIN, _VALID):
+    for tag in (TRAIN, VALID):
         if not events.get(tag) or events[tag][-1][0] != settings.iterations:
             raise SystemExit(
                 f"compare: {folder / 'events'} has no '{tag}' at iteration {settings.iterations}; "
@@ -109,8 +109,8 @@ def read_record(
         tokens_per_second=settings.tokens_per_iteration / seconds,
         memory=max(value for _, value in events[_MEMORY]) if on_gpu else peak_rss,
         memory_of="GPU, allocated" if on_gpu else "largest process, resident",
-        train=complete(events, folder / "log.txt", _TRAIN),
-        valid=complete(events, folder / "log.txt", _VALID),
+        train=complete(events, folder / "log.txt", TRAIN),
+        valid=complete(events, folder / "log.txt", VALID),
         alphas=read_alphas(events, variant) if variant.has_alphas else None,
     )
 

@@ -71,6 +71,7 @@ def train(
     tokens_per_iteration: int,
     log: Path,
     keep_open: int,
+    stop_after: int | None = None,
 ) -> int:
     """Run ``megatron_xielu.pretrain_gpt`` to its end and show how it proceeds.
 
@@ -82,6 +83,7 @@ def train(
         tokens_per_iteration: to show the speed.
         log: file that the output is appended to.
         keep_open: a file descriptor for the child to hold for as long as it lives.
+        stop_after: iteration after which it gets SIGTERM, and ends with a checkpoint.
 
     Returns:
         Bytes resident at most in any of its processes.
@@ -97,7 +99,7 @@ def train(
         *(sys.executable, *(launcher if ranks > 1 else ())),
         *("-m", "megatron_xielu.pretrain_gpt", *flags, *(_gpu_flags() if on_gpu else ("--cpu",))),
     ]
-    progress = _Progress(label, tokens_per_iteration)
+    progress, stopped = _Progress(label, tokens_per_iteration), False
     position = log.stat().st_size if log.exists() else 0
     child = start(command, environment=_environment(ranks), log=log, keep_open=keep_open)
     try:
@@ -105,6 +107,9 @@ def train(
             lines.seek(position)
             while (peak := ended(child)) is None:
                 progress.read(lines.read())
+                if stop_after and not stopped and progress.iteration >= stop_after:
+                    stopped = True
+                    child.send_signal(signal.SIGTERM)
                 time.sleep(_POLL_SECONDS)
             progress.read(lines.read())
     except BaseException:
@@ -112,7 +117,7 @@ def train(
         child.send_signal(signal.SIGTERM)
         child.wait()
         raise
-    if child.returncode:
+    if child.returncode and not stopped:
         progress.end("failed")
         with log.open(errors="replace") as lines:
             lines.seek(position)
@@ -121,7 +126,7 @@ def train(
             f"{tail}\ncompare: the training of {label} failed; its whole log: {log}\n"
             "Run the same command again to go on from its last checkpoint."
         )
-    progress.end("done")
+    progress.end("stopped" if stopped else "done")
     return peak
 
 
@@ -188,6 +193,7 @@ class _Progress:
         self._recent: deque[float] = deque(maxlen=20)  # milliseconds per iteration
         self._rest = ""
         self._state = "starting"
+        self.iteration = 0
         self._live = sys.stdout.isatty()
         self._begin = self._shown = time.monotonic()
         self._show()
@@ -205,6 +211,7 @@ class _Progress:
             self._show()
 
     def _describe(self, iteration: int, of: int, loss: float) -> None:
+        self.iteration = iteration
         seconds = sum(self._recent) / len(self._recent) / 1000
         left = round((of - iteration) * seconds)
         self._state = (

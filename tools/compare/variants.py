@@ -6,6 +6,8 @@
     xielu-init-0.4          αp starts at 0.4 (0.8 is the default), αn as ever
     xielu-init-0.4-1.2      αp starts at 0.4, αn at 1.2
     xielu-beta-0.3          β is 0.3 (0.5 is the default)
+    xielu-recompute         computed twice, to keep one tensor of the MLP's width less: the same
+                            losses with less memory
 
 and the same with xiprelu.
 """
@@ -22,6 +24,13 @@ ACTIVATIONS = {
 }
 # Of Megatron's default: its fused form wants the linear biases that these models do not have.
 _GELU_FLAG = "--no-bias-gelu-fusion"
+
+# Ablations without a number: what they are called, and the flag.
+_SWITCHES = {
+    "frozen": ("alphas frozen", "--xielu-frozen-alphas"),
+    "shared": ("one pair for all layers", "--xielu-shared-alphas"),
+    "recompute": ("output recomputed", "--xielu-recompute-output"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,9 @@ def parse(name: str) -> Variant:
         return Variant(name, label, activation, flags)
     what, *values = change.split("-")
     if activation.trainable:
-        if what in ("frozen", "shared") and not values:
-            said = "alphas frozen" if what == "frozen" else "one pair for all layers"
-            flags = (*flags, f"--xielu-{what}-alphas")
-            return Variant(name, f"{label}, {said}", activation, flags)
+        if what in _SWITCHES and not values:
+            said, flag = _SWITCHES[what]
+            return Variant(name, f"{label}, {said}", activation, (*flags, flag))
         numbers = _numbers(values)
         if what == "beta" and len(numbers) == 1:
             flags = (*flags, "--xielu-beta", values[0])
@@ -69,8 +77,8 @@ def parse(name: str) -> Variant:
         if what == "init" and len(numbers) in (1, 2):
             return _with_inits(name, activation, flags, numbers)
     raise ValueError(
-        f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, -init-P, "
-        "-init-P-N and -beta-B with numbers for P, N and B: xielu-init-0.4"
+        f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, "
+        "-recompute, -init-P, -init-P-N and -beta-B with numbers for P, N and B: xielu-init-0.4"
     )
 
 
