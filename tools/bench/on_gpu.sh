@@ -2,8 +2,8 @@
 # Everything that is measured on a GPU, for one that can be had for minutes: the most valuable first,
 # each step with a limit of its own, and $OUT (runs/on_gpu) up to date after each.
 #
-#     tools/bench/on_gpu.sh check     right? how fast? what would be faster?      (6 minutes at most)
-#     tools/bench/on_gpu.sh train     Megatron: three activations, resume, memory (5 minutes at most)
+#     tools/bench/on_gpu.sh check     right? how fast? what would be faster?      (6 minutes)
+#     tools/bench/on_gpu.sh train     Megatron: losses, times, memory, resume     (5 minutes)
 #
 # Needs python3 with PyTorch, Triton, pytest, pytest-xdist and matplotlib. Wheels in .whl/ are put
 # beside it: megatron-core and omegaconf, where there is no Megatron; without it the peers ReLU² and
@@ -15,16 +15,16 @@ cd "$(dirname "$0")/../.." || exit
 what=${1:-}
 [[ $what == check || $what == train ]] || { echo "usage: tools/bench/on_gpu.sh check|train" >&2; exit 2; }
 out=${OUT:-$PWD/runs/on_gpu}
-work=$(mktemp -d)
+# Kept: a second call finds what is compiled, and goes on with the trainings of the first.
+work=${TMPDIR:-/tmp}/on_gpu.$UID
 site=$work/site
 mkdir -p "$out" "$work/$what"
-if compgen -G '.whl/*.whl' >/dev/null; then
+rm -f "$work/$what/summary.txt"
+if [[ ! -d $site ]] && compgen -G '.whl/*.whl' >/dev/null; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl
 fi
 export PYTHONPATH=$site:$PWD PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 CUDA_DEVICE_MAX_CONNECTIONS=1
-# Kept between `check` and `train`.
-export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/on_gpu/triton TORCHINDUCTOR_CACHE_DIR=${TMPDIR:-/tmp}/on_gpu/inductor
-export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/on_gpu/extensions
+export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor TORCH_EXTENSIONS_DIR=$work/extensions
 
 step() { # NAME SECONDS LINES COMMAND…: run it, show the last lines of what it says, keep everything
     local name=$1 limit=$2 lines=$3 begin=$SECONDS status
@@ -72,7 +72,9 @@ check)
 train)
     mkdir -p "$work/$what/minutes"
     cp -r runs/minutes/text "$work/$what/minutes/" || exit
-    step train 240 30 python3 tools/compare_activations.py minutes --activations xielu swiglu relu2 --out "$work/$what/minutes"
+    compare=(python3 tools/compare_activations.py minutes --out "$work/$what/minutes")
+    step train 300 40 "${compare[@]}" --activations xielu swiglu relu2 --ablation xielu-recompute
+    step resume 120 20 "${compare[@]}" --check-resume
     ;;
 esac
 cat "$work/$what/summary.txt"
