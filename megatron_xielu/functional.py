@@ -95,11 +95,18 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
 
         @staticmethod
         def forward(ctx, *inputs):
-            return backward_op(*inputs)
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward_op(*inputs)
 
         @staticmethod
         def backward(ctx, *gradients):
             raise RuntimeError(f"{name} can be differentiated once: it has no second derivative")
+
+    def backward_with_autograd(*inputs):
+        if torch.is_grad_enabled():
+            return Gradients.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_op(*inputs)
 
     class Activation(torch.autograd.Function):
         @staticmethod
@@ -112,22 +119,21 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
         @staticmethod
         def backward(ctx, dy):
             x, alpha_p, alpha_n, bias = ctx.saved_tensors
-            differentiate = Gradients.apply if torch.is_grad_enabled() else backward_op
-            dx, d_alpha_p, d_alpha_n, d_bias = differentiate(
+            dx, d_alpha_p, d_alpha_n, d_bias = backward_with_autograd(
                 dy, x, alpha_p, alpha_n, ctx.beta, bias
             )
             return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
 
-    def with_autograd(x, alpha_p, alpha_n, beta, bias=None):
+    def forward_with_autograd(x, alpha_p, alpha_n, beta, bias=None):
         return Activation.apply(x, alpha_p, alpha_n, beta, bias)
 
-    for operator, function, fake in (
-        (name, forward, forward_fake),
-        (f"{name}_backward", backward, backward_fake),
+    for operator, function, fake, with_autograd in (
+        (name, forward, forward_fake, forward_with_autograd),
+        (f"{name}_backward", backward, backward_fake, backward_with_autograd),
     ):
         _library.impl(operator, function, "CompositeExplicitAutograd")
+        _library.impl(operator, with_autograd, "Autograd")
         torch.library.register_fake(f"megatron_xielu::{operator}", fake, lib=_library)
-    _library.impl(name, with_autograd, "Autograd")
     return forward_op
 
 

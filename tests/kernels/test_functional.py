@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import XIELUActivation
 
@@ -547,6 +548,19 @@ def test_compiles_with_the_default_backend_and_a_beta_argument() -> None:
             y = f(x, *alphas, beta=beta)
             results.append((y.detach(), *torch.autograd.grad(y.sum(), (x, *alphas))))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_passes_in_one_traced_graph(name: str) -> None:
+    alphas = [torch.tensor([a], requires_grad=True) for a in (0.2, -1.1)]
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def step(x: Tensor, *alphas: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(getattr(functional, name)(x, *alphas).sum(), (x, *alphas))
+
+    graph = make_fx(step)(x, *alphas)
+    assert sum(f"megatron_xielu.{name}" in str(node.target) for node in graph.graph.nodes) == 2
+    assert all(map(torch.equal, graph(x, *alphas), step(x, *alphas)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -280,6 +280,7 @@ def measure(
     bias_tensor = torch.randn(shape[1], device=device) if bias else None
     alphas = _alphas(device)
     x, dy, _ = (t.detach() for t in next(pool))
+    dy = dy.abs()  # of one sign: where the sum cancels, its last bits are the order's
     right: list[Candidate] = []
     expected: dict[str, tuple[Tensor, ...]] = {}
     for candidate in found:
