@@ -481,11 +481,12 @@ def test_autocast_keeps_the_dtype_of_x(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_tensors(name: str) -> None:
-    x = torch.empty(3, 4, 5, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    x = torch.empty(5, 4, 3, dtype=torch.bfloat16, device="meta").transpose(0, 2).requires_grad_()
     alphas = [torch.empty(1, device="meta", requires_grad=True) for _ in range(2)]
     y = getattr(functional, name)(x, *alphas)
     assert (y.device.type, y.dtype, y.shape) == ("meta", x.dtype, x.shape)
     gradients = torch.autograd.grad(y, (x, *alphas), torch.empty_like(y))
+    assert y.is_contiguous() and gradients[0].is_contiguous()  # as they are made
     assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in (x, *alphas)]
 
 

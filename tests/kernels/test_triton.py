@@ -21,14 +21,18 @@ ALPHAS = (0.2, -1.1)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_beyond", [True, False])
 @pytest.mark.parametrize("name", ["xielu", "xiprelu"])
-def test_offsets_beyond_31_bits(name, monkeypatch):
+def test_offsets_beyond_31_bits(name, is_beyond, monkeypatch):
     """One program walks two rows that are 2^31 elements apart, in memory that nothing else
-    touches: it is reserved, but only the pages of those rows are ever filled."""
+    touches: it is reserved, but only the pages of those rows are ever filled. Or two that are not
+    quite so far apart, of which the next would be beyond: numel and cols fit 32 bits then."""
     # The interpreter would copy every argument back to where it already is.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
     device = "cuda" if HAS_GPU else "cpu"
-    far, block = 2**31, gpu_triton.BLOCK
+    block = gpu_triton.BLOCK
+    far = 2**31 if is_beyond else 2**31 - 2 * block
+    cols, row_programs = (far, 1) if is_beyond else (block, far // block)
     used = 1000  # less than a block: the last row is ragged
     alpha_p, alpha_n = (torch.tensor([a], device=device) for a in ALPHAS)
     x, dy, y, dx = (torch.empty(far + used, dtype=torch.bfloat16, device=device) for _ in range(4))
@@ -38,7 +42,7 @@ def test_offsets_beyond_31_bits(name, monkeypatch):
         dy[start : start + count] = torch.randn(count, device=device)
         y[start : start + count] = dx[start : start + count] = float("nan")
     sums = torch.empty(2, 1, device=device)
-    layout = {"numel": far + used, "cols": far, "row_programs": 1, "beta": 0.5}
+    layout = {"numel": far + used, "cols": cols, "row_programs": row_programs, "beta": 0.5}
     constants = {"NAME": name, "HAS_BIAS": False, "BLOCK": block}
     with like_hardware():
         gpu_triton._forward_kernel[(1,)](
@@ -70,6 +74,9 @@ def test_offsets_beyond_31_bits(name, monkeypatch):
     )[0]
     torch.testing.assert_close(got_y.double(), exact_y, rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(got_dx.double(), exact_dx, rtol=2**-8, atol=1e-6)
+    if HAS_GPU:  # 16 GiB that the tests beside it may need
+        del x, dy, y, dx
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])

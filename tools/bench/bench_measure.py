@@ -169,11 +169,13 @@ class CudaTimer:
     The GPU is made to wait while the host queues everything, so that kernels follow each other
     without gaps, as in a training step. If the wait was over before all was queued, it is doubled
     and the step measured again; at its longest it is enough for anything but a call that itself
-    waits for the GPU, and that one's time is then part of the result.
+    waits for the GPU, and that one's time is then part of the result. A step that was measured
+    makes the next wait shorter: one pause of the host must not cost all that follow.
     """
 
     def __init__(self) -> None:
-        self.cycles, self.most = _SLEEP_CYCLES
+        self.least, self.most = _SLEEP_CYCLES
+        self.cycles = self.least
 
     def __call__(self, step: Step, backward: bool) -> dict[str, float]:
         while True:
@@ -190,6 +192,7 @@ class CudaTimer:
             if too_short and self.cycles < self.most:
                 self.cycles = min(2 * self.cycles, self.most)
                 continue
+            self.cycles = max(self.least, self.cycles * 7 // 8)
             times = {"forward": begin.elapsed_time(middle) / 1e3}
             if backward:
                 times["backward"] = middle.elapsed_time(end) / 1e3

@@ -16,6 +16,7 @@ gradients while 12 such MLPs in a row, with residuals, run forward and backward 
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def build_mlp(hidden: int, ffn: int, builder: Any, **options: Any) -> torch.nn.M
     return spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
 
 
-def measure(on_gpu: bool = False) -> str:
-    """The table, in Markdown.
+def measure(on_gpu: bool = False) -> Iterator[str]:
+    """The table's lines, in Markdown, each when it is measured.
 
     Raises:
         RuntimeError: the MLPs of a model do not have the same number of weights.
@@ -116,10 +117,8 @@ def measure(on_gpu: bool = False) -> str:
         ("xIPReLU, `--xielu-recompute-output`", xiprelu, {}, True),
     ]
     what = "peak bytes per token and MLP" if on_gpu else "bytes per token and layer"
-    lines = [
-        f"| model | MLP | hidden | ffn | weights | {what} | of SwiGLU's |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    yield f"| model | MLP | hidden | ffn | weights | {what} | of SwiGLU's |"
+    yield "|---|---|---|---|---|---|---|"
     device, count, tokens = ("cuda", GPU_MLPS, GPU_TOKENS) if on_gpu else ("cpu", 1, TOKENS)
     for model, (hidden, gated_ffn) in MODELS.items():
         weights_of_swiglu = bytes_of_swiglu = 0
@@ -127,7 +126,8 @@ def measure(on_gpu: bool = False) -> str:
             ffn = gated_ffn if name == "SwiGLU" else gated_ffn * 3 // 2
             # Bytes do not depend on the weights, which take half a minute to draw.
             options = {"perform_initialization": False, **options}
-            mlps = [build_mlp(hidden, ffn, builder, **options) for _ in range(count)]
+            # Megatron moves a model to the GPU after it is built.
+            mlps = [build_mlp(hidden, ffn, builder, **options).to(device) for _ in range(count)]
             if recomputed:
                 recompute.install(mlps)
             weights = sum(p.numel() for p in mlps[0].parameters() if p.dim() == 2)
@@ -141,11 +141,10 @@ def measure(on_gpu: bool = False) -> str:
                 raise RuntimeError(f"{name}: {weights:,} weights, SwiGLU {weights_of_swiglu:,}")
             if remainder and not on_gpu:
                 raise RuntimeError(f"{name}: {remainder} bytes were saved that are no token's")
-            lines.append(
+            yield (
                 f"| {model} | {name} | {hidden} | {ffn} | {weights:,} | {per_token:,} "
                 f"| {per_token / bytes_of_swiglu:.0%} |"
             )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -164,14 +163,16 @@ def main() -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch.distributed.init_process_group(
-        "nccl" if on_gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    table = measure(on_gpu)
-    print(table)
+    lines = []
+    for line in measure(on_gpu):
+        print(line, flush=True)
+        lines.append(line)
     if args.output:
-        args.output.write_text(table + "\n")
+        args.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

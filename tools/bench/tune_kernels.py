@@ -18,7 +18,6 @@ of that. The JSON file is written after each shape.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import sys
@@ -242,9 +241,12 @@ def compile_all(found: list[Candidate], dtype: torch.dtype, bias: bool) -> list[
     """Those that compile and run, compiled by as many processes as there are cores."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(mp_context=spawn) as pool:
-        errors = list(
-            pool.map(_compile_one, found, itertools.repeat(dtype), itertools.repeat(bias))
-        )
+        futures = [pool.submit(_compile_one, candidate, dtype, bias) for candidate in found]
+    # A worker that dies takes the others along: what they had is compiled here.
+    errors = [
+        _compile_one(candidate, dtype, bias) if future.exception() else future.result()
+        for candidate, future in zip(found, futures, strict=True)
+    ]
     for candidate, error in zip(found, errors, strict=True):
         if error:
             print(f"{candidate}: {error}", flush=True)
