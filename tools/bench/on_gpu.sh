@@ -38,8 +38,8 @@ step() { # NAME SECONDS LINES COMMAND…: run it, show the last lines of what it
         printf '%-12s left out: no time\n' "$name" | tee -a "$work/$what/summary.txt"
         return
     fi
-    # SIGINT: pytest then tells what has failed so far.
-    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$work/$what/$name.log" 2>&1
+    # SIGINT: pytest then tells what has failed so far, and a training saves a checkpoint.
+    timeout --signal=INT --kill-after=30 "$limit" "$@" >"$work/$what/$name.log" 2>&1
     status=$?
     printf '%-12s exit %3d  %4d s\n' "$name" "$status" $((SECONDS - begin)) | tee -a "$work/$what/summary.txt"
     tail -n "$lines" "$work/$what/$name.log" | cut -c1-200
