@@ -12,7 +12,7 @@ import torch
 from launch import REPOSITORY, TINY_LLAMA, Run, load_checkpoint, train
 from megatron_wheels import patched, train_stock, unpack
 
-START, LAST = 3, 6  # iterations: three after the resume
+START, LAST = 4, 8  # iterations: four after the resume
 
 BUCKETS = "--bf16 --overlap-grad-reduce --ddp-bucket-size 10000"
 DEFAULT = f"{BUCKETS} --use-distributed-optimizer"
@@ -54,7 +54,7 @@ CASES = {
 
 def flags_of(flags: str, ranks: int, folder: Path, last: int = LAST) -> str:
     return (
-        f"{flags} --global-batch-size {2 * ranks} --train-iters {last} --lr-decay-iters {last} "
+        f"{flags} --global-batch-size {4 * ranks} --train-iters {last} --lr-decay-iters {last} "
         f"--save {folder}/checkpoints --save-interval {START}"
     )
 
