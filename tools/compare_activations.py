@@ -211,8 +211,6 @@ def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Reco
     settings = PRESETS[options.preset]
     lock = hold_lock(out)
     machine = this_machine(settings, options.tensor_parallel)
-    if settings.bf16 and not machine.on_gpu:
-        print(f"{options.preset} is meant for a GPU: on this CPU it will take days", flush=True)
     widths = dict(options.ffn)
     # Before the text, which takes longest: neither depends on it.
     check_settings(out, describe_run(settings, machine, options.text, widths))
@@ -300,6 +298,8 @@ def this_machine(settings: Settings, ranks: int | None) -> Machine:
 
     wanted = ranks or settings.tensor_parallel
     if not torch.cuda.is_available():
+        if settings.bf16:
+            print("this preset is meant for a GPU: on this CPU it will take days", flush=True)
         return Machine("cpu", wanted)
     there = torch.cuda.device_count()
     if ranks and ranks > there:
