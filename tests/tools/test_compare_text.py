@@ -128,6 +128,8 @@ class TestBpeText:
 
         found: list[set[str]] = []
         monkeypatch.setattr(bpe_text, "_make", make)
+        corpus = tmp_path / "corpus"
+        corpus.mkdir()
         for folder in (library, library, None):
             with pytest.raises(SystemExit):
                 bpe_text.prepare(folder, tmp_path / "text")
@@ -137,6 +139,11 @@ class TestBpeText:
                 path.touch()
         assert [len(names) for names in found] == [1, 4, 1]
         assert found[2] == {"source.json"}
+        # Brought from elsewhere, it cannot be made again.
+        corpus.rmdir()
+        with pytest.raises(SystemExit, match="is of another text or vocabulary; give the --text"):
+            bpe_text.prepare(library, tmp_path / "text")
+        assert (tmp_path / "text/train/train/00000.bin").exists()
 
 
 class TestPackageText:

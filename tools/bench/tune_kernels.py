@@ -321,12 +321,13 @@ def measure(
 
 def compiled_table(found: list[Candidate], bias: bool) -> str:
     """What each compiles to for sm_90, in bf16."""
-    rows = [["kernel", "loop", "block", "warps", "registers", "spilled", "fit", "asked"]]
+    rows = [["kernel", "loop", "block", "warps", "maxnreg", "registers", "spilled", "fit", "asked"]]
     for c in found:
         options = LOOPS[c.loop] | {"BLOCK": c.block, "num_warps": c.warps, "maxnreg": c.maxnreg}
         registers, spilled, _ = read(compile_for_sm90(c.kernel, "xielu", "bf16", bias, **options))
         fit = programs_that_fit(registers, c.warps)
-        values = (c.what, c.loop, c.block, c.warps, registers, spilled, fit, c.programs)
+        limit = c.maxnreg or "–"
+        values = (c.what, c.loop, c.block, c.warps, limit, registers, spilled, fit, c.programs)
         rows.append([str(value) for value in values])
     return table(rows, left=(0, 1))
 

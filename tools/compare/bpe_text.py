@@ -41,6 +41,11 @@ def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text
     source = out / "source.json"
     described = {"vocab_size": vocab_size, **package_text.describe(folder)}
     if source.exists() and json.loads(source.read_text()) != described:
+        if not out.with_name("corpus").exists():
+            raise SystemExit(
+                f"compare: {out}, brought from elsewhere, is of another text or vocabulary; give "
+                "the --text that it was made of, or delete it to have it made anew"
+            )
         for name in ("cache", *SPLITS):
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "tokenizer.json").unlink(missing_ok=True)
