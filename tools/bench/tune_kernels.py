@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 from bench_measure import CudaTimer, rotating, sets_needed, time_on_cpu
-from bench_providers import BETA
+from bench_providers import BETA, bytes_moved
 from inspect_kernels import compile_for_sm90, programs_that_fit, read
 from torch import Tensor
 
@@ -42,7 +42,7 @@ from megatron_xielu.common.text import table
 from megatron_xielu.kernels import gpu_triton
 from megatron_xielu.kernels.gpu_triton import _effective, _xielu, _xielu_slope
 
-BYTES_OVER_COPY = {"forward": 1.0, "backward": 1.5}
+KERNELS = ("forward", "backward")
 ALPHA_RTOL = 1e-6
 
 
@@ -278,6 +278,8 @@ def measure(
 ) -> list[dict]:
     """A record for each candidate that computes the same as the first of its kernel."""
     x_bytes = shape[0] * shape[1] * dtype.itemsize
+    moved = {what: bytes_moved(what, *shape, dtype.itemsize, gated=False) for what in KERNELS}
+    over_copy = {what: moved[what] / moved["forward"] for what in KERNELS}
     pool = rotating(sets_needed(device, 3 * x_bytes), (shape,) * 3, dtype, device)
     bias_tensor = torch.randn(shape[1], device=device) if bias else None
     alphas = _alphas(device)
@@ -304,8 +306,9 @@ def measure(
             step = _AfterCopy(candidate, (x, dy, bias_tensor, alphas), target)
             times = timer(step, backward=True)
             seconds[candidate].append(times["backward"])
-            more = BYTES_OVER_COPY[candidate.what]
-            of_copy[candidate].append(more * times["forward"] / times["backward"])
+            of_copy[candidate].append(
+                over_copy[candidate.what] * times["forward"] / times["backward"]
+            )
     return [
         asdict(c)
         | {
@@ -335,7 +338,7 @@ def compiled_table(found: list[Candidate], bias: bool) -> str:
 def best(records: list[dict], count: int = 6) -> str:
     """The shipped one and the fastest of each kernel."""
     rows = [["kernel", "loop", "block", "warps", "programs", "maxnreg", "µs", "of copy"]]
-    for what in BYTES_OVER_COPY:
+    for what in KERNELS:
         shipped, *others = [r for r in records if r["what"] == what]
         for r in (shipped, *sorted(others, key=lambda r: r["us"])[:count]):
             names = ("what", "loop", "block", "warps", "programs", "maxnreg")
