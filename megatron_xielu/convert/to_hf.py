@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -59,18 +60,19 @@ def export(
     _check_tensors(source, full)
     words = tokenizer.load(options.tokenizer, source.arguments, full.vocabulary, report)
     rows = options.vocabulary or full.vocabulary
-    if rows > full.vocabulary or (words is not None and rows < len(words)):
-        least = 1 if words is None else len(words)
+    least = 1 if words is None else words.entries
+    if not least <= rows <= full.vocabulary:
         raise Refused(f"--trim-vocab {rows}: must be {least} to {full.vocabulary}")
     architecture = replace(full, vocabulary=rows)
 
     files = _plan(source, architecture, options)
     dtype = options.dtype or source.dtype(_EMBEDDING)
-    config = hf_config.config_of(architecture, dtype) | tokenizer.special_ids(words)
+    config = hf_config.config_of(architecture, dtype)
     report(f"{config['architectures'][0]}: {describe(architecture)}")
     with output.written(out) as folder:
-        (folder / MARKER).write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.write(folder, words, rows)
+        _write_json(folder / MARKER, config)
+        config |= tokenizer.write(folder, words, rows, report)
+        _write_json(folder / MARKER, config)
         if architecture.activation == "xiprelu":
             from megatron_xielu.hf import remote_code
 
@@ -84,6 +86,10 @@ def export(
             + ("Arcee" if architecture.family == "arcee" else "in bfloat16")
             + ", and megatron_xielu.hf.use_fused_activation(model, alphas_from=…) restores them"
         )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def architecture_of(source: Source) -> Architecture:
