@@ -168,7 +168,9 @@ def _words(name: str, files: dict[str, bytes]) -> Words:
             tokenizer = Tokenizer.from_str(files[_TOKENIZER].decode())
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            entries = max(tokenizer.get_vocab().values()) + 1
+            entries = max(tokenizer.get_vocab().values(), default=-1) + 1
+            if not entries:
+                raise ValueError("its vocabulary is empty")
             added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     except Exception as error:
         raise Refused(

@@ -50,6 +50,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("tokens")
     group.add_argument("--tokenizer", help="tokenizer.json, its folder, or a name on the Hub")
     group.add_argument("--eod-token", help="end of document, where the tokeniser does not say it")
+    group.add_argument(
+        "--special-tokens-as-text",
+        action="store_true",
+        help="a text's own <|endoftext|> is text, not the end of a document",
+    )
     group.add_argument("--max-tokens", type=float, help="stop at so many training tokens: 125e9")
     group.add_argument(
         "--valid-fraction", type=float, default=0.01, help="documents held out [0.01]"
@@ -106,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _go_offline(options: argparse.Namespace) -> None:
     """Before any Hub library is imported: nothing remote, no attempt to reach the Hub."""
     names = [*options.source, *([options.tokenizer] if options.tokenizer else [])]
-    if all(Path(name).exists() or name.startswith("file://") for name in names):
+    if all(os.path.exists(name) or name.startswith("file://") for name in names):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -120,7 +125,9 @@ def _prepare(options: argparse.Namespace) -> None:
     from megatron_xielu.data import estimate, manifest, recipe, records, scheduler, tokenizer_files
 
     output: Path = options.output.absolute()
-    info, tokenizer_path, config = tokenizer_files.inspect(options.tokenizer, options.eod_token)
+    info, tokenizer_path, config = tokenizer_files.inspect(
+        options.tokenizer, options.eod_token, special_as_text=options.special_tokens_as_text
+    )
     recipe.make_folder(output)
     with _lock(output):
         work = output / "work"
@@ -190,6 +197,7 @@ def _make_recipe(options: argparse.Namespace, info: object, before: Recipe | Non
         sentences=language,
         punkt_sha256=sentences.fingerprint(language) if language else None,
         skip_bad_rows=options.skip_bad_rows,
+        special_tokens_as_text=options.special_tokens_as_text,
     )
 
 
@@ -234,6 +242,12 @@ def _report(result: dict, output: Path) -> None:
         f"{result['empty_rows']:,} rows without text"
         + (f", {result['bad_rows']:,} bad rows left out" if result["bad_rows"] else "")
     )
+    if special := result["special_tokens"]:
+        shown = [f"{number:,} of {token!r}" for token, number in special.items()]
+        print(
+            f"special tokens within documents: {', '.join(shown[:5])}{' …' if shown[5:] else ''}; "
+            "where a text spells them, --special-tokens-as-text makes them text (docs/data.md)"
+        )
     budget = result["max_tokens"]
     if budget and train["tokens"] < budget:
         print(f"the input has no more: {budget - train['tokens']:,} tokens below --max-tokens")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from megatron_xielu.common import text
 from megatron_xielu.data import recipe as recipes
-from megatron_xielu.data import sentences
+from megatron_xielu.data import sentences, tokenizer_files
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.readers import make_reader, zstd
 from megatron_xielu.data.recipe import Recipe
@@ -77,7 +77,7 @@ def _estimate_group(
         cut = [text[:_TEXT] for text in texts]
         scale = characters / max(sum(map(len, cut)), 1) * _part(group, file, reader, len(texts))
         parts = sum(len(sentences.split(splitter, t)) for t in cut) if splitter else len(cut)
-        tokens += scale * sum(len(one.ids) + 1 for one in tokenizer.encode_batch_fast(cut))
+        tokens += scale * sum(len(ids) + 1 for ids in tokenizer_files.encode(tokenizer, cut))
         sequences += scale * parts
         sampled += file.size
     factor = sum(file.size for file in group.files) / sampled

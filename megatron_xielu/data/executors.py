@@ -82,6 +82,7 @@ def make_executor(output: Path, request: Request) -> PipelineExecutor:
         language=recipe.sentences,
         limits=request.limits,
         readers=readers,
+        special_as_text=recipe.special_tokens_as_text,
         raise_errors=request.executor != "local",
     )
     common: dict[str, Any] = {

@@ -8,6 +8,7 @@ per_split_data_args.json    training and validation shards, for --per-split-data
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
         "tasks": recipe.tasks,
         "empty_rows": sum(record.empty_rows for record in done.values()),
         "bad_rows": sum(record.bad_rows for record in done.values()),
+        "special_tokens_as_text": recipe.special_tokens_as_text,
+        "special_tokens": _special_tokens(done),
         **totals,
         "shards": [entry for entry in every if entry["documents"]],
     }
@@ -79,6 +82,16 @@ def _total(done: dict[int, Record], split: str) -> dict[str, int]:
         name: sum(getattr(shard, name) for shard in shards)
         for name in ("tokens", "documents", "sequences", "text_bytes")
     }
+
+
+def _special_tokens(done: dict[int, Record]) -> dict[str, int] | None:
+    """How often documents hold each special token; None if an older record does not say."""
+    total: Counter[str] = Counter()
+    for record in done.values():
+        if record.special_tokens is None:
+            return None
+        total.update(record.special_tokens)
+    return dict(sorted(total.items()))
 
 
 def _entry(task: int, split: str, record: Record) -> dict[str, Any]:

@@ -24,6 +24,7 @@ _FLAGS = {
     "valid_fraction": "--valid-fraction",
     "sentences": "--split-sentences and --language",
     "punkt_sha256": "the Punkt data",
+    "special_tokens_as_text": "--special-tokens-as-text",
 }
 
 
@@ -42,6 +43,7 @@ class Recipe:
     sentences: str | None  # Punkt's language
     punkt_sha256: str | None
     skip_bad_rows: bool
+    special_tokens_as_text: bool = False
 
     @property
     def input_bytes(self) -> int:

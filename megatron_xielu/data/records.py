@@ -46,6 +46,8 @@ class Record:
     empty_rows: int
     bad_rows: int
     limit: int | None  # training tokens at which it stopped before its input ended
+    # How often documents hold each special token; None: written when nobody counted.
+    special_tokens: dict[str, int] | None = None
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         language: write a sequence a sentence, found by Punkt's model of that language.
         limits: by task, training tokens after which it stops; none for the others.
         readers: the readers before it, for what they left out.
+        special_as_text: a text's own special tokens, ``<|endoftext|>`` for one, are words.
         raise_errors: an error ends the process; otherwise it is only written down.
     """
 
@@ -51,6 +53,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         language: str | None,
         limits: dict[int, int],
         readers: Sequence[Any],
+        special_as_text: bool = False,
         raise_errors: bool,
     ) -> None:
         super().__init__(
@@ -61,6 +64,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         self.language = language
         self.limits = limits
         self.readers = readers
+        self.special_as_text = special_as_text
         self.raise_errors = raise_errors
 
     @cached_property
@@ -68,7 +72,15 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         tokenizer = MegatronDocumentTokenizer.tokenizer.func(self)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = self.special_as_text
         return tokenizer
+
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Text by id of what a document is not to hold: tokens marked as special, and its end."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {id_: token.content for id_, token in added.items() if token.special}
+        return {**special, self.tokenizer.token_to_id(self.eos_token): self.eos_token}
 
     @cached_property
     def splitter(self) -> Any:
@@ -101,6 +113,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         }
         counts = {split: [0, 0, 0] for split in records.SPLITS}  # tokens, documents, text bytes
         owner = int(os.environ.get(OWNER, "0"))
+        special: Counter[str] = Counter()
         left_out, stopped = 0, False
         for batch in batched(data, self.batch_size):
             if owner and not processes.is_alive(owner):
@@ -118,6 +131,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
                     count[0] += tokens
                     count[1] += 1
                     count[2] += len(text)
+                    special.update(self._special_in(sequences))
                     self.stat_update("tokens", value=tokens)
                     if limit is not None and counts["train"][0] >= limit:
                         stopped = True
@@ -135,6 +149,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
             empty_rows=left_out + sum(reader.empty_rows for reader in self.readers),
             bad_rows=sum(reader.bad_rows for reader in self.readers),
             limit=limit if stopped else None,
+            special_tokens=dict(sorted(special.items())),
         )
 
     def _encode(self, documents: list[Document]) -> list[list[list[int]]]:
@@ -152,6 +167,20 @@ class SplitTokenizer(MegatronDocumentTokenizer):
                 sequences[-1].append(eod)
             result.append(sequences)
         return result
+
+    def _special_in(self, sequences: list[list[int]]) -> list[str]:
+        """Special tokens of a document, its last one left out."""
+        end = sequences[-1].pop()  # for the time being
+        names = self.special_tokens
+        found = [
+            names[token]
+            for sequence in sequences
+            if not names.keys().isdisjoint(sequence)  # of nearly every text
+            for token in sequence
+            if token in names
+        ]
+        sequences[-1].append(end)
+        return found
 
     def _is_valid(self, text: bytes) -> bool:
         digest = hashlib.blake2b(text, digest_size=8).digest()

@@ -7,13 +7,19 @@ Tasks read the copy, so that they need no Hub. It is also what to train a model 
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, pretrained_tokenizer
+from megatron_xielu.common.schema import Count, Malformed, Positive
 from megatron_xielu.data.errors import DataError
+
+_MOST_ENTRIES = {"uint16": 2**16, "int32": 2**31}
 
 
 @dataclass(frozen=True)
@@ -22,15 +28,19 @@ class TokenizerInfo:
 
     name: str
     sha256: str
-    vocab_size: int
+    vocab_size: Positive  # one more than the largest id
     eod_token: str
-    eod_id: int
-    dtype: str
+    eod_id: Count
+    dtype: Literal["uint16", "int32"]
+
+    def __post_init__(self) -> None:
+        if self.eod_id >= self.vocab_size:
+            raise ValueError(f"eod_id {self.eod_id} is beyond vocab_size {self.vocab_size}")
 
 
 def is_local(name: str) -> bool:
     """Whether it is a file or folder here."""
-    return Path(name).exists()
+    return os.path.exists(name)
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -41,67 +51,100 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def find(name: str) -> tuple[Path, Path | None]:
-    """``tokenizer.json``, and ``tokenizer_config.json`` where there is one, as local files."""
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of texts, and nothing around them.
+
+    Raises:
+        DataError: it has no token for some of it.
+    """
+    try:
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in encoded]
+    except Exception as error:
+        raise DataError(f"--tokenizer cannot encode the text: {error}") from error
+
+
+def find(name: str) -> tuple[Path, Path]:
+    """``tokenizer.json`` and ``tokenizer_config.json`` as local files; there may be no second."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):
         path = path / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"--tokenizer {name}: the folder has no tokenizer.json")
-    if path.is_file():
-        config = path.with_name("tokenizer_config.json")
-        return path, config if config.is_file() else None
+    elif not is_local(name):
+        path = _from_hub(name)
+    return path, path.with_name("tokenizer_config.json")
+
+
+def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         path = Path(hf_hub_download(name, "tokenizer.json"))
+        with suppress(EntryNotFoundError):  # fine: --eod-token then says what it would have
+            hf_hub_download(name, "tokenizer_config.json")
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"--tokenizer {name}: no such file or folder, and the Hub says: {reason}"
         ) from error
-    try:
-        return path, Path(hf_hub_download(name, "tokenizer_config.json"))
-    except Exception:  # a tokeniser without one is fine: --eod-token then says what it would have
-        return path, None
+    return path
 
 
-def inspect(name: str, eod_token: str | None) -> tuple[TokenizerInfo, Path, dict]:
-    """The tokeniser's facts, its file, and its ``tokenizer_config.json``.
+def inspect(
+    name: str, eod_token: str | None, *, special_as_text: bool = False
+) -> tuple[TokenizerInfo, Path, dict[str, Any]]:
+    """The tokeniser's facts, its file, and the ``tokenizer_config.json`` to `keep`.
 
     Raises:
-        DataError: it cannot be loaded, or its end-of-document token is unknown.
+        DataError: it cannot be loaded or its end-of-document token is unknown, or that is a word
+            even where special tokens are text.
     """
     path, config_path = find(name)
     try:
-        tokenizer = load(path)
+        with pretrained_tokenizer.panics_as_errors():
+            tokenizer = load(path)
+            tokenizer.encode_special_tokens = special_as_text
+            vocabulary = tokenizer.get_vocab()
+            entries = max(vocabulary.values(), default=-1) + 1
     except Exception as error:
-        raise DataError(f"--tokenizer {name}: {path} is no tokenizer.json: {error}") from error
-    config = json.loads(config_path.read_text()) if config_path else {}
-    named = eod_token or config.get("eos_token")
-    eod = named["content"] if isinstance(named, dict) else named
+        reason = " ".join(str(error).split())
+        raise DataError(f"--tokenizer {name}: {path} is no tokenizer.json: {reason}") from error
+    try:
+        config = pretrained_tokenizer.read_config(config_path)
+    except (Malformed, OSError) as error:
+        raise DataError(f"--tokenizer {name}: {error}") from error
+    eod = eod_token or pretrained_tokenizer.text_of(config.get("eos_token"))
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    if eod is None:
+    if not eod:
         raise DataError(
             f"--tokenizer {name} does not name its end-of-document token; say --eod-token, "
             f"of its special tokens {special[:20]} for example"
         )
-    eod_id = tokenizer.token_to_id(eod)
+    eod_id = vocabulary.get(eod)
     if eod_id is None:
         raise DataError(f"--eod-token {eod}: {name} has no such token; special are {special[:20]}")
-    entries = max(tokenizer.get_vocab().values()) + 1
+    if special_as_text and eod_id in encode(tokenizer, [eod])[0]:
+        raise DataError(
+            f"--special-tokens-as-text: {name} encodes the text {eod!r} as its end-of-document "
+            f"token even so; have {path} mark that token as special and no merges lead to it"
+        )
+    # datatrove's and Megatron's rule: what the largest token needs.
+    dtype: Literal["int32", "uint16"] = (
+        "int32" if len(vocabulary) > _MOST_ENTRIES["uint16"] else "uint16"
+    )
+    if entries > _MOST_ENTRIES[dtype]:
+        raise DataError(f"--tokenizer {name}: token {entries - 1} with only few others below it")
     info = TokenizerInfo(
         name=name if not is_local(name) else path.name,
         sha256=files.sha256(path),
         vocab_size=entries,
         eod_token=eod,
         eod_id=eod_id,
-        # datatrove's and Megatron's rule: what the largest token needs.
-        dtype="int32" if tokenizer.get_vocab_size() > 2**16 else "uint16",
+        dtype=dtype,
     )
-    if info.dtype == "uint16" and entries > 2**16:
-        raise DataError(f"--tokenizer {name}: token {entries - 1} with only few others below it")
-    return info, path, {"tokenizer_class": "PreTrainedTokenizerFast", **config, "eos_token": eod}
+    return info, path, {**config, "eos_token": eod}
 
 
 def keep(path: Path, config: dict, folder: Path) -> None:

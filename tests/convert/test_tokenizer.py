@@ -192,7 +192,7 @@ def test_a_byte_order_mark_is_read(checkpoint, tmp_path):
         (b"", "its tokenizer.json cannot be used"),
         (b"\xff", "its tokenizer.json cannot be used"),
         (b'{"model": 1}', "its tokenizer.json cannot be used"),
-        (models.WordLevel({}), "its tokenizer.json cannot be used"),  # empty
+        (models.WordLevel({}), "its tokenizer.json cannot be used: its vocabulary is empty"),
         (models.WordLevel({"a": 0, "b": 600}, unk_token="a"), "has 601 tokens, the model 512 rows"),
         (None, "cannot be loaded"),  # a folder
     ],
