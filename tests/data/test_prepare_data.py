@@ -560,10 +560,10 @@ class TestBadInput:
         assert [file.path for file in found[0].files] == ["a.md"]
 
     def test_disk_too_small(self, corpus: Corpus, tmp_path: Path):
-        """The source is larger than any disk here: a few lines, and then nothing but a hole."""
+        """The source is larger than any disk here: as much as a sample takes, and then a hole."""
         texts = tmp_path / "texts"
         texts.mkdir()
-        (texts / "big.jsonl").write_bytes(jsonl(corpus.texts[:50]))
+        (texts / "big.jsonl").write_bytes(jsonl(corpus.texts[:50] * 20))
         os.truncate(texts / "big.jsonl", 8_000_000_000_000)
         message = _message(corpus, tmp_path / "data", source=texts)
         assert "the disk is too small" in message and "TB to write" in message
