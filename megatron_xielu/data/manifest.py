@@ -8,18 +8,69 @@ per_split_data_args.json    training and validation shards, for --per-split-data
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Count, Malformed, Positive
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.records import SPLITS, Record
+from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
 NAME = "manifest.json"
+FIX = "the command without --verify writes it again"
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class Total:
+    """What is in all shards of a split, or in one."""
+
+    tokens: Count
+    documents: Count
+    sequences: Count
+    text_bytes: Count
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One file of a shard."""
+
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry(Total):
+    """A shard."""
+
+    documents: Positive
+    prefix: str
+    task: Count
+    split: Literal["train", "valid"]
+    bin: Stored
+    idx: Stored
+
+    def __post_init__(self) -> None:
+        if self.prefix != _prefix(self.split, self.task):
+            raise ValueError(f"prefix {self.prefix!a} is not of {self.split}, task {self.task}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What --verify needs of it."""
+
+    tokenizer: TokenizerInfo
+    train: Total
+    valid: Total
+    shards: list[Entry]
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ValueError("it has no shards")
 
 
 def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
@@ -61,16 +112,18 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
     return manifest
 
 
-def load(output: Path) -> dict[str, Any]:
+def load(output: Path) -> Manifest:
     """The manifest of finished data.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is damaged.
     """
     try:
-        return json.loads((output / NAME).read_text())
+        return schema.load(Manifest, output / NAME)
     except FileNotFoundError as error:
         raise DataError(f"--output {output}: no {NAME}, so the data is not finished") from error
+    except Malformed as error:
+        raise DataError(f"{error}; {FIX}") from None
 
 
 def _total(done: dict[int, Record], split: str) -> dict[str, int]:
@@ -84,7 +137,7 @@ def _total(done: dict[int, Record], split: str) -> dict[str, int]:
 def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
     shard = record.shards[split]
     return {
-        "prefix": f"{split}/{task:05d}",
+        "prefix": _prefix(split, task),
         "task": task,
         "split": split,
         "tokens": shard.tokens,
@@ -94,6 +147,10 @@ def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
         "bin": {"bytes": shard.sizes[0], "sha256": shard.sha256[0]},
         "idx": {"bytes": shard.sizes[1], "sha256": shard.sha256[1]},
     }
+
+
+def _prefix(split: str, task: int) -> str:
+    return f"{split}/{task:05d}"
 
 
 def _write_data_args(output: Path, manifest: dict[str, Any]) -> None:
