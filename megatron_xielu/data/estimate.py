@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,7 +21,8 @@ from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.sources import File, Group
 
 _PLACES = 8  # of all bytes of a group: the files in which these are are read in part
-_LEAST = (1000, 4_000_000, 1 << 18)  # documents, characters and stored bytes read of a file
+# Documents, characters and stored bytes read of a file; gzip's reader may be 128 kB ahead of them.
+_LEAST = (1000, 4_000_000, 1 << 19)
 _MOST = 1 << 26  # characters read of a file, but for the last document
 _PIECES = 16  # of a file's text that are tokenised, for each of its places
 _PIECE = 8000  # characters
@@ -95,23 +96,27 @@ def _read(reader: Any, file: File) -> tuple[list[str], list[float]]:
     What is not read is like the second half of what is: the first document may be like no other.
     """
     texts: list[str] = []
-    parts = [0.0]  # of the file, before each
     characters = 0
+    place = 0.0
+    marks: list[tuple[float, int]] = []  # parts of the file, and how many texts are in them
     for document in reader.checked(file.path, reader.read_file(file.path)):
+        if (part := reader.part(file)) > place:
+            marks.append((place, len(texts)))
+            if characters > _MOST or all(
+                map(ge, (len(texts), characters, place * file.size), _LEAST)
+            ):
+                break
+            place = part
         texts.append(document.text)
-        parts.append(reader.part(file))
         characters += len(document.text)
-        found = (len(texts), characters, parts[-1] * file.size)
-        if characters > _MOST or all(map(ge, found, _LEAST)):
-            break
     else:
         return texts, [1.0] * len(texts)
-    end = parts.pop()
-    middle = bisect_left(parts, end / 2)
-    if middle == len(parts) or parts[middle] == end:
-        middle = 0
-    rest = (1 - end) / (end - parts[middle])
-    return texts, [1.0] * middle + [1 + rest] * (len(texts) - middle)
+    end, count = marks[-1]
+    start, first = next(mark for mark in marks if mark[0] >= end / 2)
+    if start == end:
+        start, first = 0.0, 0
+    weight = 1 + (1 - end) / (end - start)
+    return texts[:count], [1.0] * first + [weight] * (count - first)
 
 
 def _measure(
