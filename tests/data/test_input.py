@@ -35,6 +35,14 @@ SKIPPABLE = struct.pack("<II", 0x184D2A50, 4) + b"\0\0\0\0"
 BOM = b"\xef\xbb\xbf"
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A token a word."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "end": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 def rows(texts: list[str], *, ensure_ascii: bool = True) -> bytes:
     return b"".join(
         json.dumps({"text": text}, ensure_ascii=ensure_ascii).encode() + b"\n" for text in texts
@@ -51,6 +59,13 @@ def read(source: Path, **options: str) -> list[str]:
         reader = make_reader(group, tasks=1, text_key="text", skip_bad_rows=False)
         found += [document.text for document in reader.run()]
     return found
+
+
+def expect(source: Path, tokenizer: Tokenizer) -> estimate.Estimate:
+    info = TokenizerInfo("t", "", 2, "end", 1, "uint16")
+    groups = tuple(find(source))
+    recipe = Recipe((), None, groups, 1, "text", info, 0.0, None, None, None, False)
+    return estimate.estimate(recipe, tokenizer)
 
 
 def parquet(texts: list[str], **options: int) -> bytes:
@@ -111,12 +126,14 @@ def test_read(tmp_path: Path, case: str):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(tmp_path: Path, case: str):
+def test_refused(tmp_path: Path, tokenizer: Tokenizer, case: str):
+    """By the estimate, before the work, and by a task."""
     name, content, message = REFUSED[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        read(tmp_path)
-    assert f"{tmp_path / name}: " in str(error.value) and "\n" not in str(error.value)
+    for use in (read, lambda source: expect(source, tokenizer)):
+        with pytest.raises(DataError, match=message) as error:
+            use(tmp_path)
+        assert f"{tmp_path / name}: " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_zip_archive(tmp_path: Path):
@@ -255,6 +272,8 @@ SHORT = short(3000)
 LARGE = {
     "members": {"x.jsonl.gz": b"".join(gzip.compress(rows([t] * 3)) for t in SHORT)},
     "frames": {"x.jsonl.zst": b"".join(zstd.compress(rows([t] * 3)) for t in SHORT)},
+    "first member empty": {"x.jsonl.gz": gzip.compress(b"") + gzip.compress(rows(SHORT))},
+    "skippable frame": {"x.jsonl.zst": SKIPPABLE + zstd.compress(rows(SHORT))},
     "few frames": {"x.jsonl.zst": zstd.compress(rows(SHORT)) + zstd.compress(rows(SHORT))},
     "one document": {"x.jsonl": rows([words(300_000, 2)])},
     "one document in gzip": {"x.jsonl.gz": gzip.compress(rows(["word " * 300_000]))},
@@ -275,14 +294,6 @@ LARGE = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    """A token a word."""
-    tokenizer = Tokenizer(models.WordLevel({"?": 0, "end": 1}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
-
-
 @pytest.mark.parametrize("case", LARGE)
 def test_estimate(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, case: str):
     """Within a fifth, from samples as small beside these files as they are beside real ones."""
@@ -290,9 +301,7 @@ def test_estimate(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, case: str):
     monkeypatch.setattr(gzip, "READ_BUFFER_SIZE", 1 << 10)
     for name, content in LARGE[case].items():
         (tmp_path / name).write_bytes(content)
-    info = TokenizerInfo("t", "", 2, "end", 1, "uint16")
-    recipe = Recipe((), None, tuple(find(tmp_path)), 1, "text", info, 0.0, None, None, None, False)
-    found = estimate.estimate(recipe, tokenizer)
+    found = expect(tmp_path, tokenizer)
     texts = read(tmp_path)
     tokens = sum(len(text.split()) + 1 for text in texts)
     assert found.train_tokens == pytest.approx(tokens, rel=0.2)

@@ -1,4 +1,4 @@
-"""What of its own files a preparation finds damaged: a task done again, or one line with the fix."""
+"""What of its own files a command finds damaged: a task done again, or one line with the fix."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_verify_of_a_folder_that_can_only_be_read(folder: Path, monkeypatch):
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    with pytest.raises(DataError, match="train/00000: .bin has 0 bytes"):
+    with pytest.raises(DataError, match=r"train/00000: \.bin has 0 bytes"):
         verify(folder / "data", workers=1)
 
 

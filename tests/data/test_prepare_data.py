@@ -563,7 +563,7 @@ class TestBadInput:
         """The source is larger than any disk here: as much as a sample takes, and then a hole."""
         texts = tmp_path / "texts"
         texts.mkdir()
-        (texts / "big.jsonl").write_bytes(jsonl(corpus.texts[:50] * 20))
+        (texts / "big.jsonl").write_bytes(jsonl(corpus.texts[:50] * 30))
         os.truncate(texts / "big.jsonl", 8_000_000_000_000)
         message = _message(corpus, tmp_path / "data", source=texts)
         assert "the disk is too small" in message and "TB to write" in message
