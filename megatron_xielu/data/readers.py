@@ -109,7 +109,7 @@ class _Strict(BaseDiskReader):
         """A document of the text alone: nothing else of a row is used."""
         self.row += 1
         if not isinstance(data, dict) or self.text_key not in data:
-            there = f"; there are: {', '.join(data)}" if isinstance(data, dict) else ""
+            there = f"; there are: {list(data)}"[:300] if isinstance(data, dict) else ""
             self.bad(source_file, f"no column {self.text_key!r} (--text-key){there}")
             return None
         text = data[self.text_key]
@@ -155,11 +155,9 @@ class StrictParquetReader(_Strict):
                 columns = file.schema_arrow.names
                 if columns.count(self.text_key) != 1:
                     problem = "two columns" if self.text_key in columns else "no column"
+                    problem += f" {self.text_key!r} (--text-key); there are: {columns}"[:300]
                     self.row = 1
-                    self.bad(
-                        filepath,
-                        f"{problem} {self.text_key!r} (--text-key); there are: {columns}",
-                    )
+                    self.bad(filepath, problem)
                     return
                 for batch in file.iter_batches(batch_size=1000, columns=[self.text_key]):
                     for value in batch.column(0):

@@ -12,11 +12,12 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hostile import damaged_bytes
+from hostile import damaged, damaged_bytes
 from hypothesis import HealthCheck, given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -111,6 +112,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "UTF-16 text": ("x.txt", "plain".encode("utf-16"), "row 1: .*it is UTF-16"),
     "UTF-16 text, no mark": ("x.txt", "plain".encode("utf-16-be"), "row 1: .*it is UTF-16"),
     "half a pair": ("x.jsonl", A + b'{"text": "\\udc00"}\n', "row 2: not JSON: .*surrogates"),
+    "no such key": ("x.jsonl", b'{"a\\nb": 1}\n', "no column 'text' .* there are: .'a.*nb'"),
     "two keys": ("x.jsonl", b'{"text": "a", "text": "b"}\n', "row 1: two columns 'text'"),
     "two columns": ("x.parquet", twice_in_parquet(), "row 1: two columns 'text'"),
     "no parquet": ("x.parquet", b"PAR1" + bytes(90), "row 1: cannot be read: "),
@@ -170,6 +172,27 @@ def test_any_damage(tmp_path: Path, name: str):
             assert str(tmp_path / name) in str(error) and "\n" not in str(error)
 
     damage()
+
+
+CONFIGS = [
+    {"config_name": "a", "data_files": [{"split": "train", "path": ["x/*", "y/*"]}, "z/*"]},
+    {"config_name": "b", "data_files": {"train": "x/*", "test": ["y/*"]}},
+    {"config_name": "c", "data_files": "x/*"},
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(damaged(CONFIGS))
+def test_any_damage_of_a_dataset_card(configs):
+    info = SimpleNamespace(card_data={"configs": configs}, sha="1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: info)
+        for subset in (None, "b"):
+            try:
+                found = sources._hub_locations("owner/name", subset)
+                assert all(isinstance(pattern, str) for _, pattern in found)
+            except DataError as error:
+                assert "\n" not in str(error)
 
 
 class TestNames:
