@@ -85,10 +85,9 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
     done = {task: done[task] for task in range(used)}
     totals = {split: _total(done, split) for split in SPLITS}
     if not totals["train"]["documents"]:
-        raise DataError(
-            f"no document is left for training of {totals['valid']['documents']} in all; choose a "
-            "smaller --valid-fraction"
-        )
+        held_out = totals["valid"]["documents"]
+        fix = "choose a smaller --valid-fraction" if held_out else "--source has no text"
+        raise DataError(f"no document is left for training of {held_out} in all; {fix}")
     every = [_entry(task, split, done[task]) for split in SPLITS for task in done]
     manifest: dict[str, Any] = {
         "version": _VERSION,
