@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
 _FEW_DOCUMENTS = 200
+# Of what nobody has more, and what Slurm or Ray would wait for without end.
+_MOST = {"workers": 1e6, "tasks": 1e6, "max_tokens": 1e18, "memory_gb": 1e5}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,13 +81,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--dry-run", action="store_true", help="say what it would be")
     group.add_argument("--verify", action="store_true", help="check finished data")
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        for word in value if isinstance(value, list) else [str(value)]:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
+                parser.error(f"--{name.replace('_', '-')} {word!a} is not UTF-8")
     if not options.verify and not (options.source and options.tokenizer):
         parser.error("--source and --tokenizer are needed, but for --verify")
     if not 0 <= options.valid_fraction < 1:
         parser.error(f"--valid-fraction {options.valid_fraction} must be from 0 to below 1")
-    for name in ("workers", "tasks", "max_tokens", "memory_gb"):
-        if getattr(options, name) is not None and not getattr(options, name) >= 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    for name, most in _MOST.items():
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value} must be from 1 to {most:g}")
     if any("=" not in option for option in options.slurm_option):
         parser.error("--slurm-option takes NAME=VALUE, account=me for example")
     return options
@@ -102,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(verify(options.output, workers=options.workers))
         else:
             _prepare(options)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"prepare_data.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on")
@@ -111,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _go_offline(options: argparse.Namespace) -> None:
     """Before any Hub library is imported: nothing remote, no attempt to reach the Hub."""
     names = [*options.source, *([options.tokenizer] if options.tokenizer else [])]
-    if all(os.path.exists(name) or name.startswith("file://") for name in names):
+    if all(os.path.lexists(name) or name.startswith("file://") for name in names):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -125,6 +132,11 @@ def _prepare(options: argparse.Namespace) -> None:
     from megatron_xielu.data import estimate, manifest, recipe, records, scheduler, tokenizer_files
 
     output: Path = options.output.absolute()
+    if str(output).split() != [str(output)] or "::" in str(output):
+        raise DataError(
+            f"--output {str(output)!r}: choose a path without white space, where Megatron cuts "
+            "data_args.txt into words, and without ::"
+        )
     info, tokenizer_path, config = tokenizer_files.inspect(
         options.tokenizer, options.eod_token, special_as_text=options.special_tokens_as_text
     )
@@ -135,7 +147,7 @@ def _prepare(options: argparse.Namespace) -> None:
         before = recipe.load(output) if begun else None
         this = _make_recipe(options, info, before)
         changed = recipe.changed_tasks(before, this) if before else []
-        expected = estimate.estimate(this, output, tokenizer_files.load(tokenizer_path))
+        expected = estimate.estimate(this, tokenizer_files.load(tokenizer_path))
         files = sum(len(group.files) for group in this.groups)
         print(f"{files} files, {this.input_bytes / 1e6:,.1f} MB; {this.tasks} tasks", flush=True)
         if options.no_disk_check:
@@ -178,6 +190,7 @@ def _make_recipe(options: argparse.Namespace, info: object, before: Recipe | Non
             or sources.find(source, subset=options.subset, format=options.format, glob=options.glob)
         )
     )
+    sources.refuse_twice(groups)
     files = sum(len(group.files) for group in groups)
     size = sum(file.size for group in groups for file in group.files)
     by_size = max(
@@ -227,8 +240,8 @@ def _forget_damaged(recipe: Recipe, output: Path) -> None:
     """Have truncated and lost shards made again; --verify finds what their sizes do not show."""
     from megatron_xielu.data import records
 
-    for task, record in records.load_all(output, recipe.tasks).items():
-        if problem := records.missing_or_truncated(output, task, record):
+    for task in range(recipe.tasks):
+        if problem := records.damage(output, task):
             print(f"{problem}: task {task} is done again", file=sys.stderr)
             records.forget(output, task)
 

@@ -23,8 +23,10 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Malformed
 from megatron_xielu.data import recipe as recipes
+from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.tokenise import OWNER, SplitTokenizer
 
@@ -38,7 +40,7 @@ class Request:
     executor: str
     workers: int
     tasks: int  # the first so many of the recipe
-    limits: dict[int, int] = field(default_factory=dict)
+    limits: tuple[tuple[int, int], ...] = ()  # task, and training tokens after which it stops
     memory_gb: int = 2  # a task's
     ray_address: str | None = None
     slurm_partition: str = ""
@@ -50,12 +52,6 @@ class Request:
         files.write(output / "work" / "request.json", json.dumps(asdict(self)) + "\n")
 
 
-def _load_request(output: Path) -> Request:
-    values = json.loads((output / "work" / "request.json").read_text())
-    values["limits"] = {int(task): limit for task, limit in values["limits"].items()}
-    return Request(**values)
-
-
 class _Slurm(SlurmPipelineExecutor):
     def launch_merge_stats(self) -> None:
         """No job that sums up statistics: the manifest does, and it would wait for failed tasks."""
@@ -64,23 +60,21 @@ class _Slurm(SlurmPipelineExecutor):
 def make_executor(output: Path, request: Request) -> PipelineExecutor:
     """The executor with readers and tokeniser, ready to run."""
     recipe = recipes.load(output)
-    assert recipe is not None
     readers = [
         make_reader(
             group,
-            paths_file=str(recipes.paths_file(output, index)),
             tasks=recipe.tasks,
             text_key=recipe.text_key,
             skip_bad_rows=recipe.skip_bad_rows,
         )
-        for index, group in enumerate(recipe.groups)
+        for group in recipe.groups
     ]
     step = SplitTokenizer(
         output,
         eod_token=recipe.tokenizer.eod_token,
         valid_fraction=recipe.valid_fraction,
         language=recipe.sentences,
-        limits=request.limits,
+        limits=dict(request.limits),
         readers=readers,
         special_as_text=recipe.special_tokens_as_text,
         raise_errors=request.executor != "local",
@@ -136,7 +130,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     die_with_parent()
     os.register_at_fork(after_in_child=die_with_parent)  # datatrove's manager process
-    request = _load_request(output)
+    request = schema.load(Request, output / "work" / "request.json")
     if request.executor == "ray":
         import ray
 
@@ -156,4 +150,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Malformed, DataError) as error:
+        sys.exit(str(error))

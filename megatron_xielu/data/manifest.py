@@ -9,18 +9,69 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Count, Malformed, Positive
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.records import SPLITS, Record
+from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
 NAME = "manifest.json"
+FIX = "the command without --verify writes it again"
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class Total:
+    """What is in all shards of a split, or in one."""
+
+    tokens: Count
+    documents: Count
+    sequences: Count
+    text_bytes: Count
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One file of a shard."""
+
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry(Total):
+    """A shard."""
+
+    documents: Positive
+    prefix: str
+    task: Count
+    split: Literal["train", "valid"]
+    bin: Stored
+    idx: Stored
+
+    def __post_init__(self) -> None:
+        if self.prefix != _prefix(self.split, self.task):
+            raise ValueError(f"prefix {self.prefix!a} is not of {self.split}, task {self.task}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What --verify needs of it."""
+
+    tokenizer: TokenizerInfo
+    train: Total
+    valid: Total
+    shards: list[Entry]
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ValueError("it has no shards")
 
 
 def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
@@ -35,10 +86,9 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
     done = {task: done[task] for task in range(used)}
     totals = {split: _total(done, split) for split in SPLITS}
     if not totals["train"]["documents"]:
-        raise DataError(
-            f"no document is left for training of {totals['valid']['documents']} in all; choose a "
-            "smaller --valid-fraction"
-        )
+        held_out = totals["valid"]["documents"]
+        fix = "choose a smaller --valid-fraction" if held_out else "--source has no text"
+        raise DataError(f"no document is left for training of {held_out} in all; {fix}")
     every = [_entry(task, split, done[task]) for split in SPLITS for task in done]
     manifest: dict[str, Any] = {
         "version": _VERSION,
@@ -64,16 +114,18 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
     return manifest
 
 
-def load(output: Path) -> dict[str, Any]:
+def load(output: Path) -> Manifest:
     """The manifest of finished data.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is damaged.
     """
     try:
-        return json.loads((output / NAME).read_text())
+        return schema.load(Manifest, output / NAME)
     except FileNotFoundError as error:
         raise DataError(f"--output {output}: no {NAME}, so the data is not finished") from error
+    except Malformed as error:
+        raise DataError(f"{error}; {FIX}") from None
 
 
 def _total(done: dict[int, Record], split: str) -> dict[str, int]:
@@ -97,7 +149,7 @@ def _special_tokens(done: dict[int, Record]) -> dict[str, int] | None:
 def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
     shard = record.shards[split]
     return {
-        "prefix": f"{split}/{task:05d}",
+        "prefix": _prefix(split, task),
         "task": task,
         "split": split,
         "tokens": shard.tokens,
@@ -107,6 +159,10 @@ def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
         "bin": {"bytes": shard.sizes[0], "sha256": shard.sha256[0]},
         "idx": {"bytes": shard.sizes[1], "sha256": shard.sha256[1]},
     }
+
+
+def _prefix(split: str, task: int) -> str:
+    return f"{split}/{task:05d}"
 
 
 def _write_data_args(output: Path, manifest: dict[str, Any]) -> None:

@@ -6,18 +6,26 @@ a `BadInputError`, or with ``skip_bad_rows`` logged and counted.
 
 from __future__ import annotations
 
+import json
+import lzma
 import sys
 import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, BinaryIO
 
+import orjson
 from datatrove.data import Document
-from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
+from megatron_xielu.common.text import reason
 from megatron_xielu.data.errors import BadInputError
-from megatron_xielu.data.sources import Group
+from megatron_xielu.data.sources import File, Group, open_folder
 
 # fsspec takes it too, and only with it finds a file that is cut off, or all frames of one.
 if sys.version_info >= (3, 14):
@@ -25,30 +33,75 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-_DAMAGED = (OSError, EOFError, zlib.error, zstd.ZstdError)
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+_LONGEST = 1 << 30  # bytes of a row; tokenising it would take a hundred times as much memory
+_PIECE = 1 << 10  # bytes of a compressed file that are read at a time
+
+
+class _InPieces:
+    """A compressed file whose position is not far ahead of what has become of it."""
+
+    def __init__(self, stored: BinaryIO) -> None:
+        self._stored = stored
+
+    def read(self, size: int) -> bytes:
+        return self._stored.read(min(size, _PIECE))
 
 
 class _Strict(BaseDiskReader):
     """What the three have in common.
 
     Args:
-        group: the files.
-        paths_file: holds their paths, one a line: a task reads every ``tasks``-th.
+        group: the files, of which a task reads every ``tasks``-th.
         tasks: tasks of the whole recipe, of which an executor may run the first few only.
         text_key: column of the text.
+        skip_bad_rows: log and count them, do not raise.
     """
 
-    def __init__(
-        self, group: Group, *, paths_file: str, tasks: int, text_key: str, skip_bad_rows: bool
-    ) -> None:
-        super().__init__(group.folder, paths_file=paths_file, text_key=text_key)
+    def __init__(self, group: Group, *, tasks: int, text_key: str, skip_bad_rows: bool) -> None:
+        super().__init__(open_folder(group.folder), text_key=text_key)
+        self.paths = [file.path for file in group.files]
         self.tasks = tasks
         self.skip_bad_rows = skip_bad_rows
         self.row = self.empty_rows = self.bad_rows = 0
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         self.empty_rows = self.bad_rows = 0
-        yield from super().run(data, rank, self.tasks)
+        yield from data or ()
+        for document in self.read_files_shard(self.paths[rank :: self.tasks]):
+            self.update_doc_stats(document)
+            yield document
+
+    def part(self, file: File) -> float:
+        """How much of the file is read, from 0 to 1."""
+        return 1.0
+
+    def checked(self, path: str, documents: Iterator[Document]) -> Iterator[Document]:
+        """A file's documents; it must have a row."""
+        self.row = 0
+        yield from documents
+        if not self.row:
+            self.row = 1
+            self.bad(path, "the file has no rows")
+
+    @contextmanager
+    def plain(self, path: str) -> Iterator[BinaryIO]:
+        """The file without its compression; all of gzip's members and zstd's frames."""
+        compression = infer_compression(path)
+        with self.data_folder.open(path, "rb") as self.stored:
+            if compression is None:
+                yield self.stored
+            elif compression == "zip":  # fsspec would read the first of its files
+                self.row = 1
+                raise self.unreadable(path, "a zip archive; unpack it")
+            else:
+                with compr[compression](_InPieces(self.stored), mode="r") as stream:
+                    yield stream
+
+    def unreadable(self, path: str, problem: object) -> BadInputError:
+        """The error of a file that cannot be read on from a row, even with ``skip_bad_rows``."""
+        path = self.data_folder.resolve_paths(path)
+        return BadInputError(f"{path}: row {self.row}: cannot be read: {problem}")
 
     def get_document_from_dict(
         self, data: Any, source_file: str, id_in_file: int | str
@@ -56,7 +109,7 @@ class _Strict(BaseDiskReader):
         """A document of the text alone: nothing else of a row is used."""
         self.row += 1
         if not isinstance(data, dict) or self.text_key not in data:
-            there = f"; there are: {', '.join(data)}" if isinstance(data, dict) else ""
+            there = f"; there are: {list(data)}"[:300] if isinstance(data, dict) else ""
             self.bad(source_file, f"no column {self.text_key!r} (--text-key){there}")
             return None
         text = data[self.text_key]
@@ -78,96 +131,109 @@ class _Strict(BaseDiskReader):
 
     def read_files_shard(self, shard: list[str]) -> Iterator[Document]:
         for path in shard:
-            self.row = 0
-            yield from super().read_files_shard([path])
-            if not self.row:
-                self.row = 1
-                self.bad(path, "the file has no rows")
+            yield from self.checked(path, super().read_files_shard([path]))
 
 
-class StrictParquetReader(_Strict, ParquetReader):
-    """Rows of the text column."""
+class StrictParquetReader(_Strict):
+    """Rows of the text column. datatrove's own loop fails a batch for a row that is not UTF-8."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.batch_size = 1000
-        self.read_metadata = False
-        self.id_key = self.text_key  # no other column is read
+    name = "parquet"
+
+    def part(self, file: File) -> float:
+        return self.row / max(self.rows, self.row, 1)
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
 
         try:
-            with self.data_folder.open(filepath, "rb") as stream:
-                columns = pyarrow.parquet.read_schema(stream).names
-            if self.text_key not in columns:
-                self.row = 1
-                self.bad(
-                    filepath, f"no column {self.text_key!r} (--text-key); there are: {columns}"
-                )
-                return
-            yield from super().read_file(filepath)
-        except UnicodeDecodeError:
-            yield from self._one_by_one(filepath, self.row)
-        except pyarrow.ArrowException as error:
-            raise BadInputError(
-                f"{self.data_folder.resolve_paths(filepath)}: row {self.row + 1}: {error}"
-            ) from error
-
-    def _one_by_one(self, filepath: str, done: int) -> Iterator[Document]:
-        """The rows after the first ``done``: one that is not UTF-8 fails its whole batch."""
-        import pyarrow.parquet
-
-        row = 0
-        with (
-            self.data_folder.open(filepath, "rb") as stream,
-            pyarrow.parquet.ParquetFile(stream) as file,
-        ):
-            for batch in file.iter_batches(batch_size=self.batch_size, columns=[self.text_key]):
-                for value in batch.column(0):
-                    row += 1
-                    if row <= done:
-                        continue
-                    try:
-                        line = {self.text_key: value.as_py()}
-                    except UnicodeDecodeError as error:
-                        self.row += 1
-                        self.bad(filepath, f"not UTF-8: {error}")
-                        continue
-                    if document := self.get_document_from_dict(line, filepath, row):
-                        yield document
+            with (
+                self.data_folder.open(filepath, "rb") as stream,
+                pyarrow.parquet.ParquetFile(stream) as file,
+            ):
+                self.rows = file.metadata.num_rows
+                columns = file.schema_arrow.names
+                if columns.count(self.text_key) != 1:
+                    problem = "two columns" if self.text_key in columns else "no column"
+                    problem += f" {self.text_key!r} (--text-key); there are: {columns}"[:300]
+                    self.row = 1
+                    self.bad(filepath, problem)
+                    return
+                for batch in file.iter_batches(batch_size=1000, columns=[self.text_key]):
+                    for value in batch.column(0):
+                        try:
+                            data = {self.text_key: value.as_py()}
+                        except (ValueError, OverflowError) as error:
+                            self.row += 1
+                            self.bad(filepath, f"not UTF-8 text: {error}")
+                            continue
+                        if document := self.get_document_from_dict(data, filepath, self.row):
+                            yield document
+        except (pyarrow.ArrowException, *_DAMAGED) as error:
+            self.row += 1
+            raise self.unreadable(filepath, reason(error)) from error
 
 
-class StrictJsonlReader(_Strict, JsonlReader):
+class StrictJsonlReader(_Strict):
     """One JSON object a line; datatrove's own loop ends a file at the first invalid UTF-8."""
+
+    name = "jsonl"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.compression = "infer"
+        names = {json.dumps(self.text_key, ensure_ascii=ascii) for ascii in (False, True)}
+        self.names = [name.encode() for name in names]
+
+    def part(self, file: File) -> float:
+        return self.stored.tell() / file.size
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        import orjson
-
         lines = 0
-        with self.data_folder.open(filepath, "rb", compression=self.compression) as stream:
-            try:
-                for line in stream:
+        try:
+            with self.plain(filepath) as stream:
+                for line in iter(partial(stream.readline, _LONGEST), b""):
                     lines += 1
+                    if len(line) == _LONGEST:
+                        self.row = lines
+                        raise self.unreadable(filepath, f"longer than {_LONGEST:,} bytes")
                     if not line.strip():
                         continue
                     self.row = lines - 1
                     try:
-                        data = orjson.loads(line)
-                    except orjson.JSONDecodeError as error:
+                        data = self._parse(line)
+                    except ValueError as error:
                         self.row = lines
-                        self.bad(filepath, f"{_utf8_problem(line) or 'not JSON'}: {error}")
+                        self.bad(filepath, str(error))
                         continue
                     if document := self.get_document_from_dict(data, filepath, lines):
                         yield document
-            except _DAMAGED as error:
-                path = self.data_folder.resolve_paths(filepath)
-                raise BadInputError(f"{path}: row {lines + 1}: cannot be read: {error}") from error
+        except _DAMAGED as error:
+            self.row = lines + 1
+            raise self.unreadable(filepath, reason(error)) from error
+
+    def _parse(self, line: bytes) -> Any:
+        """A row; raises a ValueError that says what is wrong with it."""
+        try:
+            data = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            data = self._parse_leniently(line)
+        if sum(map(line.count, self.names)) > 1 and isinstance(data, dict):
+            pairs = json.loads(line.removeprefix(BOM_UTF8), object_pairs_hook=list)
+            if [name for name, _ in pairs].count(self.text_key) > 1:
+                raise ValueError(f"two columns {self.text_key!r}")
+        return data
+
+    def _parse_leniently(self, line: bytes) -> Any:
+        """As Python's json, which writes NaN, too; other columns may hold what is no text."""
+        try:
+            data = json.loads(_decode(line))
+            if isinstance(data, dict) and isinstance(text := data.get(self.text_key), str):
+                text.encode()  # not so half of a pair of surrogates
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from None
+        return data
 
 
 class TextReader(_Strict):
@@ -177,13 +243,13 @@ class TextReader(_Strict):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         try:
-            with self.data_folder.open(filepath, "rb", compression="infer") as stream:
+            with self.plain(filepath) as stream:
                 content = stream.read()
         except _DAMAGED as error:
-            path = self.data_folder.resolve_paths(filepath)
-            raise BadInputError(f"{path}: row 1: cannot be read: {error}") from error
+            self.row = 1
+            raise self.unreadable(filepath, reason(error)) from error
         try:
-            text = content.decode()
+            text = _decode(content)
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             self.row = 1
@@ -193,12 +259,17 @@ class TextReader(_Strict):
             yield document
 
 
-def _utf8_problem(line: bytes) -> str | None:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return None
+def _decode(content: bytes) -> str:
+    """Text without its byte-order mark.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8. Without a mark UTF-16 may look as if it were.
+    """
+    start = content[:2]
+    if start in (BOM_UTF16_LE, BOM_UTF16_BE) or start.count(0) == 1:
+        problem = "it is UTF-16; convert it, with iconv -f UTF-16 -t UTF-8 for example"
+        raise UnicodeDecodeError("utf-8", start, 0, 1, problem)
+    return content.removeprefix(BOM_UTF8).decode()
 
 
 def make_reader(group: Group, **options: Any) -> _Strict:

@@ -7,9 +7,9 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Malformed, Positive
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.sources import File, Group
 from megatron_xielu.data.tokenizer_files import TokenizerInfo
@@ -35,14 +35,14 @@ class Recipe:
     sources: tuple[str, ...]
     subset: str | None
     groups: tuple[Group, ...]
-    tasks: int
+    tasks: Positive
     text_key: str
     tokenizer: TokenizerInfo
     valid_fraction: float
-    max_tokens: int | None
+    max_tokens: Positive | None
     sentences: str | None  # Punkt's language
-    punkt_sha256: str | None
-    skip_bad_rows: bool
+    punkt_sha256: str | None = None
+    skip_bad_rows: bool = False
     special_tokens_as_text: bool = False
 
     @property
@@ -55,37 +55,28 @@ class Recipe:
         return [(g.folder, file) for g in self.groups for file in g.files[task :: self.tasks]]
 
     def save(self, output: Path) -> None:
-        """Write the recipe, and the lists of paths for the readers."""
-        for index, group in enumerate(self.groups):
-            files.write(
-                paths_file(output, index), "".join(f"{file.path}\n" for file in group.files)
-            )
+        """Write the recipe."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
         files.write(_path(output), text + "\n")
-
-
-def paths_file(output: Path, group: int) -> Path:
-    """The list of a group's files, one a line."""
-    return output / "work" / f"files_{group}.txt"
 
 
 def _path(output: Path) -> Path:
     return output / "work" / "plan.json"
 
 
-def load(output: Path) -> Recipe | None:
-    """The recipe that the folder was started with."""
+def load(output: Path) -> Recipe:
+    """The recipe that the folder was started with.
+
+    Raises:
+        DataError: it is damaged or lost, so that nobody knows what finished tasks are made from.
+    """
+    fix = f"bring it back, choose another --output, or start over without {output / 'work'}"
     try:
-        values: dict[str, Any] = json.loads(_path(output).read_text())
+        return schema.load(Recipe, _path(output))
+    except Malformed as error:
+        raise DataError(f"{error}; {fix}") from None
     except FileNotFoundError:
-        return None
-    values["groups"] = tuple(
-        Group(g["folder"], g["format"], tuple(File(**file) for file in g["files"]))
-        for g in values["groups"]
-    )
-    values["tokenizer"] = TokenizerInfo(**values["tokenizer"])
-    values["sources"] = tuple(values["sources"])
-    return Recipe(**values)
+        raise DataError(f"{_path(output)} is lost, and tasks were begun; {fix}") from None
 
 
 def changed_tasks(old: Recipe, new: Recipe) -> list[int]:

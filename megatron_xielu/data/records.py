@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -20,7 +21,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_xielu.common import files, processes
+from megatron_xielu.common import files, processes, schema
+from megatron_xielu.common.schema import Count, Malformed
 
 SPLITS = ("train", "valid")
 _PROGRESS_INTERVAL = 1.0  # seconds
@@ -30,11 +32,11 @@ _PROGRESS_INTERVAL = 1.0  # seconds
 class Shard:
     """One ``.bin``/``.idx`` pair; without documents there are no files."""
 
-    tokens: int
-    documents: int
-    sequences: int
-    text_bytes: int  # UTF-8, without the end-of-document tokens
-    sizes: tuple[int, int]  # bytes of .bin and .idx
+    tokens: Count
+    documents: Count
+    sequences: Count
+    text_bytes: Count  # UTF-8, without the end-of-document tokens
+    sizes: tuple[Count, Count]  # bytes of .bin and .idx
     sha256: tuple[str, str]
 
 
@@ -43,11 +45,15 @@ class Record:
     """A finished task."""
 
     shards: dict[str, Shard]  # by split
-    empty_rows: int
-    bad_rows: int
-    limit: int | None  # training tokens at which it stopped before its input ended
+    empty_rows: Count
+    bad_rows: Count
+    limit: Count | None  # training tokens at which it stopped before its input ended
     # How often documents hold each special token; None: written when nobody counted.
-    special_tokens: dict[str, int] | None = None
+    special_tokens: dict[str, Count] | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.shards) != set(SPLITS):
+            raise ValueError(f"shards are not of {' and '.join(SPLITS)}")
 
     @property
     def tokens(self) -> int:
@@ -77,16 +83,11 @@ def save(output: Path, task: int, record: Record) -> None:
 
 
 def load(output: Path, task: int) -> Record | None:
-    """The task's record, None if it is not finished."""
+    """The task's record, None if it is not finished; so it is not where the record is damaged."""
     try:
-        values = json.loads(path_of(output, task).read_text())
-    except FileNotFoundError:
+        return schema.load(Record, path_of(output, task))
+    except (FileNotFoundError, Malformed):
         return None
-    values["shards"] = {
-        split: Shard(**{**shard, "sizes": tuple(shard["sizes"]), "sha256": tuple(shard["sha256"])})
-        for split, shard in values["shards"].items()
-    }
-    return Record(**values)
 
 
 def load_all(output: Path, tasks: int) -> dict[int, Record]:
@@ -99,8 +100,14 @@ def forget(output: Path, task: int) -> None:
     path_of(output, task).unlink(missing_ok=True)
 
 
-def missing_or_truncated(output: Path, task: int, record: Record) -> str | None:
-    """What is wrong with the sizes of a task's files, in words."""
+def damage(output: Path, task: int) -> str | None:
+    """What is wrong with a finished task's record or the sizes of its files, in words."""
+    try:
+        record = schema.load(Record, path_of(output, task))
+    except FileNotFoundError:
+        return None
+    except Malformed as error:
+        return str(error)
     for split, shard in record.shards.items():
         if shard.documents:
             for path, size in zip(shard_files(output, split, task), shard.sizes, strict=True):
@@ -153,11 +160,12 @@ def attempts(output: Path) -> list[Seen]:
     """All attempts that have left a folder."""
     seen = []
     for folder in sorted((output / "work" / "unfinished").glob("*-*-*")):
-        task, rest = folder.name.split("-", 1)
-        host, pid = rest.rsplit("-", 1)
+        if not (name := re.fullmatch(r"(\d{5,9})-(.+)-(\d{1,9})", folder.name)):
+            continue
+        task, host, pid = name.groups()
         try:
-            tokens = int((folder / "progress.json").read_text())
-        except (FileNotFoundError, ValueError):
+            tokens = schema.check(Count, schema.read_json(folder / "progress.json"), folder)
+        except (OSError, Malformed):
             tokens = 0
         alive = host != socket.gethostname() or processes.is_alive(int(pid))
         seen.append(Seen(folder, int(task), alive, tokens))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, text
 from megatron_xielu.data import executors, records
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.executors import Request
@@ -97,10 +97,10 @@ def run(recipe: Recipe, output: Path, request: Request, expected_tokens: float) 
             for task in left.tasks:
                 records.forget(output, task)
             _tell_datatrove(output, done, left)
-            this = replace(request, tasks=max(left.tasks) + 1, limits=left.limits)
+            this = replace(request, tasks=max(left.tasks) + 1, limits=tuple(left.limits.items()))
             one_round = _slurm_round if request.executor == "slurm" else _local_round
             one_round(recipe, output, this, bar)
-            reasons = {int(f.name): f.read_text().strip() for f in sorted(failures.glob("[0-9]*"))}
+            reasons = [f.read_text(errors="replace") for f in sorted(failures.glob("[0-9]*"))]
             after = records.load_all(output, recipe.tasks)
             if reasons:
                 raise DataError(_say_failures(reasons, len(after), output))
@@ -115,8 +115,8 @@ def run(recipe: Recipe, output: Path, request: Request, expected_tokens: float) 
                 bar.write(f"tasks {_some(lost)} ended without a result; doing them again")
 
 
-def _say_failures(reasons: dict[int, str], finished: int, output: Path) -> str:
-    shown = [reason.splitlines()[0] for reason in reasons.values()][:10]
+def _say_failures(reasons: list[str], finished: int, output: Path) -> str:
+    shown = [text.first_line(reason) for reason in reasons[:10]]
     if len(reasons) > len(shown):
         shown.append(f"… and {len(reasons) - len(shown)} more in {output / 'work/failures'}")
     return (
@@ -137,12 +137,12 @@ def _tell_datatrove(output: Path, done: dict[int, Record], left: Missing) -> Non
     """datatrove skips what it has marked as complete; that is made to say what the records say."""
     folder = output / "work" / "logs" / "completions"
     folder.mkdir(parents=True, exist_ok=True)
-    complete = set(done) - set(left.tasks)
+    complete = {f"{task:05d}" for task in done.keys() - set(left.tasks)}
     for marked in folder.iterdir():
-        if int(marked.name) not in complete:
+        if marked.name not in complete:
             marked.unlink()
-    for task in complete:
-        (folder / f"{task:05d}").touch()
+    for name in complete:
+        (folder / name).touch()
 
 
 def _local_round(recipe: Recipe, output: Path, request: Request, bar: tqdm) -> None:
@@ -189,8 +189,8 @@ def _slurm_round(recipe: Recipe, output: Path, request: Request, bar: tqdm) -> N
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise DataError("--executor slurm submits jobs, and must not be called inside of one")
     job_file = output / "work" / "slurm_job"
-    job = job_file.read_text().strip() if job_file.exists() else ""
-    if not (job and _in_queue(job)):
+    job = job_file.read_text(errors="replace").strip() if job_file.exists() else ""
+    if not (job.isdecimal() and _in_queue(job)):
         executor = executors.make_executor(output, request)
         try:
             executor.run()

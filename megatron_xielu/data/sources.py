@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datatrove.io import DataFolder
+from fsspec.implementations.local import LocalFileSystem
 
+from megatron_xielu.common import schema
+from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.data.errors import BadInputError, DataError
 
 FORMATS = ("parquet", "jsonl", "text")
@@ -31,7 +36,7 @@ class File:
     """One input file: path below its group's folder, bytes, and what changes when it changes."""
 
     path: str
-    size: int
+    size: Count
     stamp: str
 
 
@@ -44,9 +49,30 @@ class Group:
     files: tuple[File, ...]
 
 
+@dataclass(frozen=True)
+class _DataFiles:
+    """Of a dataset card: files of a split."""
+
+    path: str | list[str]
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class _Configuration:
+    """Of a dataset card: a subset, with its files in one of the forms that the Hub knows."""
+
+    config_name: str
+    data_files: str | dict[str, str | list[str]] | list[str | _DataFiles] | None = None
+
+
 def is_local(source: str) -> bool:
     """Whether reading the source needs no network."""
-    return Path(source).exists() or source.startswith("file://")
+    return os.path.lexists(source) or source.startswith("file://")
+
+
+def open_folder(folder: str) -> DataFolder:
+    """A group's folder. In a local one's name ``::`` is no chain of file systems, as in a URL."""
+    return DataFolder(folder, fs=LocalFileSystem() if folder.startswith("/") else None)
 
 
 def find(source: str, *, subset: str | None, format: str | None, glob: str | None) -> list[Group]:
@@ -60,7 +86,7 @@ def find(source: str, *, subset: str | None, format: str | None, glob: str | Non
 
     Raises:
         DataError: there is no such source, or it has no files of a known format.
-        BadInputError: a file is empty.
+        BadInputError: a file is empty, or none, or its name cannot be used.
     """
     if is_local(source) or "://" in source:
         if subset:
@@ -73,10 +99,14 @@ def find(source: str, *, subset: str | None, format: str | None, glob: str | Non
     groups: list[Group] = []
     for url, pattern in locations:
         try:
-            found = _list(url, pattern)
+            folder, found = _list(url, pattern)
+            for group in groups:  # patterns of a dataset's card may overlap
+                found = {path: found[path] for path in found.keys() - {f.path for f in group.files}}
+            groups += _group(folder, found, format)
+        except DataError:
+            raise
         except Exception as error:  # every file system has exceptions of its own
             raise DataError(f"--source {source}: {url}: {_say(error)}") from error
-        groups += _group(*found, format)
     if not groups:
         endings = ", ".join(ending for known in _ENDINGS.values() for ending in known)
         raise DataError(
@@ -91,8 +121,21 @@ def pinned(source: str, groups: Iterable[Group]) -> list[Group]:
     return [group for group in groups if group.folder.startswith(f"hf://datasets/{source}@")]
 
 
+def refuse_twice(groups: Iterable[Group]) -> None:
+    """Raise a DataError that names a file which is given twice, by whatever names."""
+    seen: dict[str, str] = {}
+    for group in groups:
+        for file in group.files:
+            name = f"{group.folder}/{file.path}".removeprefix("file://")
+            same = os.path.realpath(name) if name.startswith("/") else name
+            if same in seen:
+                other = "" if seen[same] == name else f", also as {seen[same]}"
+                raise DataError(f"--source: {name} is given twice{other}; leave one out")
+            seen[same] = name
+
+
 def _absolute(source: str) -> str:
-    return str(Path(source).absolute()) if Path(source).exists() else source
+    return str(Path(source).absolute()) if os.path.lexists(source) else source
 
 
 def _hub_locations(name: str, subset: str | None) -> list[tuple[str, str | None]]:
@@ -109,8 +152,12 @@ def _hub_locations(name: str, subset: str | None) -> list[tuple[str, str | None]
             f"--source {name}: no such local file or folder, and the Hub says: {_say(error)}"
         ) from error
     card: Any = info.card_data or {}
-    configurations = {entry["config_name"]: entry for entry in card.get("configs") or []}
-    if not any("data_files" in entry for entry in configurations.values()):
+    try:
+        entries = schema.check(list[_Configuration], card.get("configs") or [], "configs")
+    except Malformed as error:
+        raise DataError(f"--source {name}: its card cannot be used: {error}") from None
+    configurations = {entry.config_name: entry.data_files for entry in entries}
+    if not any(data_files is not None for data_files in configurations.values()):
         pattern = f"{subset or 'default'}/train/*.parquet"
         revision = "refs%2Fconvert%2Fparquet"
         return [(f"hf://datasets/{name}@{revision}", pattern)]
@@ -119,33 +166,64 @@ def _hub_locations(name: str, subset: str | None) -> list[tuple[str, str | None]
         raise DataError(f"--subset {chosen}: {name} has {', '.join(configurations)}")
     return [
         (f"hf://datasets/{name}@{info.sha}", pattern)
-        for pattern in _train_patterns(configurations[chosen]["data_files"])
+        for pattern in _train_patterns(configurations[chosen] or [])
     ]
 
 
-def _train_patterns(data_files: Any) -> list[str]:
+def _train_patterns(data_files: str | dict | list) -> list[str]:
     """Patterns of the train split in a dataset card's ``data_files``, in any of its forms."""
     if isinstance(data_files, str):
         return [data_files]
     if isinstance(data_files, dict):
-        data_files = [{"split": split, "path": path} for split, path in data_files.items()]
+        data_files = [_DataFiles(path, split) for split, path in data_files.items()]
     patterns: list[str] = []
     for entry in data_files:
         if isinstance(entry, str):
             patterns.append(entry)
-        elif entry.get("split", "train") == "train":
-            path = entry["path"]
-            patterns += [path] if isinstance(path, str) else path
+        elif entry.split == "train":
+            patterns += [entry.path] if isinstance(entry.path, str) else entry.path
     return patterns
 
 
 def _list(url: str, pattern: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
-    folder = DataFolder(url)
+    folder = open_folder(url)
     if folder.fs.isfile(folder.path):
         parent, _, name = url.rpartition("/")
-        return parent, {name: folder.fs.info(folder.path)}
-    found = folder.find("", detail=True)
+        return parent or "/", {name: folder.fs.info(folder.path)}
+    found = _list_local(folder.path) if folder.is_local() else folder.find("", detail=True)
     return url, {path: info for path, info in found.items() if _matches(path, pattern)}
+
+
+def _list_local(folder: str) -> dict[str, dict[str, Any]]:
+    """All that is below a folder. fsspec passes over what cannot be listed; here it is an error."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    if not os.path.isdir(folder):
+        raise DataError(f"--source {folder}: it is {_kind(folder)}, and neither file nor folder")
+    found = {}
+    for place, folders, names in os.walk(folder, onerror=stop):
+        for name in folders:
+            if os.path.islink(linked := os.path.join(place, name)):
+                print(
+                    f"{linked}: a linked folder is not read; give it to --source", file=sys.stderr
+                )
+        for name in names:
+            path = os.path.join(place, name)
+            info = os.lstat(path)
+            # A link is as new as itself or what it leads to.
+            target = os.stat(path) if os.path.exists(path) else info
+            found[os.path.relpath(path, folder)] = {
+                "size": target.st_size,
+                "mtime": max(info.st_mtime, target.st_mtime),
+                "type": "file" if os.path.isfile(path) else _kind(path),
+            }
+    return found
+
+
+def _kind(path: str) -> str:
+    return "a pipe, socket or device" if os.path.exists(path) else "a link to nothing"
 
 
 def _matches(path: str, pattern: str | None) -> bool:
@@ -165,10 +243,26 @@ def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) ->
             if (format == known) or (format is None and path.endswith(_ENDINGS[known]))
         )
         for file in files:
+            name = f"{folder}/{file.path}"
+            if name.splitlines() != [name] or not _is_utf8(name):
+                raise BadInputError(
+                    f"{name!a}: the name has line breaks or is not UTF-8: rename it"
+                )
+            kind = found[file.path].get("type", "file")
+            if kind != "file":
+                raise BadInputError(f"{name}: it is {kind}: replace it by a file, or leave it out")
             if file.size == 0:
-                raise BadInputError(f"{folder}/{file.path}: row 1: the file is empty")
+                raise BadInputError(f"{name}: row 1: the file is empty")
         if files:
             yield Group(folder, known, files)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stamp(info: dict[str, Any]) -> object:
@@ -180,7 +274,7 @@ def _stamp(info: dict[str, Any]) -> object:
 
 def _order(path: str) -> bytes:
     """Files are used in this order, so that a token budget takes a fair sample of them."""
-    return hashlib.sha256(path.encode()).digest()
+    return hashlib.sha256(path.encode(errors="surrogateescape")).digest()
 
 
 def _say(error: BaseException) -> str:

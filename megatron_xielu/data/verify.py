@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_xielu.common import files
 from megatron_xielu.data import manifest as manifests
 from megatron_xielu.data import records, tokenizer_files
 from megatron_xielu.data.errors import DataError
+from megatron_xielu.data.manifest import Entry, Manifest
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 24
@@ -32,10 +34,10 @@ def verify(output: Path, *, workers: int) -> str:
         DataError: names every damaged shard.
     """
     manifest = manifests.load(output)
-    shards = manifest["shards"]
+    shards = manifest.shards
     _check_tokenizer(output, manifest)
     problems: dict[str, str] = {}
-    size = sum(entry[kind]["bytes"] for entry in shards for kind in ("bin", "idx"))
+    size = sum(entry.bin.bytes + entry.idx.bytes for entry in shards)
     with (
         tqdm(total=size, unit="B", unit_scale=True, desc="verifying") as bar,
         ThreadPoolExecutor(workers) as pool,
@@ -43,10 +45,11 @@ def verify(output: Path, *, workers: int) -> str:
         for entry, problem in zip(
             shards, pool.map(lambda entry: _check(output, entry, manifest), shards), strict=True
         ):
-            bar.update(entry["bin"]["bytes"] + entry["idx"]["bytes"])
+            bar.update(entry.bin.bytes + entry.idx.bytes)
             if problem:
-                problems[entry["prefix"]] = problem
-                records.forget(output, entry["task"])
+                problems[entry.prefix] = problem
+                with suppress(OSError):  # a folder that can only be read
+                    records.forget(output, entry.task)
     _check_totals(manifest)
     if problems:
         lines = "\n  ".join(f"{prefix}: {problem}" for prefix, problem in problems.items())
@@ -56,48 +59,48 @@ def verify(output: Path, *, workers: int) -> str:
         )
     return "\n".join(
         [
-            f"{len(shards)} shards, {manifest['train']['tokens']:,} training and "
-            f"{manifest['valid']['tokens']:,} validation tokens in "
-            f"{manifest['train']['documents'] + manifest['valid']['documents']:,} documents: all "
+            f"{len(shards)} shards, {manifest.train.tokens:,} training and "
+            f"{manifest.valid.tokens:,} validation tokens in "
+            f"{manifest.train.documents + manifest.valid.documents:,} documents: all "
             "as in the manifest",
             *_samples(output, shards),
         ]
     )
 
 
-def _check(output: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+def _check(output: Path, entry: Entry, manifest: Manifest) -> str | None:
     """What is wrong with a shard, in words."""
     for kind in ("bin", "idx"):
-        path = output / f"{entry['prefix']}.{kind}"
+        path, stored = output / f"{entry.prefix}.{kind}", getattr(entry, kind)
         if not path.is_file():
             return f".{kind} is missing"
         size = path.stat().st_size
-        if size != entry[kind]["bytes"]:
-            return f".{kind} has {size:,} bytes instead of {entry[kind]['bytes']:,}"
-        if files.sha256(path) != entry[kind]["sha256"]:
+        if size != stored.bytes:
+            return f".{kind} has {size:,} bytes instead of {stored.bytes:,}"
+        if files.sha256(path) != stored.sha256:
             return f".{kind} has another checksum than in the manifest"
-    return _check_content(output / entry["prefix"], entry, manifest)
+    return _check_content(output / entry.prefix, entry, manifest)
 
 
-def _check_content(prefix: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+def _check_content(prefix: Path, entry: Entry, manifest: Manifest) -> str | None:
     dataset = _open(prefix)
     lengths = dataset.sequence_lengths
     found = (int(lengths.sum()), len(dataset.document_indices) - 1, len(lengths))
-    expected = (entry["tokens"], entry["documents"], entry["sequences"])
+    expected = (entry.tokens, entry.documents, entry.sequences)
     if found != expected:
         return f"tokens, documents and sequences are {found} and not {expected}"
-    tokenizer = manifest["tokenizer"]
+    tokenizer = manifest.tokenizer
     dtype = dataset.index.dtype
-    if np.dtype(dtype).name != tokenizer["dtype"]:
-        return f"tokens are {np.dtype(dtype).name} and not {tokenizer['dtype']}"
+    if np.dtype(dtype).name != tokenizer.dtype:
+        return f"tokens are {np.dtype(dtype).name} and not {tokenizer.dtype}"
     tokens = np.memmap(prefix.with_suffix(".bin"), dtype=dtype, mode="r")
     ends = np.cumsum(lengths, dtype=np.int64)[dataset.document_indices[1:] - 1] - 1
-    if not (tokens[ends] == tokenizer["eod_id"]).all():
-        return f"a document does not end with {tokenizer['eod_token']}"
+    if not (tokens[ends] == tokenizer.eod_id).all():
+        return f"a document does not end with {tokenizer.eod_token}"
     for start in range(0, len(tokens), _BLOCK):
         block = tokens[start : start + _BLOCK]
-        if block.min() < 0 or block.max() >= tokenizer["vocab_size"]:
-            return f"tokens beyond the vocabulary of {tokenizer['vocab_size']}"
+        if block.min() < 0 or block.max() >= tokenizer.vocab_size:
+            return f"tokens beyond the vocabulary of {tokenizer.vocab_size}"
     return None
 
 
@@ -109,34 +112,35 @@ def _open(prefix: Path) -> Any:
     return IndexedDataset(str(prefix))
 
 
-def _check_tokenizer(output: Path, manifest: dict[str, Any]) -> None:
+def _check_tokenizer(output: Path, manifest: Manifest) -> None:
     path = output / "tokenizer" / "tokenizer.json"
-    if not path.is_file() or files.sha256(path) != manifest["tokenizer"]["sha256"]:
+    if not path.is_file() or files.sha256(path) != manifest.tokenizer.sha256:
         raise DataError(
-            f"{path} is not the tokeniser of this data ({manifest['tokenizer']['name']}, sha256 "
-            f"{manifest['tokenizer']['sha256'][:12]}); copy that one back"
+            f"{path} is not the tokeniser of this data ({manifest.tokenizer.name}, sha256 "
+            f"{manifest.tokenizer.sha256[:12]}); copy that one back"
         )
 
 
-def _check_totals(manifest: dict[str, Any]) -> None:
+def _check_totals(manifest: Manifest) -> None:
     for split in records.SPLITS:
         for name in ("tokens", "documents", "sequences", "text_bytes"):
-            total = sum(e[name] for e in manifest["shards"] if e["split"] == split)
-            if total != manifest[split][name]:
+            said = getattr(getattr(manifest, split), name)
+            total = sum(getattr(e, name) for e in manifest.shards if e.split == split)
+            if total != said:
                 raise DataError(
-                    f"{manifests.NAME}: {name} of {split} are {manifest[split][name]:,}, and "
-                    f"{total:,} summed over its shards"
+                    f"{manifests.NAME}: {name} of {split} are {said:,}, and {total:,} summed over "
+                    f"its shards; {manifests.FIX}"
                 )
 
 
-def _samples(output: Path, shards: list[dict[str, Any]]) -> list[str]:
+def _samples(output: Path, shards: list[Entry]) -> list[str]:
     """The first words of a few documents, decoded."""
     tokenizer = tokenizer_files.load(output / "tokenizer" / "tokenizer.json")
     lines = []
     for entry in shards[:: max(1, len(shards) // _SAMPLES)][:_SAMPLES]:
-        dataset = _open(output / entry["prefix"])
-        middle = entry["documents"] // 2
+        dataset = _open(output / entry.prefix)
+        middle = entry.documents // 2
         sequence = dataset[int(dataset.document_indices[middle])]
         text = tokenizer.decode(sequence[:_SAMPLE_TOKENS].tolist(), skip_special_tokens=False)
-        lines.append(f"{entry['prefix']}, document {middle}: {text!r}")
+        lines.append(f"{entry.prefix}, document {middle}: {text!r}")
     return lines

@@ -32,7 +32,7 @@ from launch import REPOSITORY, train
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
 from megatron_xielu.common import processes
-from megatron_xielu.data import command, records, scheduler, sources, tokenise
+from megatron_xielu.data import command, estimate, records, scheduler, sources, tokenise
 from megatron_xielu.data.records import Record, Shard
 
 if sys.version_info >= (3, 14):
@@ -500,8 +500,9 @@ class TestBadInput:
         assert str(path) in message and expected in message, message
         assert message.count("\n") == 0
 
-    def test_found_by_a_worker(self, corpus: Corpus, tmp_path: Path):
+    def test_found_by_a_worker(self, corpus: Corpus, tmp_path: Path, monkeypatch):
         """Far into a file, so that no sample sees it. The other tasks finish and stay finished."""
+        monkeypatch.setattr(estimate, "_MOST", 100)  # characters
         texts = tmp_path / "texts"
         texts.mkdir()
         good = jsonl(corpus.texts[:20])
@@ -560,10 +561,10 @@ class TestBadInput:
         assert [file.path for file in found[0].files] == ["a.md"]
 
     def test_disk_too_small(self, corpus: Corpus, tmp_path: Path):
-        """The source is larger than any disk here: a few lines, and then nothing but a hole."""
+        """The source is larger than any disk here: as much as a sample takes, and then a hole."""
         texts = tmp_path / "texts"
         texts.mkdir()
-        (texts / "big.jsonl").write_bytes(jsonl(corpus.texts[:50]))
+        (texts / "big.jsonl").write_bytes(jsonl(corpus.texts[:50] * 30))
         os.truncate(texts / "big.jsonl", 8_000_000_000_000)
         message = _message(corpus, tmp_path / "data", source=texts)
         assert "the disk is too small" in message and "TB to write" in message

@@ -103,7 +103,6 @@ class Ours:
     """This package's task, in this process."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.step = SplitTokenizer(
             folder,
             eod_token=EOD,
@@ -117,11 +116,7 @@ class Ours:
     def __call__(self, slice_folder: Path) -> int:
         before = self.step.stats["tokens"].total
         (group,) = sources.find(str(slice_folder), subset=None, format=None, glob=None)
-        paths = self.folder / "files"
-        paths.write_text("".join(f"{file.path}\n" for file in group.files))
-        reader = make_reader(
-            group, paths_file=str(paths), tasks=1, text_key="text", skip_bad_rows=False
-        )
+        reader = make_reader(group, tasks=1, text_key="text", skip_bad_rows=False)
         self.step.run(reader.run())
         return self.step.stats["tokens"].total - before
 

@@ -1,0 +1,364 @@
+"""What lies in a source: every row once or one line that names it; and the estimate of it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import socket
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hostile import damaged, damaged_bytes
+from hypothesis import HealthCheck, given, settings
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megatron_xielu.data import command, estimate, sources
+from megatron_xielu.data.errors import DataError
+from megatron_xielu.data.readers import make_reader
+from megatron_xielu.data.recipe import Recipe
+from megatron_xielu.data.tokenizer_files import TokenizerInfo
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+SKIPPABLE = struct.pack("<II", 0x184D2A50, 4) + b"\0\0\0\0"
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A token a word."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "end": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def rows(texts: list[str], *, ensure_ascii: bool = True) -> bytes:
+    return b"".join(
+        json.dumps({"text": text}, ensure_ascii=ensure_ascii).encode() + b"\n" for text in texts
+    )
+
+
+def find(source: Path, **options: str) -> list[sources.Group]:
+    return sources.find(str(source), **{"subset": None, "format": None, "glob": None, **options})
+
+
+def read(source: Path, **options: str) -> list[str]:
+    found = []
+    for group in find(source, **options):
+        reader = make_reader(group, tasks=1, text_key="text", skip_bad_rows=False)
+        found += [document.text for document in reader.run()]
+    return found
+
+
+def expect(source: Path, tokenizer: Tokenizer) -> estimate.Estimate:
+    info = TokenizerInfo("t", "", 2, "end", 1, "uint16")
+    groups = tuple(find(source))
+    recipe = Recipe((), None, groups, 1, "text", info, 0.0, None, None, None, False)
+    return estimate.estimate(recipe, tokenizer)
+
+
+def parquet(texts: list[str], **options: int) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), stream, **options)
+    return stream.getvalue()
+
+
+def twice_in_parquet() -> bytes:
+    stream = io.BytesIO()
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, stream)
+    return stream.getvalue()
+
+
+def zip_of_two() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a.jsonl", rows(["a"]))
+        archive.writestr("b.jsonl", rows(["b"]))
+    return stream.getvalue()
+
+
+A, B = rows(["a"]), rows(["b"])
+READ: dict[str, tuple[str, bytes, list[str]]] = {
+    "members": ("x.jsonl.gz", gzip.compress(A) + gzip.compress(b"") + gzip.compress(B), ["a", "b"]),
+    "first member empty": ("x.jsonl.gz", gzip.compress(b"") + gzip.compress(A), ["a"]),
+    "frames": ("x.jsonl.zst", zstd.compress(b"") + zstd.compress(A) + zstd.compress(B), ["a", "b"]),
+    "skippable frames": ("x.jsonl.zst", (SKIPPABLE + zstd.compress(A)) * 2 + SKIPPABLE, ["a", "a"]),
+    "mark": ("x.jsonl", BOM + A + B, ["a", "b"]),
+    "files with marks joined": ("x.jsonl", BOM + A + BOM + B, ["a", "b"]),
+    "mark and text": ("x.txt", BOM + b"plain text\n", ["plain text\n"]),
+    "mark and no text": ("x.txt", BOM, []),
+    "NaN": ("x.jsonl", b'{"text": "a", "x": NaN, "y": [-Infinity]}\n' + B, ["a", "b"]),
+    "half a pair": ("x.jsonl", b'{"text": "a", "x": "\\ud800"}\n', ["a"]),
+    "a value called text": ("x.jsonl", b'{"of": "text", "text": "a", "x": {"text": 1}}\n', ["a"]),
+}
+REFUSED: dict[str, tuple[str, bytes, str]] = {
+    "no member": ("x.jsonl.gz", gzip.compress(b""), "row 1: the file has no rows"),
+    "no frame": ("x.jsonl.zst", SKIPPABLE + zstd.compress(b""), "row 1: the file has no rows"),
+    "UTF-16": ("x.jsonl", A.decode().encode("utf-16"), "row 1: .*it is UTF-16; .*iconv"),
+    "UTF-16, no mark": ("x.jsonl", A.decode().encode("utf-16-le"), "row 1: .*it is UTF-16"),
+    "UTF-16 text": ("x.txt", "plain".encode("utf-16"), "row 1: .*it is UTF-16"),
+    "UTF-16 text, no mark": ("x.txt", "plain".encode("utf-16-be"), "row 1: .*it is UTF-16"),
+    "half a pair": ("x.jsonl", A + b'{"text": "\\udc00"}\n', "row 2: not JSON: .*surrogates"),
+    "no such key": ("x.jsonl", b'{"a\\nb": 1}\n', "no column 'text' .* there are: .'a.*nb'"),
+    "two keys": ("x.jsonl", b'{"text": "a", "text": "b"}\n', "row 1: two columns 'text'"),
+    "two columns": ("x.parquet", twice_in_parquet(), "row 1: two columns 'text'"),
+    "no parquet": ("x.parquet", b"PAR1" + bytes(90), "row 1: cannot be read: "),
+    "deep": ("x.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "row 1: not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_read(tmp_path: Path, case: str):
+    name, content, expected = READ[case]
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path) == expected
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, tokenizer: Tokenizer, case: str):
+    """By the estimate, before the work, and by a task."""
+    name, content, message = REFUSED[case]
+    (tmp_path / name).write_bytes(content)
+    for use in (read, lambda source: expect(source, tokenizer)):
+        with pytest.raises(DataError, match=message) as error:
+            use(tmp_path)
+        assert f"{tmp_path / name}: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_zip_archive(tmp_path: Path):
+    """fsspec reads the first file of one, and says nothing of the others."""
+    (tmp_path / "x.zip").write_bytes(zip_of_two())
+    with pytest.raises(DataError, match="row 1: cannot be read: a zip archive; unpack it"):
+        read(tmp_path, format="jsonl")
+
+
+def test_a_row_longer_than_memory(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("megatron_xielu.data.readers._LONGEST", 100)
+    (tmp_path / "x.jsonl").write_bytes(A + bytes(1000))
+    with pytest.raises(DataError, match="row 2: cannot be read: longer than 100 bytes"):
+        read(tmp_path)
+
+
+GOOD = {
+    "x.jsonl": A + B,
+    "x.jsonl.gz": gzip.compress(A) + gzip.compress(B),
+    "x.jsonl.zst": zstd.compress(A) + zstd.compress(B),
+    "x.parquet": parquet(["a", "b"] * 5),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_any_damage(tmp_path: Path, name: str):
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(damaged_bytes(GOOD[name]))
+    def damage(content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        try:
+            assert all(isinstance(text, str) for text in read(tmp_path))
+        except DataError as error:
+            assert str(tmp_path / name) in str(error) and "\n" not in str(error)
+
+    damage()
+
+
+CONFIGS = [
+    {"config_name": "a", "data_files": [{"split": "train", "path": ["x/*", "y/*"]}, "z/*"]},
+    {"config_name": "b", "data_files": {"train": "x/*", "test": ["y/*"]}},
+    {"config_name": "c", "data_files": "x/*"},
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(damaged(CONFIGS))
+def test_any_damage_of_a_dataset_card(configs):
+    info = SimpleNamespace(card_data={"configs": configs}, sha="1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: info)
+        for subset in (None, "b"):
+            try:
+                found = sources._hub_locations("owner/name", subset)
+                assert all(isinstance(pattern, str) for _, pattern in found)
+            except DataError as error:
+                assert "\n" not in str(error)
+
+
+class TestNames:
+    def test_every_file_once(self, tmp_path: Path):
+        folder = tmp_path / " odd :: [folder]"
+        names = [
+            " x",
+            "x",
+            "x ",
+            "#x",
+            "%41",
+            "A",
+            "[ab]*?",
+            "a::b",
+            "~",
+            "file:x",
+            "\u00a0é",
+            "$x",
+        ]
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            (folder / name / f"{name}.jsonl").write_bytes(rows([name]))
+        assert sorted(read(folder)) == sorted(names)
+        assert read(folder / " x" / " x.jsonl") == [" x"]
+
+    @pytest.mark.parametrize("name", [b"a\nb", b"a\r", "a\u2028b".encode(), b"\xff"])
+    def test_refused(self, tmp_path: Path, name: bytes):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name + b".jsonl")).write_bytes(A)
+        with pytest.raises(DataError, match="rename it") as error:
+            find(tmp_path)
+        assert str(error.value).isascii() and "\n" not in str(error.value)
+
+    def test_no_file(self, tmp_path: Path):
+        folder = tmp_path / "texts"
+        (folder / "b.jsonl").mkdir(parents=True)
+        (folder / "b.jsonl" / "part.jsonl").write_bytes(A)  # as Spark writes
+        assert read(folder) == ["a"]
+        odd = folder / "x.jsonl"
+        with socket.socket(socket.AF_UNIX) as server:
+            for make, kind in (
+                (lambda: odd.symlink_to("nowhere"), "a link to nothing"),
+                (lambda: os.mkfifo(odd), "a pipe, socket or device"),
+                (lambda: server.bind(os.path.relpath(odd)), "a pipe, socket or device"),
+            ):
+                make()
+                for source in (folder, odd):
+                    with pytest.raises(DataError, match=f"x.jsonl: it is {kind}"):
+                        find(source)
+                odd.unlink()
+
+    def test_linked_folder(self, tmp_path: Path, capsys):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts" / "a.jsonl").write_bytes(A)
+        (tmp_path / "texts" / "more").symlink_to(tmp_path / "other")
+        assert read(tmp_path / "texts") == ["a"]
+        assert "texts/more: a linked folder is not read" in capsys.readouterr().err
+
+    def test_folder_that_cannot_be_listed(self, tmp_path: Path, monkeypatch):
+        """Root may list any: its denial is a mock."""
+        (tmp_path / "deep" / "secret").mkdir(parents=True)
+        (tmp_path / "a.jsonl").write_bytes(A)
+        list_any = os.scandir
+
+        def scandir(path: str):
+            if str(path).endswith("secret"):
+                raise PermissionError(13, "Permission denied", path)
+            return list_any(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(DataError, match=r"Permission denied: '.*deep/secret'"):
+            find(tmp_path)
+
+    def test_given_twice(self, tmp_path: Path, monkeypatch):
+        for name in ("texts", "texts/deep", "other"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "texts" / "a.jsonl").write_bytes(A)
+        (tmp_path / "other" / "link.jsonl").symlink_to(tmp_path / "texts" / "a.jsonl")
+        monkeypatch.chdir(tmp_path)
+        first = find(tmp_path / "texts")
+        sources.refuse_twice(first)
+        for again in ("texts", "texts/", "other/../texts", "texts/a.jsonl", "other", "."):
+            with pytest.raises(DataError, match=r"a\.jsonl|link\.jsonl") as error:
+                sources.refuse_twice([*first, *find(Path(again))])
+            assert "is given twice" in str(error.value)
+
+
+def words(count: int, seed: int, *, of: str = "word{}", different: int = 1000) -> str:
+    chance = random.Random(seed)
+    return " ".join(of.format(chance.randrange(different)) for _ in range(count))
+
+
+def short(count: int, **options) -> list[str]:
+    """Documents of about 20 tokens."""
+    return [words(random.Random(i).randint(10, 30), i, **options) for i in range(count)]
+
+
+LONG = words(40_000, 1, of="w{}", different=9)  # shorter words than in other documents
+SHORT = short(3000)
+LARGE = {
+    "members": {"x.jsonl.gz": b"".join(gzip.compress(rows([t] * 3)) for t in SHORT)},
+    "frames": {"x.jsonl.zst": b"".join(zstd.compress(rows([t] * 3)) for t in SHORT)},
+    "first member empty": {"x.jsonl.gz": gzip.compress(b"") + gzip.compress(rows(SHORT))},
+    "skippable frame": {"x.jsonl.zst": SKIPPABLE + zstd.compress(rows(SHORT))},
+    "few frames": {"x.jsonl.zst": zstd.compress(rows(SHORT)) + zstd.compress(rows(SHORT))},
+    "one document": {"x.jsonl": rows([words(300_000, 2)])},
+    "one document in gzip": {"x.jsonl.gz": gzip.compress(rows(["word " * 300_000]))},
+    "first document": {"x.jsonl": rows([LONG, *SHORT])},
+    "first document in gzip": {"x.jsonl.gz": gzip.compress(rows([LONG, *SHORT]))},
+    "first document in parquet": {"x.parquet": parquet([LONG, *SHORT])},
+    "row groups": {"x.parquet": parquet(SHORT, row_group_size=100)},
+    "texts": {f"{i}.txt": t.encode() for i, t in enumerate([LONG * 9, *short(300)])},
+    "small files": {
+        "large.jsonl": rows(SHORT),
+        **{f"{i}.jsonl": rows(["a b c d"]) for i in range(40)},
+    },
+    "two bytes": {"x.jsonl": rows(short(2000, of="wörtchen{}é"), ensure_ascii=False)},
+    "escaped": {"x.jsonl": rows(short(2000, of="語語{}語"))},
+    "first documents in two bytes": {
+        "x.jsonl": rows([*short(50, of="wörtchen{}é"), *SHORT], ensure_ascii=False)
+    },
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_estimate(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, case: str):
+    """Within a fifth, from samples as small beside these files as they are beside real ones."""
+    monkeypatch.setattr(estimate, "_LEAST", (50, 20_000, 1 << 13), raising=False)
+    monkeypatch.setattr(gzip, "READ_BUFFER_SIZE", 1 << 10)
+    for name, content in LARGE[case].items():
+        (tmp_path / name).write_bytes(content)
+    found = expect(tmp_path, tokenizer)
+    texts = read(tmp_path)
+    tokens = sum(len(text.split()) + 1 for text in texts)
+    assert found.train_tokens == pytest.approx(tokens, rel=0.2)
+    assert found.output_bytes == pytest.approx(tokens * 2 + len(texts) * 20, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-tokens", "inf"), "--max-tokens inf must be from 1 to 1e+18"),
+        (("--max-tokens", "nan"), "--max-tokens nan must be from 1 to 1e+18"),
+        (("--max-tokens", "1e300"), "--max-tokens 1e+300 must be from 1 to 1e+18"),
+        (("--memory-gb", "9" * 30), f"--memory-gb {'9' * 30} must be from 1 to 100000"),
+        (("--workers", "9" * 30), f"--workers {'9' * 30} must be from 1 to 1e+06"),
+        (("--tasks", "0"), "--tasks 0 must be from 1 to 1e+06"),
+        (("--valid-fraction", "nan"), "--valid-fraction nan must be from 0 to below 1"),
+        (("--text-key", "\udcff"), "'\\udcff' is not UTF-8"),
+        (("--source", "x" * 5000), f"--source {'x' * 5000}: no such file or folder"),
+        (("--output", "a b"), "choose a path without white space"),
+        (("--output", "a::b"), "choose a path without white space"),
+        (("--output", "a.jsonl"), "--output"),
+        (("--output", "a.jsonl/b"), "--output"),
+    ],
+)
+def test_flags(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokenizer.save("tokenizer.json")
+    Path("a.jsonl").write_bytes(A)
+    before = set(tmp_path.iterdir())
+    arguments = ["--source", "a.jsonl", "--tokenizer", "tokenizer.json", "--eod-token", "end"]
+    with pytest.raises(SystemExit) as end:
+        command.main([*arguments, "--output", "data", "--dry-run", *flags])
+    printed = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code
+    assert message in printed and "\n" not in printed
+    assert set(tmp_path.iterdir()) - {tmp_path / "data"} == before
+    assert Path("a.jsonl").read_bytes() == A

@@ -1,0 +1,153 @@
+"""What of its own files a command finds damaged: a task done again, or one line with the fix."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile import damaged
+from hypothesis import HealthCheck, given, settings
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megatron_xielu.data import command, manifest, recipe, records
+from megatron_xielu.data.errors import DataError
+from megatron_xielu.data.verify import verify
+
+RESULT = ("manifest.json", "train/00000.bin", "train/00001.bin", "train/00002.idx")
+
+
+def prepare(folder: Path, *options: str) -> None:
+    """In a folder that holds texts and a tokeniser, into ``data``."""
+    common = ["--source", "texts", "--tokenizer", "tokenizer.json", "--eod-token", "end"]
+    small = ["--tasks", "3", "--valid-fraction", "0", "--workers", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        command.main([*common, *small, "--output", "data", *options])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "end": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "texts").mkdir()
+    for index in range(3):
+        (folder / "texts" / f"{index}.txt").write_text("a text " * (index + 1))
+    prepare(folder)
+    shutil.copytree(folder / "data", folder / "copy")
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path) -> Iterator[Path]:
+    """The same, whatever tests before have done to it."""
+    yield prepared
+    shutil.rmtree(prepared / "data")
+    shutil.copytree(prepared / "copy", prepared / "data")
+
+
+def message(folder: Path, *options: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        prepare(folder, *options)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"train": 1}', None])
+def test_manifest(folder: Path, content: bytes | None):
+    path = folder / "data" / "manifest.json"
+    path.write_bytes(content) if content is not None else path.unlink()
+    said = message(folder, "--verify")
+    assert "manifest.json" in said and ("without --verify" in said or "not finished" in said)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"tasks": "3"}', None])
+def test_plan(folder: Path, content: bytes | None):
+    path = folder / "data" / "work" / "plan.json"
+    path.write_bytes(content) if content is not None else path.unlink()
+    said = message(folder)
+    assert str(path) in said and "bring it back, choose another --output, or start over" in said
+
+
+def test_everything_else(folder: Path, capsys):
+    """One start mends it: damaged records are of tasks to do again, the rest is of no meaning."""
+    before = [(folder / "data" / name).read_bytes() for name in RESULT]
+    work = folder / "data" / "work"
+    for index, content in enumerate((b"", b"[]", b'{"shards": {}}')):
+        (work / "records" / f"{index:05d}.json").write_bytes(content)
+    for name in ("request.json", "slurm_job", "logs/completions/odd", "failures/0odd"):
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_bytes(b"\xff")
+    for name in ("0-0-0", "00001-here-1", "00002-here-99999999999999999999"):
+        (work / "unfinished" / name).mkdir(parents=True)
+        (work / "unfinished" / name / "progress.json").write_bytes(b"[1e999]")
+    prepare(folder)
+    printed = capsys.readouterr().err
+    for task in range(3):
+        assert (
+            printed.count(f"{task:05d}.json: ") == printed.count(f"task {task} is done again") == 1
+        )
+    after = [(folder / "data" / name).read_bytes() for name in RESULT]
+    assert before == after
+
+
+def test_folders_of_earlier_releases(folder: Path):
+    path = folder / "data" / "work" / "plan.json"
+    values = json.loads(path.read_bytes())
+    for name in ("punkt_sha256", "skip_bad_rows"):
+        del values[name]
+    path.write_text(json.dumps(values | {"from a later release": 1}))
+    prepare(folder)
+
+
+def test_verify_of_a_folder_that_can_only_be_read(folder: Path, monkeypatch):
+    (folder / "data" / "train" / "00000.bin").write_bytes(b"")
+
+    def unlink(path: Path, **_: Any) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(DataError, match=r"train/00000: \.bin has 0 bytes"):
+        verify(folder / "data", workers=1)
+
+
+def _attempts(output: Path) -> None:
+    assert all(seen.tokens >= 0 for seen in records.attempts(output))
+
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "manifest": ("manifest.json", manifest.load),
+    "verify": ("manifest.json", lambda output: verify(output, workers=1)),
+    "plan": (
+        "work/plan.json",
+        lambda output: recipe.changed_tasks(recipe.load(output), recipe.load(output)),
+    ),
+    "record": ("work/records/00000.json", lambda output: records.damage(output, 0)),
+    "loaded record": ("work/records/00000.json", lambda output: records.load_all(output, 3)),
+    "progress": ("work/unfinished/00000-here-1/progress.json", _attempts),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_any_damage(folder: Path, reader: str):
+    name, read = READERS[reader]
+    path = folder / "data" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    good = json.loads(path.read_bytes()) if path.exists() else [1]
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(damaged(good))
+    def damage(content: Any) -> None:
+        path.write_text(json.dumps(content))
+        try:
+            read(folder / "data")
+        except DataError as error:
+            assert path.name in str(error) or "shards are damaged" in str(error)
+
+    damage()
