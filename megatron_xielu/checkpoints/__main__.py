@@ -33,6 +33,7 @@ from megatron_xielu.checkpoints.folder import (
     RELEASE,
     TRACKER,
     checkpoints,
+    is_there,
     read_tracker,
     size_and_stamp,
 )
@@ -94,8 +95,7 @@ def main() -> None:
     commands.add_parser("status", help="a table")
     args = parser.parse_args()
     try:
-        may_come = args.command in ("repair", "watch") and not args.save_dir.exists()
-        if not (args.save_dir.is_dir() or may_come):
+        if not is_there(args.save_dir) and args.command in ("verify", "status"):
             parser.error(f"no such folder: {args.save_dir}")
         _run(args)
     except NoGoodCheckpoint as error:

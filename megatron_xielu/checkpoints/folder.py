@@ -6,6 +6,7 @@ package reads is what a training would load.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
@@ -22,6 +23,21 @@ _CHECKPOINT = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,17})")
 
 class NoCheckpoint(ValueError):
     """A save folder means no checkpoint; the message names the tracker."""
+
+
+def is_there(save_dir: Path) -> bool:
+    """Whether a save folder is there; a run makes it.
+
+    Raises:
+        OSError: it is no folder, or cannot be read.
+    """
+    try:
+        os.scandir(save_dir).close()
+    except FileNotFoundError:
+        return False
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error), str(save_dir)) from None
+    return True
 
 
 def checkpoints(save_dir: Path) -> dict[int, Path]:

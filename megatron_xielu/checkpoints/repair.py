@@ -11,8 +11,6 @@ again.
 
 from __future__ import annotations
 
-import errno
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from megatron_xielu.checkpoints.folder import (
     RELEASE,
     TRACKER,
     checkpoints,
+    is_there,
     read_tracker,
     size_and_stamp,
 )
@@ -49,13 +48,11 @@ def repair(save_dir: Path) -> int | None:
         NoGoodCheckpoint: there were checkpoints, and none is good.
         OSError: the file system fails, or it is no folder.
     """
-    if save_dir.is_dir():
-        with lock(save_dir):
-            return _repair(save_dir)
-    if save_dir.exists():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(save_dir))
-    print("resume none", flush=True)
-    return None
+    if not is_there(save_dir):
+        print("resume none", flush=True)
+        return None
+    with lock(save_dir):
+        return _repair(save_dir)
 
 
 def _repair(save_dir: Path) -> int | None:
