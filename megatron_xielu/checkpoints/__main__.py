@@ -20,11 +20,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_xielu.checkpoints import watch
@@ -39,7 +36,7 @@ from megatron_xielu.checkpoints.folder import (
 )
 from megatron_xielu.checkpoints.ledger import Record, kept
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
-from megatron_xielu.common import event_log, text
+from megatron_xielu.common import event_log, flags, text
 
 
 def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> bool:
@@ -84,13 +81,15 @@ def main() -> None:
     parser.add_argument("save_dir", type=Path, metavar="SAVE_DIR", help="Megatron's --save folder")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="check them all, newest first")
-    command.add_argument("--last", type=_number(1), metavar="N", help="only the N newest")
+    command.add_argument("--last", type=flags.whole(1), metavar="N", help="only the N newest")
     command.add_argument("--quick", action="store_true", help="no checksums")
     commands.add_parser("repair", help="before a start: set damaged ones aside")
     command = commands.add_parser("watch", help="verify new ones, delete old ones")
-    command.add_argument("--keep-last", type=_number(1), required=True, metavar="K")
-    command.add_argument("--keep-every", type=_number(0), default=0, metavar="E", help="0: none")
-    command.add_argument("--interval", type=_seconds, default=5.0, metavar="SECONDS")
+    command.add_argument("--keep-last", type=flags.whole(1), required=True, metavar="K")
+    command.add_argument(
+        "--keep-every", type=flags.whole(0), default=0, metavar="E", help="0: none"
+    )
+    command.add_argument("--interval", type=flags.real(1e-3, 86400), default=5.0, metavar="SECONDS")
     command.add_argument("--events", metavar="FILE", help="event log, for MEGATRON_XIELU_EVENTS")
     commands.add_parser("status", help="a table")
     args = parser.parse_args()
@@ -123,25 +122,6 @@ def _run(args: argparse.Namespace) -> None:
             keep_every=args.keep_every,
             interval=args.interval,
         )
-
-
-def _number(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number."""
-
-    def parse(word: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", word) or int(word) < least:
-            raise argparse.ArgumentTypeError(f"{word} is no whole number of {least} or more")
-        return int(word)
-
-    return parse
-
-
-def _seconds(word: str) -> float:
-    """A type for argparse: how long to wait, up to a day."""
-    with suppress(ValueError):
-        if 0 < float(word) <= 86400:
-            return float(word)
-    raise argparse.ArgumentTypeError(f"{word} is not above 0 and up to 86400")
 
 
 if __name__ == "__main__":

@@ -216,9 +216,10 @@ class Board:
         for rank in range(self.world_size):
             try:
                 until = time.monotonic() if rank in self._lost else end
-                answers.append(json.loads(self._get(f"{stage}/{rank}", until)))
-            except TimeoutError:
-                answers.append(None)
+                answer = json.loads(self._get(f"{stage}/{rank}", until))
+            except (TimeoutError, ValueError):  # ValueError: not one of ours
+                answer = None
+            answers.append(answer if isinstance(answer, dict) else None)
         self.store.set(f"{stage}/all", json.dumps(answers))
         return answers
 
