@@ -106,7 +106,7 @@ def _data_here(args: Namespace) -> dict[str, Any]:
             result["sizes"][prefix] = dataset_sizes(prefix)
         except (OSError, ValueError, Problem) as error:  # ValueError: a NUL in the name
             why = str(error)
-            result["problems"].append(why if prefix in why else f"{prefix}: {why}")
+            result["problems"].append(why if prefix in why else f"{prefix!a}: {why}")
     if args.tokenizer_model:
         try:
             warning = tokenizer_warning(args.tokenizer_model)

@@ -253,7 +253,7 @@ class Board:
 
     def _print(self, level: str, check: str, text: str) -> None:
         if self.rank == 0:
-            print(f"{level:<4} {check:<12} {text}", flush=True)
+            print(f"{level:<4} {check:<12} {' '.join(text.split())}", flush=True)
 
     def fail(self, check: str, text: str, *, rank: int | None = None) -> None:
         """Report a failure; ``rank`` names it and its node."""
