@@ -83,7 +83,7 @@ def check(
         folder: an ``iter_…`` folder.
         whole: read every byte and compare checksums, too.
         hashes: SHA-256 of files in it, from when it was good.
-        threads: that read; 1.5 GB/s each, where the file system gives so much.
+        threads: how many read at a time.
 
     Raises:
         Damaged: it is not good.
