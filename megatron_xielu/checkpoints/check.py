@@ -27,7 +27,7 @@ from typing import Any, TypeGuard
 from megatron_xielu.checkpoints import inert
 from megatron_xielu.common import files, schema, text
 
-# Of file systems: what a name or a place on the disk is, whatever happens elsewhere.
+# What a file system says of one name or place on the disk, and will say again.
 _OF_THIS_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 
 
