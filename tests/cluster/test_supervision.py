@@ -43,6 +43,11 @@ def test_a_log_that_cannot_be_written_ends_nothing(log, monkeypatch, capsys):
     assert "event=start" in capsys.readouterr().err
 
 
+def test_a_file_name_that_is_no_text(log):
+    event_log.write("checkpoint-damaged", "a\udcff")
+    assert log.read_text().endswith('reason="a\\udcff"\n')
+
+
 @dataclass
 class Ended:
     """A process that has ended."""
