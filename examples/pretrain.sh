@@ -95,6 +95,18 @@ source "$model_file"
 # Found by its folder when the package is not installed: in a checkout, on a login node.
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
 
+number='^[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?$'
+[[ $TOKENS =~ $number ]] || die 2 "TOKENS=$TOKENS is not a number such as 125e9"
+for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH BUCKET_SIZE \
+    SAVE_INTERVAL KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS \
+    GATED_FFN_SIZE MASTER_PORT LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS TIMEOUT_MINUTES RENDEZVOUS_TIMEOUT; do
+    # Of 64 bits, and decimal to the shell as well.
+    [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
+done
+for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE; do
+    [[ ${!name:-0} == [01] ]] || die 2 "$name=${!name}: choose 0 or 1"
+done
+
 ours=0
 [[ $ENTRY == "-m megatron_xielu.pretrain_gpt" ]] && ours=1
 ffn_size=$((GATED_FFN_SIZE * 3 / 2)) # two matrices of this width are three of the gated one's
@@ -112,13 +124,6 @@ case $ACTIVATION in
     *) die 2 "ACTIVATION=$ACTIVATION: choose xielu, xiprelu, relu2, swiglu or gelu" ;;
 esac
 ((GATED_FFN_SIZE % 2 == 0)) || die 2 "GATED_FFN_SIZE=$GATED_FFN_SIZE must be even for equal parameters"
-
-number='^[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?$'
-[[ $TOKENS =~ $number ]] || die 2 "TOKENS=$TOKENS is not a number such as 125e9"
-for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH BUCKET_SIZE \
-    SAVE_INTERVAL KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name=${!name} is not a whole number"
-done
 
 ((BUCKET_SIZE > 0)) || die 2 "BUCKET_SIZE=$BUCKET_SIZE must be above 0"
 
@@ -261,7 +266,7 @@ fi
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps by this order
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                          # or a replaced node cannot join
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
-mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard}
+mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard} || die 2 "RUN_DIR=$RUN_DIR cannot be written to"
 RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
@@ -287,7 +292,7 @@ attempts=$RUN_DIR/attempts
 if ((NODE_RANK == 0)); then
     rm -f "$RUN_DIR/exit_code"
     latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
-    latest=${latest:-0}
+    [[ $latest =~ ^[0-9]+$ ]] || latest=0 # empty or damaged: repaired before the ranks start
     touch "$attempts"
     failed=$(awk -v latest="$latest" '{ n = $1 == latest ? n + 1 : 0 } END { print n + 0 }' "$attempts")
     ((failed < RESTART_BUDGET)) || finish 4 budget-spent \

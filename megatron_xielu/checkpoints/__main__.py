@@ -7,10 +7,8 @@ and Megatron checks neither. A kill or a full disk leaves half a folder, or an e
 which the next start exits with status 0; without a tracker it trains from scratch.
 
 * ``verify`` reads checkpoints (`check`) and says which are damaged.
-* ``repair`` goes before a start, in one process, and never beside a training that saves. It renames
-  damaged checkpoints to ``damaged_iter_…`` and points the tracker at the newest good one, even one
-  that the tracker does not name: the run died between the two. To go back to an older checkpoint,
-  rename the newer ones. Its last line is ``resume 200``, ``resume none`` or ``resume release``.
+* ``repair`` goes before a start, in one process, and never beside a training that saves (`repair`).
+  Its last line is ``resume 200``, ``resume none`` or ``resume release``.
 * ``watch`` goes beside a training (`watch`).
 * ``status`` prints a table.
 
@@ -32,23 +30,24 @@ from megatron_xielu.checkpoints.folder import (
     RELEASE,
     TRACKER,
     checkpoints,
+    is_there,
     read_tracker,
     size_and_stamp,
 )
 from megatron_xielu.checkpoints.ledger import Record, kept
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
-from megatron_xielu.common import event_log, text
+from megatron_xielu.common import event_log, flags, text
 
 
 def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> bool:
     """Print one line per checkpoint, newest first; return whether all looked at are good."""
-    found, good = checkpoints(save_dir), True
+    found, record, good = checkpoints(save_dir), Record(save_dir), True
     if not found:
         print(f"no checkpoints in {save_dir}")
     for iteration, folder in list(found.items())[:last]:
         start = time.monotonic()
         try:
-            check(folder, whole=not quick)
+            check(folder, whole=not quick, hashes=record.hashes(folder))
             size = text.size(size_and_stamp(folder)[0])
             print(f"iter {iteration} ok {size} {time.monotonic() - start:.1f} s", flush=True)
         except Damaged as error:
@@ -67,7 +66,7 @@ def status(save_dir: Path) -> None:
     reasons = kept(save_dir, record)
     rows = [("iteration", "size", "verified", "kept because")]
     for iteration, folder in reversed(checkpoints(save_dir).items()):
-        when = record.verified[folder.name]["time"] if folder in record else "no"
+        when = record.verified[folder.name].time if folder in record else "no"
         size = text.size(size_and_stamp(folder)[0])
         rows.append((str(iteration), size, when, reasons.get(iteration, "to be deleted")))
     print(text.table(rows, left=(2, 3)))
@@ -82,25 +81,39 @@ def main() -> None:
     parser.add_argument("save_dir", type=Path, metavar="SAVE_DIR", help="Megatron's --save folder")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="check them all, newest first")
-    command.add_argument("--last", type=int, metavar="N", help="only the N newest")
+    command.add_argument("--last", type=flags.whole(1), metavar="N", help="only the N newest")
     command.add_argument("--quick", action="store_true", help="no checksums")
-    command = commands.add_parser("repair", help="before a start: set damaged ones aside")
-    command.add_argument(
-        "--last", type=int, default=2, metavar="N", help="checksums of the N newest"
-    )
+    commands.add_parser("repair", help="before a start: set damaged ones aside")
     command = commands.add_parser("watch", help="verify new ones, delete old ones")
-    command.add_argument("--keep-last", type=int, required=True, metavar="K")
-    command.add_argument("--keep-every", type=int, default=0, metavar="E", help="0: none")
-    command.add_argument("--interval", type=float, default=5, metavar="SECONDS")
+    command.add_argument("--keep-last", type=flags.whole(1), required=True, metavar="K")
+    command.add_argument(
+        "--keep-every", type=flags.whole(0), default=0, metavar="E", help="0: none"
+    )
+    command.add_argument("--interval", type=flags.real(1e-3, 86400), default=5.0, metavar="SECONDS")
     command.add_argument("--events", metavar="FILE", help="event log, for MEGATRON_XIELU_EVENTS")
     commands.add_parser("status", help="a table")
     args = parser.parse_args()
-    if args.command in ("verify", "status") and not args.save_dir.is_dir():
-        parser.error(f"no such folder: {args.save_dir}")
+    try:
+        if not is_there(args.save_dir) and args.command in ("verify", "status"):
+            parser.error(f"no such folder: {args.save_dir}")
+        _run(args)
+    except NoGoodCheckpoint as error:
+        event_log.write("no-good-checkpoint", str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
-    if args.command == "watch":
-        if args.keep_last < 1 or args.keep_every < 0:
-            parser.error("--keep-last must be at least 1, --keep-every at least 0")
+
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "verify":
+        sys.exit(not verify(args.save_dir, last=args.last, quick=args.quick))
+    elif args.command == "status":
+        status(args.save_dir)
+    elif args.command == "repair":
+        repair(args.save_dir)
+    else:
         if args.events:
             os.environ["MEGATRON_XIELU_EVENTS"] = args.events
         watch.watch(
@@ -109,20 +122,6 @@ def main() -> None:
             keep_every=args.keep_every,
             interval=args.interval,
         )
-    try:
-        if args.command == "verify":
-            sys.exit(not verify(args.save_dir, last=args.last, quick=args.quick))
-        elif args.command == "status":
-            status(args.save_dir)
-        else:
-            repair(args.save_dir, last=args.last)
-    except NoGoodCheckpoint as error:
-        event_log.write("no-good-checkpoint", str(error))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

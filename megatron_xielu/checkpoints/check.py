@@ -2,10 +2,10 @@
 
 Good means: ``metadata.json`` and ``.metadata`` can be read, and every record that ``.metadata``
 lists is there in full. A whole check also reads all bytes: every record is a zip by ``torch.save``,
-with a CRC-32 of each member that was taken in memory. Where the save had ``--verify-integrity``,
-the SHA-256 in ``integrity.json`` must be right, too: they cover ``.metadata`` and the directories
-of the zips, which have no checksum of their own. Of the format ``torch`` (``mp_rank_*``) the files'
-existence and the zips are checked.
+with a CRC-32 of each member that was taken in memory. ``.metadata`` and ``metadata.json`` have no
+checksum: where they passed before, they must be as they were (`ledger`), and where the save had
+``--verify-integrity``, the SHA-256 in ``integrity.json`` must be right, too. Of the format
+``torch`` (``mp_rank_*``) the files' existence and the zips are checked.
 
 ``.metadata`` is a pickle. It is read into `inert` objects: no class of it is imported or called.
 """
@@ -14,19 +14,39 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import zipfile
 from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_xielu.checkpoints import inert
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema, text
+
+# What a file system says of one name or place on the disk, and will say again.
+_OF_THIS_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 
 
 class Damaged(Exception):
     """A checkpoint is not whole; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class _Format:
+    """Megatron's ``metadata.json``."""
+
+    sharded_backend: str
+
+
+@dataclass(frozen=True)
+class _Integrity:
+    """``integrity.json`` of ``--verify-integrity``: SHA-256 by name."""
+
+    files: dict[str, str] = field(default_factory=dict)
 
 
 class _Window(io.RawIOBase):
@@ -54,24 +74,33 @@ class _Window(io.RawIOBase):
         return data
 
 
-def check(folder: Path, *, whole: bool) -> None:
+def check(
+    folder: Path, *, whole: bool, hashes: Mapping[str, str] | None = None, threads: int = 1
+) -> None:
     """Check one checkpoint.
 
     Args:
         folder: an ``iter_…`` folder.
         whole: read every byte and compare checksums, too.
+        hashes: SHA-256 of files in it, from when it was good.
+        threads: how many read at a time.
 
     Raises:
         Damaged: it is not good.
         OSError: the file system does not let it be read now, which says nothing about it.
     """
     try:
+        for name, expected in (hashes or {}).items():
+            if files.sha256(folder / name) != expected:
+                raise Damaged(f"{name} is not as it was when it was checked")
         if any(folder.glob("mp_rank_*")):
             _check_torch_format(folder, whole=whole)
         else:
-            _check_distributed_format(folder, whole=whole)
+            _check_distributed_format(folder, whole=whole, threads=threads)
+    except schema.Malformed as error:
+        raise Damaged(str(error).removeprefix(f"{folder}/")) from error
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
+        if error.errno not in _OF_THIS_FILE:
             raise
         raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror}") from error
 
@@ -81,84 +110,85 @@ def _check_torch_format(folder: Path, *, whole: bool) -> None:
         if not (rank / "model_optim_rng.pt").is_file():
             raise Damaged(f"{rank.name}/model_optim_rng.pt is missing")
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
-        _check_zips(path, [(0, path.stat().st_size)], whole=whole)
+        _check_zips([(0, path.stat().st_size)], path, whole=whole)
 
 
-def _check_distributed_format(folder: Path, *, whole: bool) -> None:
-    metadata = _read_metadata(folder / ".metadata")
+def _check_distributed_format(folder: Path, *, whole: bool, threads: int) -> None:
+    keys, records = _read_metadata(folder / ".metadata")
+    # The state that all ranks share is a record in Megatron 0.19, and was a file before. Formats
+    # other than torch_dist have neither, and no metadata.json.
+    common, megatrons = folder / "common.pt", folder / "metadata.json"
+    has_common = common.exists() or any(key.startswith("common_state/") for key in keys)
+    if has_common or megatrons.exists():
+        schema.load(_Format, megatrons)
+        if not has_common:
+            raise Damaged("common.pt is missing")
+
+    for name, places in sorted(records.items()):
+        if not (folder / name).is_file():
+            raise Damaged(f"{name} is missing")
+        short = max(start + length for start, length, _ in places) - (folder / name).stat().st_size
+        if short > 0:
+            raise Damaged(f"{name} is {short} bytes short")
+    if common.exists():
+        _check_zips([(0, common.stat().st_size)], common, whole=whole)
+    manifest = folder / "integrity.json"
+    hashes = schema.load(_Integrity, manifest).files if manifest.exists() else {}
+    if whole:
+        checks = [partial(_check_hash, expected, folder / n) for n, expected in hashes.items()]
+        for name, places in sorted(records.items()):
+            zips = sorted(place[:2] for place in places if place[2])
+            checks.append(partial(_check_zips, zips, folder / name, whole=True))
+        with ThreadPoolExecutor(threads) as pool:
+            # A watch reads in its own thread: at a SIGTERM it ends in the middle of a file.
+            for _ in (pool.map if threads > 1 else map)(lambda one: one(), checks):
+                pass
+
+
+def _read_metadata(path: Path) -> tuple[list[str], dict[str, list[tuple[int, int, bool]]]]:
+    """What the index of a checkpoint says: keys; by file, each record's place and if it is a zip.
+
+    The place is offset and length in bytes.
+    """
+    try:
+        metadata = inert.unpickle(path)
+    except FileNotFoundError:
+        raise Damaged(".metadata is missing: the save did not finish") from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever wrong bytes make a pickle raise
+        raise Damaged(f".metadata cannot be read: {text.describe(error)}") from error
     keys = getattr(metadata, "state_dict_metadata", None)
     storage = getattr(metadata, "storage_data", None)
     if not isinstance(keys, dict) or not isinstance(storage, dict):
         raise Damaged(".metadata is not that of a checkpoint")
-    # The state that all ranks share is a record in Megatron 0.19, and was a file before. Formats
-    # other than torch_dist have neither, and no metadata.json.
-    common = folder / "common.pt"
-    has_common = common.exists() or any(str(key).startswith("common_state/") for key in keys)
-    if has_common or (folder / "metadata.json").exists():
-        if "sharded_backend" not in _read_json(folder / "metadata.json"):
-            raise Damaged("metadata.json does not name a format")
-        if not has_common:
-            raise Damaged("common.pt is missing")
-    missing = set(keys) - {getattr(index, "fqn", None) for index in storage}
+    missing = set(map(str, keys)) - {str(getattr(index, "fqn", None)) for index in storage}
     if missing:
-        raise Damaged(f".metadata does not say where {min(map(str, missing))} is")
-
-    zips = defaultdict(list)
+        raise Damaged(f".metadata does not say where {min(missing)!a} is")
+    places = defaultdict(list)
     for info in storage.values():
         name, start, length = (
             getattr(info, field, None) for field in ("relative_path", "offset", "length")
         )
-        if not (isinstance(name, str) and isinstance(start, int) and isinstance(length, int)):
+        if not (_is_name(name) and _is_count(start) and _is_count(length)):
             raise Damaged(".metadata has a record without a place")
         # A transformed record (compressed, say) is not a zip.
-        zips[name].append((start, length, getattr(info, "transform_descriptors", None) is None))
-    for name, records in sorted(zips.items()):
-        if not (folder / name).is_file():
-            raise Damaged(f"{name} is missing")
-        short = max(start + length for start, length, _ in records) - (folder / name).stat().st_size
-        if short > 0:
-            raise Damaged(f"{name} is {short} bytes short")
-    if common.exists():
-        _check_zips(common, [(0, common.stat().st_size)], whole=whole)
-    manifest = folder / "integrity.json"
-    hashes = _read_json(manifest).get("files") if manifest.exists() else {}
-    if not isinstance(hashes, dict):
-        raise Damaged("integrity.json lists no files")
-    if whole:
-        for name, records in sorted(zips.items()):
-            places = [(start, length) for start, length, is_zip in records if is_zip]
-            _check_zips(folder / name, sorted(places), whole=True)
-        for name, expected in hashes.items():
-            _check_hash(folder / name, expected)
+        places[name].append((start, length, getattr(info, "transform_descriptors", None) is None))
+    return [*map(str, keys)], dict(places)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise Damaged(f"{path.name} is missing")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise Damaged(f"{path.name} cannot be read")
-    return content
+def _is_name(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and value.isprintable() and Path(value).name == value
 
 
-def _read_metadata(path: Path) -> Any:
-    if not path.is_file():
-        raise Damaged(".metadata is missing: the save did not finish")
-    try:
-        return inert.unpickle(path)
-    except OSError:
-        raise
-    except Exception as error:  # whatever wrong bytes make a pickle raise
-        raise Damaged(f".metadata cannot be read: {type(error).__name__}: {error}") from error
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 0
 
 
-def _check_zips(path: Path, records: list[tuple[int, int]], *, whole: bool) -> None:
+def _check_zips(places: list[tuple[int, int]], path: Path, *, whole: bool) -> None:
     """Check the zips at (offset, length) of a file: their directories, or all their bytes."""
     with path.open("rb") as file:
-        for start, length in records:
+        for start, length in places:
             try:
                 with zipfile.ZipFile(_Window(file, start, length)) as archive:  # type: ignore[arg-type]
                     wrong = archive.testzip() if whole else None
@@ -168,11 +198,11 @@ def _check_zips(path: Path, records: list[tuple[int, int]], *, whole: bool) -> N
             except OSError:
                 raise
             except Exception as error:  # whatever wrong bytes make zipfile raise
-                wrong = f"{type(error).__name__}: {error}"
+                wrong = text.describe(error)
             if wrong:
                 raise Damaged(f"{path.name}: checksum at byte {start} is wrong ({wrong})")
 
 
-def _check_hash(path: Path, expected: str) -> None:
+def _check_hash(expected: str, path: Path) -> None:
     if files.sha256(path) != expected:
         raise Damaged(f"{path.name}: SHA-256 is not that of integrity.json")

@@ -6,25 +6,53 @@ package reads is what a training would load.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what the tracker says where a model was converted; and its folder
+
+# Up to 64 bits, in which Megatron counts iterations.
+_CHECKPOINT = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,17})")
 
 
 class NoCheckpoint(ValueError):
     """A save folder means no checkpoint; the message names the tracker."""
 
 
+def is_there(save_dir: Path) -> bool:
+    """Whether a save folder is there; a run makes it.
+
+    Raises:
+        OSError: it is no folder, or cannot be read.
+    """
+    try:
+        os.scandir(save_dir).close()
+    except FileNotFoundError:
+        return False
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error), str(save_dir)) from None
+    return True
+
+
 def checkpoints(save_dir: Path) -> dict[int, Path]:
-    """The ``iter_…`` folders by iteration, newest first."""
+    """The ``iter_…`` folders by iteration, newest first; none of a folder that is not there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    names = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(save_dir)  # Path.glob would be silent about one that is not readable
     found = {
-        int(match[1]): path
-        for path in save_dir.glob("iter_*")
-        if (match := re.fullmatch(r"iter_([0-9]{7}|[1-9][0-9]{7,})", path.name)) and path.is_dir()
+        int(match[1]): save_dir / match[0]
+        for match in map(_CHECKPOINT.fullmatch, names)
+        if match and (save_dir / match[0]).is_dir()
     }
     return dict(sorted(found.items(), reverse=True))
 
@@ -81,11 +109,16 @@ def find(save_dir: Path, step: int | None = None) -> Path:
     return save_dir / f"iter_{step or tracker:07d}"
 
 
-def size_and_stamp(folder: Path) -> tuple[int, int]:
-    """Bytes in a checkpoint, and a number that another set of names, sizes or times changes."""
+def size_and_stamp(folder: Path, without: Collection[str] = ()) -> tuple[int, int]:
+    """Bytes in a checkpoint, and a number that another set of names, sizes or times changes.
+
+    Args:
+        folder: the checkpoint.
+        without: names of files that do not count.
+    """
     found = []
     for parent, _, names in os.walk(folder):
-        for name in names:
+        for name in set(names).difference(without):
             status = os.stat(os.path.join(parent, name))
             found.append((name, status.st_size, status.st_mtime_ns))
     return sum(size for _, size, _ in found), zlib.crc32(repr(sorted(found)).encode())

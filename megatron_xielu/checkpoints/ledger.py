@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker, size_and_stamp
-from megatron_xielu.common import event_log, files, processes, text
+from megatron_xielu.common import event_log, files, processes, schema, text
+from megatron_xielu.common.schema import Count
 
 RECORD = "verified.json"
 _LOCK = ".checkpoints.lock"
@@ -21,34 +24,96 @@ _STALE_AFTER = 120.0
 _RENEW_EVERY = 5.0
 
 
+@dataclass(frozen=True)
+class Policy:
+    """Which checkpoints `watch` keeps: so many of the last, and multiples of a number (0: none)."""
+
+    keep_last: Count = 0
+    keep_every: Count = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was known of a checkpoint when it passed a whole check.
+
+    Attributes:
+        bytes: its size.
+        stamp: changes with the names, sizes and times of its files.
+        data_stamp: the same of those that are not in ``sha256``.
+        sha256: of the files that have no checksum in them, by name.
+        time: when it was.
+    """
+
+    bytes: Count
+    stamp: Count
+    data_stamp: Count
+    sha256: dict[str, str]
+    time: str
+
+
+@dataclass(frozen=True)
+class _Content:
+    policy: Policy
+    checkpoints: dict[str, Entry]
+    crc32: Count = 0  # of the rest: a wrong hash would condemn a good checkpoint
+
+    def sum(self) -> int:
+        return zlib.crc32(repr((self.policy, self.checkpoints)).encode())
+
+
 class Record:
-    """``verified.json``: the checkpoints that passed a whole check, and the policy of `watch`."""
+    """``verified.json``: the checkpoints that passed a whole check, and the policy of `watch`.
+
+    One that cannot be read says that none passed.
+    """
 
     def __init__(self, save_dir: Path) -> None:
         self._path = save_dir / RECORD
-        try:
-            content = json.loads(self._path.read_bytes())
-            self.verified: dict[str, dict[str, Any]] = dict(content["checkpoints"])
-            self.policy: dict[str, int] = dict(content["policy"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self.verified, self.policy = {}, {}
+        self.policy, self.verified = Policy(), dict[str, Entry]()
+        with suppress(OSError, schema.Malformed):
+            content = schema.load(_Content, self._path)
+            if content.crc32 == content.sum():
+                self.policy, self.verified = content.policy, content.checkpoints
 
     def __contains__(self, folder: Path) -> bool:
         entry = self.verified.get(folder.name)
-        return isinstance(entry, dict) and entry.get("stamp") == size_and_stamp(folder)[1]
+        return entry is not None and entry.stamp == size_and_stamp(folder)[1]
+
+    def hashes(self, folder: Path) -> dict[str, str]:
+        """What `check` is to find in a folder; nothing where all was written anew."""
+        entry = self.verified.get(folder.name)
+        if entry is None or entry.data_stamp != size_and_stamp(folder, without=entry.sha256)[1]:
+            return {}
+        return entry.sha256
 
     def add(self, folder: Path) -> None:
         """Note that a folder passed, as it is now."""
-        size, stamp = size_and_stamp(folder)
-        self.verified[folder.name] = {"bytes": size, "stamp": stamp, "time": text.now()}
+        (size, stamp), small = size_and_stamp(folder), _without_checksum(folder)
+        self.verified[folder.name] = Entry(
+            bytes=size,
+            stamp=stamp,
+            data_stamp=size_and_stamp(folder, without=small)[1],
+            sha256=small,
+            time=text.now(),
+        )
 
     def save(self) -> None:
         """Write it; a full disk costs only the checks that are then made again."""
-        content = {"policy": self.policy, "checkpoints": self.verified}
+        content = _Content(self.policy, self.verified)
+        written = json.dumps(asdict(replace(content, crc32=content.sum())), indent=1)
         try:
-            files.write(self._path, json.dumps(content, indent=1) + "\n")
+            files.write(self._path, written + "\n")
         except OSError as error:
             event_log.write("checkpoint-record-failed", f"{self._path}: {error.strerror}")
+
+
+def _without_checksum(folder: Path) -> dict[str, str]:
+    """SHA-256 of ``.metadata`` and its like: all that lies beside the tensors and is small."""
+    return {
+        path.name: files.sha256(path)
+        for path in folder.iterdir()
+        if path.suffix != ".distcp" and path.is_file()
+    }
 
 
 @contextmanager
@@ -75,7 +140,9 @@ def lock(save_dir: Path) -> Iterator[None]:
             stamp = path.stat().st_mtime_ns
             if stamp != seen:  # its own clock against itself: nodes' clocks differ
                 seen, since = stamp, time.monotonic()
-            if time.monotonic() - since > _STALE_AFTER or _has_ended(path.read_text()):
+            if time.monotonic() - since > _STALE_AFTER or _has_ended(
+                path.read_text(errors="replace")
+            ):
                 path.unlink()
     done = threading.Event()
 
@@ -95,12 +162,16 @@ def lock(save_dir: Path) -> Iterator[None]:
 def _has_ended(holder: str) -> bool:
     """Whether the process that wrote this into its lock was on this node and is no more."""
     node, _, pid = holder.partition(" ")
-    return node == os.uname().nodename and pid.isdigit() and not processes.is_alive(int(pid))
+    return (
+        node == os.uname().nodename
+        and re.fullmatch(r"[0-9]{1,9}", pid) is not None
+        and not processes.is_alive(int(pid))
+    )
 
 
 def kept(save_dir: Path, record: Record) -> dict[int, str]:
     """The checkpoints that the policy in the record keeps, with the reason."""
-    keep_last, keep_every = (record.policy.get(name, 0) for name in ("keep_last", "keep_every"))
+    keep_last, keep_every = record.policy.keep_last, record.policy.keep_every
     tracker, found = read_tracker(save_dir), checkpoints(save_dir)
     verified = [iteration for iteration, folder in found.items() if folder in record]
     reasons = {}

@@ -3,6 +3,10 @@
 Before a start, in one process, and never beside a training that saves. A damaged checkpoint becomes
 ``damaged_iter_…``. The newest good one counts even if the tracker does not name it: the run died
 between the two. To go back to an older checkpoint, rename the newer ones.
+
+What a start resumes from is read whole before each start, though it passed when it was written:
+PyTorch does not compare checksums, and a checkpoint that cannot be loaded would be tried again and
+again.
 """
 
 from __future__ import annotations
@@ -15,48 +19,58 @@ from megatron_xielu.checkpoints.folder import (
     RELEASE,
     TRACKER,
     checkpoints,
+    is_there,
     read_tracker,
     size_and_stamp,
 )
 from megatron_xielu.checkpoints.ledger import RECORD, Record, lock
 from megatron_xielu.common import event_log, files, text
 
+_THREADS = 8  # nothing else runs yet
+
 
 class NoGoodCheckpoint(RuntimeError):
     """There were checkpoints and none is good: a start would train from scratch."""
 
 
-def repair(save_dir: Path, *, last: int = 2) -> int | None:
+def repair(save_dir: Path) -> int | None:
     """Set damaged checkpoints aside and point the tracker at the newest good one.
+
+    Older ones than that only get the quick check.
 
     Args:
         save_dir: the ``--save`` folder; need not exist.
-        last: of so many of the newest, one counts as good only if a whole check says so, now or
-            before; older ones only get the quick check.
 
     Returns:
         The iteration that a start resumes from; None: from none, or ``release``.
 
     Raises:
         NoGoodCheckpoint: there were checkpoints, and none is good.
+        OSError: the file system fails, or it is no folder.
     """
-    if not save_dir.is_dir():
+    if not is_there(save_dir):
         print("resume none", flush=True)
         return None
     with lock(save_dir):
-        return _repair(save_dir, last)
+        return _repair(save_dir)
 
 
-def _repair(save_dir: Path, last: int) -> int | None:
+def _repair(save_dir: Path) -> int | None:
     tracker = read_tracker(save_dir)
     if tracker == RELEASE:
+        try:
+            check(save_dir / RELEASE, whole=True, threads=_THREADS)
+        except Damaged as error:
+            raise NoGoodCheckpoint(
+                f"{save_dir / RELEASE}: {error}; convert the model again"
+            ) from None
         print("resume release", flush=True)
         return None
     record, newest = Record(save_dir), None
-    for position, (iteration, folder) in enumerate(checkpoints(save_dir).items()):
-        whole = newest is None and position < last and folder not in record
+    for iteration, folder in checkpoints(save_dir).items():
         try:
-            check(folder, whole=whole)
+            hashes = record.hashes(folder)
+            check(folder, whole=newest is None, hashes=hashes, threads=_THREADS)
         except Damaged as error:
             record.verified.pop(folder.name, None)
             aside = _set_aside(folder)
@@ -64,10 +78,11 @@ def _repair(save_dir: Path, last: int) -> int | None:
             print(f"iter {iteration} DAMAGED: {reason}", flush=True)
             event_log.write("checkpoint-damaged", reason, iteration=iteration)
             continue
-        if whole:
-            record.add(folder)
-            record.save()
-        newest = iteration if newest is None else newest
+        if newest is None:
+            newest = iteration
+            if folder not in record:
+                record.add(folder)
+                record.save()
 
     if newest is None:
         if tracker != "missing" or _was_good(save_dir):

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from megatron_xielu.checkpoints.check import Damaged, check
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker, size_and_stamp
-from megatron_xielu.checkpoints.ledger import Record, kept, lock
+from megatron_xielu.checkpoints.ledger import Policy, Record, kept, lock
 from megatron_xielu.common import event_log, text
 
 _ROOM = 1.1  # free space wanted for the next checkpoint, in sizes of the last
@@ -35,7 +35,7 @@ class Watcher:
 
     def __init__(self, save_dir: Path, *, keep_last: int, keep_every: int) -> None:
         self._save_dir = save_dir
-        self._policy = {"keep_last": keep_last, "keep_every": keep_every}
+        self._policy = Policy(keep_last, keep_every)
         self._damaged: dict[str, int] = {}  # folder -> the stamp that was found damaged
         self._done: tuple[int, ...] = ()  # the tracker and the checkpoints after the last step
         self._warned: int | None = None  # the tracker at the last warning about the disk
@@ -59,11 +59,12 @@ class Watcher:
     def _verify(self, iteration: int, folder: Path) -> None:
         with suppress(FileNotFoundError):  # gone in the meantime
             stamp = size_and_stamp(folder)[1]
-            if folder in Record(self._save_dir) or self._damaged.get(folder.name) == stamp:
+            record = Record(self._save_dir)
+            if folder in record or self._damaged.get(folder.name) == stamp:
                 return
             start = time.monotonic()
             try:
-                check(folder, whole=True)
+                check(folder, whole=True, hashes=record.hashes(folder))
             except Damaged as error:
                 if folder.exists():
                     self._damaged[folder.name] = stamp
@@ -75,7 +76,7 @@ class Watcher:
                 record.save()
             event_log.write(
                 "checkpoint",
-                f"verified, {text.size(record.verified[folder.name]['bytes'])}",
+                f"verified, {text.size(record.verified[folder.name].bytes)}",
                 iteration=iteration,
                 seconds=f"{time.monotonic() - start:.1f}",
             )

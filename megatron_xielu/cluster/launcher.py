@@ -4,8 +4,9 @@
 
 A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log:
 which rank ended how, and every restart. A rank that ended with 2, because of a flag or checkpoint
-that was refused, ends this launcher with 2, too, without a restart. Why methods are wrapped rather
-than a log parsed: ``_monitor_workers`` returns ranks, exit codes and signals as numbers.
+that was refused, ends this launcher with 2, too, without a restart, and with the reason as the last
+line. Why methods are wrapped rather than a log parsed: ``_monitor_workers`` returns ranks, exit
+codes and signals as numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from megatron_xielu.common import event_log
+from megatron_xielu.common import event_log, text
 
+_TAIL = 8192  # bytes of a rank's output in which its last error is looked for
 REFUSED = 2  # exit code of argparse, and of `rank` for what this package refuses
 
 
@@ -39,13 +42,14 @@ def main() -> None:
         run()
     except BaseException:
         if refused:
-            sys.exit(REFUSED)  # the ranks have said why
+            print(*dict.fromkeys(refused), sep="\n", file=sys.stderr, flush=True)
+            sys.exit(REFUSED)
         raise
 
 
-def _report_failures(agent: Any) -> list[int]:
-    """Returns a list to which the ranks that refuse to train are added."""
-    refused: list[int] = []
+def _report_failures(agent: Any) -> list[str]:
+    """Returns a list to which is added why ranks refuse to train."""
+    refused: list[str] = []
     monitor, restart = agent._monitor_workers, agent._restart_workers
 
     @functools.wraps(monitor)
@@ -57,15 +61,16 @@ def _report_failures(agent: Any) -> list[int]:
                 # into the folder that the next attempt uses.
                 with suppress(ProcessLookupError):
                     os.killpg(failure.pid, signal.SIGKILL)
+                reason = _reason(failure, self._pcontext.stderrs.get(failure.local_rank, ""))
                 event_log.write(
                     "rank-failed",
-                    _reason(failure),
+                    reason,
                     rank=rank,
                     local_rank=failure.local_rank,
                     exit=failure.exitcode,
                 )
                 if failure.exitcode == REFUSED:
-                    refused.append(rank)
+                    refused.append(reason)
                     self._remaining_restarts = 0
         return result
 
@@ -81,11 +86,29 @@ def _report_failures(agent: Any) -> list[int]:
     return refused
 
 
-def _reason(failure: Any) -> str:
+def _reason(failure: Any, errors: str) -> str:
+    """Why a rank ended, in one line.
+
+    Args:
+        failure: torchrun's.
+        errors: the file with what the rank wrote to standard error, if there is one (``--tee``).
+    """
     if failure.exitcode < 0:
         return f"killed by {failure.signal_name()}"
-    message = failure.message
-    return str(message.get("message", message) if isinstance(message, dict) else message)
+    if isinstance(failure.message, dict):  # the rank itself has told torchrun
+        return text.first_line(str(failure.message.get("message", ""))).removeprefix("SystemExit: ")
+    return _last_error(errors) or f"exit code {failure.exitcode}; the output of the rank says why"
+
+
+def _last_error(errors: str) -> str:
+    try:
+        with Path(errors).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    said = [line for line in map(str.strip, lines) if line and not line.startswith("[event] ")]
+    return next((line for line in reversed(said) if "error" in line.lower()), (said or [""])[-1])
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ import signal
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from megatron_xielu import workarounds
-from megatron_xielu.checkpoints.repair import repair
+from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
 from megatron_xielu.cluster.launcher import REFUSED
 from megatron_xielu.common import event_log, text
 
@@ -34,6 +34,8 @@ _REJECTED_RESULT = {
     16: "a loss was rejected (NaN, Inf or a spike); to be computed again after a restart",
     17: "a loss was rejected (NaN, Inf or a spike) and computed again",
 }
+
+_REFUSAL = "megatron_xielu: error: "
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -52,8 +54,7 @@ def main() -> None:
     save = _save_folder(arguments)
     try:
         if save and os.environ.get("RANK", "0") == "0":
-            iteration = repair(save)
-            event_log.write("resume", iteration=iteration or 0)
+            event_log.write("resume", iteration=_repair(save) or 0)
         workarounds.mend_optimizers_when_imported()
         sys.argv = [script, *arguments]
         if is_module:
@@ -65,12 +66,14 @@ def main() -> None:
     except SystemExit as end:
         if end.code in (None, 0):
             return  # left early, after saving: a signal, --exit-interval, --exit-duration-in-mins
-        reason = _REJECTED_RESULT.get(end.code, str(end.code))  # type: ignore[arg-type]
+        reason = f"exit code {end.code}" if isinstance(end.code, int) else str(end.code)
+        reason = _REJECTED_RESULT.get(end.code, reason)  # type: ignore[arg-type]
         event_log.write("worker-failed", reason)
         atexit.register(_kill_children)
-        if reason.startswith("megatron_xielu: error: "):
-            print(reason, file=sys.stderr, flush=True)
-            raise SystemExit(REFUSED) from None
+        if not isinstance(end.code, int):
+            get_error_handler().record_exception(SystemExit(reason))  # for the launcher
+        if reason.startswith(_REFUSAL):
+            raise SystemExit(REFUSED) from None  # the launcher prints the reason, once
         raise
     except BaseException as error:
         event_log.write("worker-failed", _reason(error, save))
@@ -87,8 +90,18 @@ def main() -> None:
 
 def _save_folder(arguments: list[str]) -> Path | None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--save", type=Path)
-    return parser.parse_known_args(arguments)[0].save
+    parser.add_argument("--save")
+    save = parser.parse_known_args(arguments)[0].save
+    return Path(save) if save else None
+
+
+def _repair(save: Path) -> int | None:
+    try:
+        return repair(save)
+    except (NoGoodCheckpoint, NotADirectoryError) as error:
+        raise SystemExit(f"{_REFUSAL}--save: {error}") from None
+    except OSError as error:  # of a file system that may come back
+        raise SystemExit(f"--save: {error}") from None
 
 
 def _kill_children() -> None:

@@ -41,7 +41,7 @@ def write(event: str, reason: str = "", **fields: object) -> None:
     path = os.environ.get("MEGATRON_XIELU_EVENTS")
     if path:
         try:
-            with open(path, "a", encoding="utf-8") as log:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(line + "\n")
         except OSError as error:  # a full disk must not end a training that could go on
             print(f"[event] {path}: {error}", file=sys.stderr, flush=True)

@@ -146,8 +146,8 @@ def replace_metadata(folder):
     [
         (truncate, "__0_0.distcp is 100 bytes short"),
         (lambda f: (f / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-        (lambda f: (f / "metadata.json").unlink(), "metadata.json is missing"),
-        (lambda f: (f / "metadata.json").write_text(""), "metadata.json cannot be read"),
+        (lambda f: (f / "metadata.json").unlink(), "metadata.json: No such file"),
+        (lambda f: (f / "metadata.json").write_text(""), "metadata.json: it is no JSON"),
         (lambda f: (f / ".metadata").unlink(), ".metadata is missing"),
         (lambda f: os.truncate(f / ".metadata", 20000), ".metadata cannot be read"),
         (replace_metadata, ".metadata is not that of a checkpoint"),
@@ -189,7 +189,7 @@ def test_hashes_of_megatron_cover_the_metadata(trained, tmp_path):
         check(folder, whole=True)
     shutil.copy(trained[1] / "iter_0000006" / ".metadata", folder)
     (folder / "integrity.json").write_text("")
-    with pytest.raises(Damaged, match=r"integrity.json cannot be read"):
+    with pytest.raises(Damaged, match=r"integrity.json: it is no JSON"):
         check(folder, whole=False)
 
 
@@ -256,9 +256,7 @@ def test_damaged_ones_are_set_aside(save_dir):
     before = data.stat()
     flip_weight(data.parent)
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert run(save_dir, "repair") == "resume 6\n"  # it was verified, and is not read again
-    data.touch()
-    output = run(save_dir, "repair").splitlines()
+    output = run(save_dir, "repair").splitlines()  # though it was verified
     assert output[0].startswith("iter 6 DAMAGED: __0_0.distcp: checksum")
     assert output[1:] == ["tracker was 6, is 4", "resume 4"]
     assert names(save_dir) == [
@@ -289,8 +287,69 @@ def test_never_silently_from_scratch(save_dir, tmp_path):
 
 def test_release_is_left_alone(save_dir):
     (save_dir / TRACKER).write_text("release")
+    (save_dir / "iter_0000006").rename(save_dir / "release")
     assert run(save_dir, "repair") == "resume release\n"
     assert (save_dir / TRACKER).read_text() == "release"
+    flip_weight(save_dir / "release")
+    with pytest.raises(NoGoodCheckpoint, match=r"release: __0_0.distcp: checksum .* convert"):
+        repair(save_dir)
+
+
+def flip_middle(path):
+    flip(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip_tensor(path):
+    flip_weight(path.parent)
+
+
+def flip_class(path):
+    """What `check` by itself does not notice: only PyTorch needs the class."""
+    flip(path, path.read_bytes().index(b"BytesStorageMetadata"))
+    check(path.parent, whole=True)
+
+
+@pytest.mark.parametrize("keep_times", [True, False], ids=["times kept", "new times"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        *(
+            (name, harm)
+            for name in (".metadata", "metadata.json", "__0_0.distcp")
+            for harm in (flip_middle, empty, Path.unlink)
+        ),
+        ("__0_0.distcp", flip_tensor),
+        (".metadata", flip_class),
+    ],
+)
+def test_damage_after_a_check(save_dir, tmp_path, monkeypatch, name, harm, keep_times):
+    """The next start goes on from the one before, and says so in one line."""
+    monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(tmp_path / "events.log"))
+    assert repair(save_dir) == 6
+    path = save_dir / "iter_0000006" / name
+    before = path.stat()
+    harm(path)
+    if keep_times and path.exists():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert repair(save_dir) == 4
+    assert (save_dir / TRACKER).read_text() == "4"
+    (told,) = re.findall("checkpoint-damaged .*", (tmp_path / "events.log").read_text())
+    assert told.startswith(f'checkpoint-damaged iteration=6 reason="{name}')
+    assert repair(save_dir) == 4
+
+
+def test_one_written_anew_is_no_damage(save_dir):
+    """As a run does that went back; its index need not be the same."""
+    assert repair(save_dir) == 6
+    shutil.rmtree(save_dir / "iter_0000006")
+    shutil.copytree(save_dir / "iter_0000004", save_dir / "iter_0000006", copy_function=shutil.copy)
+    with (save_dir / "iter_0000006" / "metadata.json").open("a") as file:
+        file.write(" ")
+    assert repair(save_dir) == 6
 
 
 def test_repairs_at_the_same_time(save_dir):

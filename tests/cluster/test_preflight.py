@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile import damaged, damaged_bytes
+from hypothesis import example, given, settings
 from launch import TINY_LLAMA, free_port, python
 
+from megatron_xielu.cluster.preflight import __main__ as preflight
 from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -377,6 +382,89 @@ def test_dataset_written_by_megatron_is_whole(tmp_path):
     index.write_bytes(index.read_bytes()[:-8])
     with pytest.raises(exchange.Problem, match="is damaged"):
         data_files.dataset_sizes(str(tmp_path / "real"))
+
+
+def arguments(**more) -> argparse.Namespace:
+    lists = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    files = ("data_args_path", "per_split_data_args_path", "tokenizer_model")
+    return argparse.Namespace(**dict.fromkeys(lists, ()) | dict.fromkeys(files) | more)
+
+
+def finds_or_names(path: Path, args: argparse.Namespace) -> None:
+    """What the check of the data says is about the file, in one line."""
+    try:
+        problems = data_files._data_here(args)["problems"]
+    except exchange.Problem as problem:
+        problems = [str(problem)]
+        assert str(path) in problems[0]
+    assert all(len(problem.splitlines()) == 1 for problem in problems)
+
+
+SPLITS = {"train": ["0.3", "a"], "valid": "0.5 b 0.5 c", "test": None}
+
+
+@given(damaged(SPLITS).map(json.dumps).map(str.encode) | damaged_bytes(json.dumps(SPLITS).encode()))
+@example(b"[]")
+@example(b'{"train": 3, "valid": null, "test": null}')
+@example(b'{"train": "a"}')
+@example(b"\xff")
+@settings(max_examples=100, deadline=None)
+def test_damaged_lists(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "splits.json")
+        path.write_bytes(content)
+        finds_or_names(path, arguments(per_split_data_args_path=str(path)))
+        finds_or_names(path, arguments(data_args_path=str(path)))
+
+
+def test_damaged_indices(tmp_path):
+    write_dataset(tmp_path / "corpus", [3, 5])
+    index = tmp_path / "corpus.idx"
+    good = index.read_bytes()
+
+    @given(damaged_bytes(good))
+    @settings(max_examples=100, deadline=None)
+    def run(content):
+        index.write_bytes(content)
+        finds_or_names(index, arguments(data_path=[str(tmp_path / "corpus")]))
+
+    run()
+    for place, value in ((9, 2), (17, 99), (41, 0x80), (57, 0x80)):
+        # The version, the type of tokens; length and offset of the last sequence are negative.
+        index.write_bytes(good[:place] + bytes([value]) + good[place + 1 :])
+        with pytest.raises(exchange.Problem, match=f"{index} is damaged"):
+            data_files.dataset_sizes(str(tmp_path / "corpus"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--limit", value) for value in ("nan", "0", "-1", "1e300")),
+        *(("--need-gib", value) for value in ("nan", "-1")),
+        *(("--disk-mib", value) for value in ("0", str(10**29), "²")),
+        ("--min-bandwidth", "nan"),
+        ("--tensor-model-parallel-size", "0"),
+        ("WORLD_SIZE", "two"),
+    ],
+)
+def test_senseless_numbers(flag, value, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    if not flag.startswith("--"):
+        monkeypatch.setenv(flag, value)
+    with pytest.raises(SystemExit):
+        preflight.parse([flag, value] if flag.startswith("--") else [])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in told and flag in told
+
+
+def test_an_answer_that_is_none():
+    board = object.__new__(exchange.Board)
+    board.rank, board.world_size, board._lost, board._stopped_at = 0, 4, set(), None
+    board.store = torch.distributed.HashStore()
+    for rank, answer in enumerate(('{"value": 1}', "[]", "\xff", "nan")):
+        board.store.set(f"x/{rank}", answer)
+    assert board._collect_or_wait("x", 1) == [{"value": 1}, None, None, None]
 
 
 def test_tokenizer_that_is_not_there(tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
 
 FRONT_ENDS |= {f"kubernetes-{k.lower()}": kubernetes(k) for k in test_kubernetes.INJECTED}
 
+SMALL = {"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "PREFLIGHT": "0"}
+
 # A batch that divides by every layout of these tests, and a run that has many of them.
 EVERYWHERE = {"MICRO_BATCH": "1", "GLOBAL_BATCH": "1760", "TOKENS": "125e9"}
 
@@ -253,6 +255,11 @@ def test_other_scripts_get_the_layer_spec():
         ({"ACTIVATION": "selu"}, "ACTIVATION=selu: choose"),
         ({"TOKENS": "125 billion"}, "TOKENS=125 billion is not a number"),
         ({"TP": "two"}, "TP=two is not a whole number"),
+        ({"TP": "010"}, "TP=010 is not a whole number"),
+        ({"RESTART_BUDGET": "9" * 30}, f"RESTART_BUDGET={'9' * 30} is not a whole number"),
+        ({"GATED_FFN_SIZE": "wide"}, "GATED_FFN_SIZE=wide is not a whole number"),
+        ({"EVAL_ITERS": "-1"}, "EVAL_ITERS=-1 is not a whole number"),
+        ({"FAULT_TOLERANCE": "yes"}, "FAULT_TOLERANCE=yes: choose 0 or 1"),
         ({"PRECISION": "fp8"}, "PRECISION=fp8: choose"),
         ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
         ({"OPTIMIZER_FORMAT": "tp"}, "OPTIMIZER_FORMAT=tp: choose"),
@@ -267,6 +274,24 @@ def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_
     assert result.returncode == 2
     assert words in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_run_dir_that_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    result = run("examples/pretrain.sh", RUN_DIR=f"{tmp_path}/file", **SMALL)
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"RUN_DIR={tmp_path}/file cannot be written to\n")
+
+
+@pytest.mark.parametrize("tracker", ["", "4\n6", "release", "a\\"])
+def test_budget_with_a_damaged_tracker(tmp_path, tracker):
+    """Three attempts that began at no checkpoint are as many as a run may make."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text(tracker)
+    (tmp_path / "attempts").write_text("0\n0\n0\n")
+    result = run("examples/pretrain.sh", RUN_DIR=str(tmp_path), **SMALL)
+    assert result.returncode == 4, result.stderr
+    assert "3 attempts in a row ended without a checkpoint after iteration 0" in result.stderr
 
 
 def test_help_names_every_variable():

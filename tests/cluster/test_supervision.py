@@ -4,6 +4,7 @@ The whole of it, with Megatron and several nodes, is tested in tests/slurm.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import launch
 import pytest
 
+from megatron_xielu.checkpoints.repair import repair
 from megatron_xielu.common import event_log
 
 
@@ -39,6 +41,11 @@ def test_a_log_that_cannot_be_written_ends_nothing(log, monkeypatch, capsys):
     monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(log / "absent"))
     event_log.write("start")
     assert "event=start" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_no_text(log):
+    event_log.write("checkpoint-damaged", "a\udcff")
+    assert log.read_text().endswith('reason="a\\udcff"\n')
 
 
 @dataclass
@@ -127,12 +134,71 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(int((tmp_path / "child").read_text()), 0)
 
 
-@pytest.mark.parametrize("end", ["'megatron_xielu: error: --x'", "2"])
-def test_what_is_refused_is_not_tried_again(log, tmp_path, end):
-    done = launched(tmp_path, f"raise SystemExit({end})", "--max-restarts", "3")
+@pytest.mark.parametrize(
+    ("script", "tee", "reason"),
+    [
+        (
+            "raise SystemExit('megatron_xielu: error: --x: choose y')",
+            False,
+            "megatron_xielu: error: --x: choose y",
+        ),
+        (
+            "import argparse\nargparse.ArgumentParser('train').parse_args()",
+            True,
+            "train: error: unrecognized arguments: --save SAVE",
+        ),
+        ("raise SystemExit(2)", False, "exit code 2; the output of the rank says why"),
+    ],
+    ids=["ours", "argparse", "number"],
+)
+def test_what_is_refused_is_not_tried_again(log, tmp_path, script, tee, reason):
+    """One line at the end says why, for two ranks, and so do the events."""
+    flags = ("--log-dir", str(tmp_path / "logs"), "--tee", "3") if tee else ()
+    done = launched(tmp_path, script, "--nproc-per-node", "2", "--max-restarts", "3", *flags)
+    reason = reason.replace("SAVE", str(tmp_path / "checkpoints"))
     assert done.returncode == 2, done.output
     assert "Traceback" not in done.output
+    assert [line for line in done.output.splitlines() if line.startswith(reason)] == [reason]
+    assert done.output.endswith(f"{reason}\n")
     assert "event=restart" not in log.read_text()
+    (told, *_) = re.findall("event=rank-failed .* exit=2 reason=(.*)", log.read_text())
+    assert told == f'"{reason}"'
+
+
+def test_a_checkpoint_damaged_after_its_check_is_not_resumed_from_again(log, tmp_path):
+    """Its ``.metadata`` has the size and times from when it was checked, and cannot be loaded."""
+    saves = f"--save {tmp_path}/checkpoints --load {tmp_path}/checkpoints --save-interval 2"
+    launch.train(tmp_path, f"--xielu {saves} --exit-interval 4")
+    assert repair(tmp_path / "checkpoints") == 4
+    metadata = tmp_path / "checkpoints/iter_0000004/.metadata"
+    before, content = metadata.stat(), metadata.read_bytes()
+    metadata.write_bytes(content.replace(b"BytesStorageMetadata", b"RytesStorageMetadata"))
+    os.utime(metadata, ns=(before.st_atime_ns, before.st_mtime_ns))
+    command = [launch.python(), "-m", "megatron_xielu.cluster.launcher", "--standalone"]
+    command += ["-m", "megatron_xielu.cluster.rank", "-m", "megatron_xielu.pretrain_gpt"]
+    done = subprocess.run(
+        [*command, *launch.TINY_LLAMA, "--xielu", *saves.split()],
+        env=launch._environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r" iteration +(\d+)/", done.stdout) == ["3", "4", "5", "6"]
+    (told,) = re.findall("event=checkpoint-damaged (.*)", log.read_text())
+    assert told.startswith('iteration=4 reason=".metadata is not as it was')
+    assert "event=resume iteration=2" in log.read_text()
+
+
+def test_a_save_folder_that_cannot_be_repaired(log, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "script.py").touch()
+    monkeypatch.setenv("RANK", "0")
+    done = rank(tmp_path, str(tmp_path / "script.py"), "--save", str(tmp_path / "file"))
+    assert done.returncode == 2 and "Traceback" not in done.output
+    (told,) = re.findall("event=worker-failed reason=(.*)", log.read_text())
+    assert "megatron_xielu: error: --save: " in told and "Not a directory" in told
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",)])

@@ -29,6 +29,7 @@ CASES = {
     "full-fp32": (f"--xielu {FULL.replace('--bf16 ', '')}", 3),
     "swiglu": (f"--swiglu {FULL}", 3),
     "dropout": (f"--xielu {DEFAULT} --hidden-dropout 0.1 --attention-dropout 0.1", 2),
+    "dropout-gelu": (f"{DEFAULT} --hidden-dropout 0.1 --attention-dropout 0.1", 2),
     "not-distributed": (f"--xielu {BUCKETS}", 2),
     "not-distributed-fp16": (
         f"--xiprelu {BUCKETS.replace('--bf16', '--fp16 --initial-loss-scale 1024')}",

@@ -32,12 +32,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 
-from megatron_xielu.common import event_log
+from megatron_xielu.common import event_log, flags
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,17 +48,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Check nodes before a training run.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, flags.whole(1)
+    seconds, amount = flags.real(1e-3, 86400), flags.real(0, 1e12)
     add("--cpu", action="store_true", help="no GPUs: gloo, and no check of GPUs")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    add("--limit", type=float, default=60.0, metavar="S", help="seconds for one check (60)")
-    add("--layout-limit", type=float, default=300.0, metavar="S", help="for the layout (300)")
+    add("--tensor-model-parallel-size", type=count, default=1, metavar="N")
+    add("--limit", type=seconds, default=60.0, metavar="S", help="seconds for one check (60)")
+    add("--layout-limit", type=seconds, default=300.0, metavar="S", help="for the layout (300)")
     add("--run-dir", metavar="DIR", help="where the run writes; shared by all nodes")
-    add("--need-gib", type=float, default=0.0, metavar="GIB", help="free space that the run needs")
-    add("--disk-mib", type=int, default=64, metavar="MIB", help="size of the write test (64)")
-    add("--min-disk-mbps", type=float, metavar="MB/S", help="least write speed of a node")
-    add("--min-bandwidth", type=float, metavar="GB/S", help="least bus bandwidth over all ranks")
-    add("--min-node-bandwidth", type=float, metavar="GB/S", help="the same inside a node")
+    add("--need-gib", type=amount, default=0.0, metavar="GIB", help="free space that the run needs")
+    add("--disk-mib", type=count, default=64, metavar="MIB", help="size of the write test (64)")
+    add("--min-disk-mbps", type=amount, metavar="MB/S", help="least write speed of a node")
+    add("--min-bandwidth", type=amount, metavar="GB/S", help="least bus bandwidth over all ranks")
+    add("--min-node-bandwidth", type=amount, metavar="GB/S", help="the same inside a node")
     for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
         add(f"--{name}", nargs="*", default=[], metavar="PREFIX", help="as Megatron's")
     add("--data-args-path", metavar="FILE", help="as Megatron's")
@@ -67,13 +69,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:end])
     args.training = words[end + 1 :]
-    if "RANK" not in os.environ:
-        parser.error("run it with torchrun (examples/preflight.sh does)")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not re.fullmatch("[0-9]{1,9}", os.environ.get(name, "")):
+            parser.error(f"{name} is no number: run it with torchrun (examples/preflight.sh does)")
     size, ranks = args.tensor_model_parallel_size, int(os.environ["WORLD_SIZE"])
-    if size < 1 or ranks % size:
+    if ranks % size:
         parser.error(f"--tensor-model-parallel-size {size} does not divide {ranks} ranks")
-    if args.disk_mib < 1:
-        parser.error("--disk-mib must be 1 or more")
     return args
 
 

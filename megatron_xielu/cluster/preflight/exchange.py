@@ -216,9 +216,10 @@ class Board:
         for rank in range(self.world_size):
             try:
                 until = time.monotonic() if rank in self._lost else end
-                answers.append(json.loads(self._get(f"{stage}/{rank}", until)))
-            except TimeoutError:
-                answers.append(None)
+                answer = json.loads(self._get(f"{stage}/{rank}", until))
+            except (TimeoutError, ValueError):  # ValueError: not one of ours
+                answer = None
+            answers.append(answer if isinstance(answer, dict) else None)
         self.store.set(f"{stage}/all", json.dumps(answers))
         return answers
 
@@ -252,7 +253,7 @@ class Board:
 
     def _print(self, level: str, check: str, text: str) -> None:
         if self.rank == 0:
-            print(f"{level:<4} {check:<12} {text}", flush=True)
+            print(f"{level:<4} {check:<12} {' '.join(text.split())}", flush=True)
 
     def fail(self, check: str, text: str, *, rank: int | None = None) -> None:
         """Report a failure; ``rank`` names it and its node."""

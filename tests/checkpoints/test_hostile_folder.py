@@ -1,0 +1,187 @@
+"""A save folder in which anything may be damaged, and commands with senseless values."""
+
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hostile import damaged, damaged_bytes
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from megatron_xielu.checkpoints import __main__, ledger
+from megatron_xielu.checkpoints.check import Damaged, check
+from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
+from megatron_xielu.checkpoints.ledger import RECORD, Policy, Record
+from megatron_xielu.checkpoints.repair import repair
+from megatron_xielu.checkpoints.watch import Watcher
+
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+fuzz = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two checkpoints that were checked, with what Megatron puts beside PyTorch's files."""
+    save_dir = tmp_path_factory.mktemp("save")
+    for iteration in (2, 4):
+        folder = save_dir / f"iter_{iteration:07d}"
+        dcp.save(
+            {"a": torch.ones(9), "common_state/0": {"b": 1}}, checkpoint_id=folder, no_dist=True
+        )
+        (folder / "metadata.json").write_text(json.dumps(FORMAT))
+        (folder / "integrity.json").write_text(json.dumps({"files": {}}))
+    (save_dir / TRACKER).write_text("4")
+    Watcher(save_dir, keep_last=2, keep_every=0).step()
+    return save_dir
+
+
+@pytest.fixture
+def save_dir(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "save")
+
+
+@pytest.fixture
+def little_memory():
+    """A damaged pickle may ask for more memory than there is."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def works_or_is_damaged(folder):
+    try:
+        check(folder, whole=True)
+    except Damaged as error:
+        assert len(str(error).splitlines()) == 1
+
+
+def test_damaged_index(save_dir, little_memory):
+    path = save_dir / "iter_0000004/.metadata"
+
+    @given(damaged_bytes(path.read_bytes()))
+    @settings(fuzz, max_examples=400)
+    def run(content):
+        path.write_bytes(content)
+        works_or_is_damaged(path.parent)
+
+    run()
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [("metadata.json", FORMAT), ("integrity.json", {"files": {"__0_0.distcp": "ab", ".": "ab"}})],
+)
+def test_damaged_json(save_dir, name, good):
+    path = save_dir / "iter_0000004" / name
+
+    @given(damaged(good).map(json.dumps).map(str.encode) | damaged_bytes(json.dumps(good).encode()))
+    @fuzz
+    def run(content):
+        path.write_bytes(content)
+        works_or_is_damaged(path.parent)
+
+    run()
+
+
+def test_damaged_ledger(save_dir, capsys):
+    """It says of no checkpoint that it is good, or that it is not."""
+    path = save_dir / RECORD
+    good = path.read_bytes()
+
+    @given(damaged(json.loads(good)).map(json.dumps).map(str.encode) | damaged_bytes(good))
+    @example(good.replace(b'"sha256": {', b'"sha256": {"../../x": "ab", '))
+    @fuzz
+    def run(content):
+        path.write_bytes(content)
+        __main__.status(save_dir)
+        record = Record(save_dir)
+        assert record.policy in (Policy(), Policy(2, 0))
+        assert repair(save_dir) == 4
+        assert len(checkpoints(save_dir)) == 2
+
+    run()
+    path.unlink()
+    path.mkdir()
+    assert repair(save_dir) == 4
+
+
+@pytest.mark.parametrize("content", ["²", "١٢", "4" * 30, "4" * 5000, "4\n6", "-1", "1e1", "nan"])
+def test_damaged_tracker(save_dir, content):
+    (save_dir / TRACKER).write_text(content)
+    assert repair(save_dir) == read_tracker(save_dir) == 4
+
+
+@given(st.text() | st.integers().map(str))
+@example("²")
+@example(str(10**29))
+@fuzz
+def test_damaged_lock(pid):
+    assert ledger._has_ended(f"{os.uname().nodename} {pid}") in (True, False)
+
+
+def test_number_of_an_iteration_that_megatron_cannot_count(save_dir):
+    shutil.copytree(save_dir / "iter_0000004", save_dir / f"iter_{10**29}")
+    assert list(checkpoints(save_dir)) == [4, 2]
+    assert repair(save_dir) == 4
+
+
+def command(monkeypatch, capsys, *arguments):
+    """The exit code of a command, and what it wrote to standard error."""
+    monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "--last", "-1"),
+        ("verify", "--last", "0"),
+        ("verify", "--last", "²"),
+        ("watch", "--keep-last", "0"),
+        ("watch", "--keep-last", 10**29),
+        ("watch", "--keep-last", "1", "--keep-every", "-1"),
+        *(
+            ("watch", "--keep-last", "1", "--interval", seconds)
+            for seconds in ("nan", "inf", "-1", "0", "1e300", "x")
+        ),
+    ],
+)
+def test_senseless_numbers(save_dir, monkeypatch, capsys, arguments):
+    code, told = command(monkeypatch, capsys, save_dir, *arguments)
+    assert code == 2
+    assert f"error: argument {arguments[-2]}: {arguments[-1]} is no" in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("verify",), ("status",), ("repair",), ("watch", "--keep-last", "1")]
+)
+@pytest.mark.parametrize("what", ["file", "below a file", "NUL", "long", "unreadable"])
+def test_what_is_no_save_folder(save_dir, monkeypatch, capsys, arguments, what):
+    (save_dir / "file").touch()
+    names = {"file": "file", "below a file": "file/x", "NUL": "a\0b", "long": "x" * 300}
+    folder = save_dir / names.get(what, "")
+    if what == "unreadable":
+        if os.geteuid():
+            folder.chmod(0)
+        else:
+            os.seteuid(65534)  # pytest's folders are of their owner alone
+    try:
+        code, told = command(monkeypatch, capsys, folder, *arguments)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        save_dir.chmod(0o700)
+    assert code == 2 and "error: " in told.splitlines()[-1]
+    assert repr(str(folder))[1:-1] in told.splitlines()[-1]
