@@ -116,12 +116,12 @@ def test_a_damaged_tokenizer_json_is_refused(content, message, folder):
     assert message in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "/none", "a/b/c", "\udcff"])
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "/none", "a/b/c"])
 def test_a_name_that_cannot_be_one(name, folder):
     assert "--tokenizer" in refusal(folder, "--tokenizer", name)
 
 
-@pytest.mark.parametrize("token", ["", "\udcff", "a\0b", "none"])
+@pytest.mark.parametrize("token", ["", "a\0b", "none"])
 def test_an_end_of_document_token_that_it_lacks(token, folder):
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
     assert "--eod-token" in refusal(folder, "--eod-token", token)
