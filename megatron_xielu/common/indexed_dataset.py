@@ -43,7 +43,7 @@ def read(prefix: Path) -> Index:
         Damaged: it does not.
         OSError: one of them cannot be read.
     """
-    path, data = (prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("idx", "bin"))
+    path, data = (Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin"))
     size, data_size = path.stat().st_size, data.stat().st_size
     with path.open("rb") as file:
         head = file.read(_HEAD.size)

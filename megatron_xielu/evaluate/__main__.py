@@ -46,8 +46,11 @@ def main() -> None:
             from megatron_xielu.evaluate import run
 
             evaluation = run.evaluate(request, iteration, prefixes)
-    except ValueError as error:
-        raise SystemExit(f"megatron_xielu: error: {error}") from None
+        if evaluation is not None:
+            result.report(evaluation, output)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).splitlines())  # a path may have line ends
+        raise SystemExit(f"megatron_xielu: error: {line}") from None
     except SystemExit as end:
         if end.code:
             raise
@@ -55,8 +58,6 @@ def main() -> None:
         raise SystemExit(
             f"megatron_xielu: error: Megatron ended:\n{printed.getvalue()[-1000:]}"
         ) from None
-    if evaluation is not None:
-        result.report(evaluation, output)
 
 
 def _parse(words: list[str]) -> tuple[Namespace, list[str]]:
