@@ -27,6 +27,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_xielu import startup
+from megatron_xielu.common.text import one_line
 from megatron_xielu.evaluate import checkpoint, data, result
 
 
@@ -49,8 +50,7 @@ def main() -> None:
         if evaluation is not None:
             result.report(evaluation, output)
     except (ValueError, OSError) as error:
-        line = " ".join(str(error).splitlines())  # a path may have line ends
-        raise SystemExit(f"megatron_xielu: error: {line}") from None
+        raise SystemExit(f"megatron_xielu: error: {one_line(error)}") from None
     except SystemExit as end:
         if end.code:
             raise
