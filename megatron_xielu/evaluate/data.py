@@ -43,7 +43,7 @@ def find(request: Namespace) -> list[Path]:
     Weights, which say how often training draws from a file, mean nothing here.
 
     Raises:
-        ValueError: none is named, or a file is missing; names the flag.
+        ValueError: none is named, or a file is missing or damaged; names the flag.
     """
     given = {
         "--data-path": request.data_path,
@@ -74,6 +74,10 @@ def find(request: Namespace) -> list[Path]:
         for suffix in (".idx", ".bin"):
             if not Path(f"{prefix}{suffix}").is_file():
                 raise ValueError(f"{flags[0]}: no {prefix}{suffix}")
+        try:
+            indexed_dataset.read(prefix)
+        except indexed_dataset.Damaged as error:
+            raise ValueError(f"{flags[0]}: {error}") from None
     if not prefixes:
         raise ValueError(f"{flags[0]}: no data in it, or not in this --data-split")
     return list(dict.fromkeys(prefixes))

@@ -225,6 +225,8 @@ def test_refused_in_one_line(swiglu, prepared, tmp_path):
     tokens = np.fromfile(prepared / "valid" / "00000.bin", np.uint16)
     tokens[-7] = 416
     tokens.tofile(tmp_path / "other.bin")
+    for suffix in ("idx", "bin"):
+        (tmp_path / f"empty.{suffix}").touch()
     messages = {
         f"--data-path {prepared} --ckpt-step 9": "--ckpt-step 9: no checkpoints/iter_0000009; ",
         f"--data-path {prepared} --xielu": "the activation is that of the checkpoint; drop --xielu",
@@ -234,6 +236,7 @@ def test_refused_in_one_line(swiglu, prepared, tmp_path):
         f"--data-path {prepared} --micro-batch-size -1": "--micro-batch-size -1 must be from 1 to ",
         f"--data-path {prepared} --seq-length {10**29}": f"--seq-length {10**29} must be from 1 ",
         f"--data-path {prepared} --make-vocab-size-divisible-by 0": "--make-vocab-size-divisible-",
+        f"--data-path {tmp_path}/empty": f"--data-path: {tmp_path}/empty.idx is damaged: it ends ",
         f"--data-path {'x' * 300}": "[Errno 36] File name too long: ",
         "--eval-iters 1 --micro-batch-size 3": "--eval-iters: the global batch of 8 does not ",
         f"--data-path {tmp_path}/other": "the data has token 416, the model's vocabulary only 416 ",

@@ -149,6 +149,14 @@ def test_checkpoints_of_other_layers(tmp_path):
     assert any("of different layers" in note for note in run.notes)
 
 
+@pytest.mark.parametrize("shape", [(4, 2), (4,), (), (4, 1, 1)])
+def test_alphas_of_another_shape(tmp_path, shape):
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    write_checkpoint(tmp_path, 10, {key.format(side): torch.ones(shape) for side in "pn"})
+    (run,) = show(tmp_path)
+    assert any("alphas of checkpoints are left out: " in note for note in run.notes)
+
+
 @pytest.mark.parametrize(
     ("content", "note"),
     [
