@@ -38,7 +38,10 @@ _WHICH_SAMPLES = (
 # Whole numbers that are divided by, or that memory is allocated for.
 _SIZES = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("micro_batch_size", "seq_length", "make_vocab_size_divisible_by"),
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+    "distributed_timeout_minutes",
 )
 _LARGEST_SIZE = 2**31 - 1
 

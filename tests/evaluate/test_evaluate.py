@@ -233,6 +233,8 @@ def test_refused_in_one_line(swiglu, prepared, tmp_path):
         f"--data-path {prepared} --tensor-model-parallel-size 2": "1 ranks cannot hold a model of "
         "2: tensor × pipeline × context parallel size must divide their number",
         f"--data-path {prepared} --tensor-model-parallel-size 0": "--tensor-model-parallel-size 0 ",
+        f"--data-path {prepared} --num-layers 0": "--num-layers 0 must be from 1 to 2147483647",
+        f"--data-path {prepared} --distributed-timeout-minutes -1": "--distributed-timeout-minut",
         f"--data-path {prepared} --micro-batch-size -1": "--micro-batch-size -1 must be from 1 to ",
         f"--data-path {prepared} --seq-length {10**29}": f"--seq-length {10**29} must be from 1 ",
         f"--data-path {prepared} --make-vocab-size-divisible-by 0": "--make-vocab-size-divisible-",
