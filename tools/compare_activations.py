@@ -50,7 +50,6 @@ from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
 _DEFAULT_BASELINE = "swiglu"
-_Object = dict[str, Any]
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
 
 
@@ -425,7 +424,7 @@ def check_settings(out: Path, wanted: dict[str, Any]) -> None:
         write_json(path, wanted)
         return
     try:
-        there = _flatten(schema.check(_Object, schema.read_json(path), path))
+        there = _flatten(schema.check(dict[str, Any], schema.read_json(path), path))
     except Malformed as error:
         raise SystemExit(
             f"compare: {error}; delete that file if the runs beside it were made by this command"

@@ -246,17 +246,14 @@ class _Logged:
     failed: dict[str, str]
 
 
-_Object, _LoggedList = dict[str, Any], list[_Logged]
-
-
 def _read(log: Path, made_with: str) -> list[Walked]:
     if not log.exists():
         return []
     try:
-        content = schema.check(_Object, schema.read_json(log), log)
+        content = schema.check(dict[str, Any], schema.read_json(log), log)
         if (other := content.get("made with")) != made_with:
             raise SystemExit(f"{log} is of {other!r}, not {made_with}; give another --log")
-        logged = schema.check(_LoggedList, content.get("walked"), log)
+        logged = schema.check(list[_Logged], content.get("walked"), log)
     except OSError as error:
         raise SystemExit(f"{log} cannot be read: {error.strerror}; give another --log") from None
     except Malformed as error:
