@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_xielu.common.text import one_line
 from megatron_xielu.workarounds import releases
 
 # Top level in a checkout of this package; its subpackage in an installation (pyproject.toml).
@@ -163,7 +164,7 @@ def inspect(root: Path, patch: Patch) -> State:
     """
     state = State(patch)
     for name, hunks in patch.files.items():
-        path = (root / name).resolve()  # of a link, the file is replaced
+        path = Path(os.path.realpath(root / name))  # of a link, the file is replaced
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -296,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(function(root))
                 return 0
             except (DoesNotFit, OSError) as error:
-                print(f"megatron_xielu.patch: error: {error}", file=sys.stderr)
+                print(f"megatron_xielu.patch: error: {one_line(error)}", file=sys.stderr)
     return 1
 
 

@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import fcntl
 import io
-import json
 import os
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -43,11 +43,12 @@ from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
-from megatron_xielu.common import files
-from megatron_xielu.common.text import describe, reason
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Malformed
+from megatron_xielu.common.text import describe, one_line, reason
 from megatron_xielu.report import __main__ as report
 
-_FIRST_SEED = 42
+_FIRST_SEED, _MOST_SEEDS = 42, 1000
 _DEFAULT_BASELINE = "swiglu"
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
 
@@ -81,9 +82,19 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not finished yet, then write the results of all that is."""
+    """Run what is not finished yet, then write the results of all that is.
+
+    Raises:
+        SystemExit: something is wrong; with what.
+    """
     options = parse_options(argv)
-    out = options.out.resolve()
+    try:
+        _run(options, Path(os.path.realpath(options.out)))
+    except (OSError, Malformed) as error:
+        raise SystemExit(f"compare: {one_line(error)}") from None
+
+
+def _run(options: argparse.Namespace, out: Path) -> None:
     if options.preset in _CLUSTER_PRESETS:
         from compare import cluster
 
@@ -135,7 +146,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=_seeds,
         default=[_FIRST_SEED],
         metavar="N",
-        help="how many, or which with a comma: 3, or 1,2,3 [1; 3 or more to tell noise]",
+        help="how many, or which with a comma: 3, or 1,2,3, or 7, [1; 3 or more to tell noise]",
     )
     parser.add_argument(
         "--baseline", help="what the others are compared with [swiglu, else the first]"
@@ -190,26 +201,35 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _seeds(value: str) -> list[int]:
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*,?", value):
+        raise argparse.ArgumentTypeError(
+            f"{value[:40]!r} says neither how many seeds nor which: 3, or 1,2,3"
+        )
     numbers = [int(word) for word in value.split(",") if word]
     if "," not in value:
         if numbers[0] < 1:
             raise argparse.ArgumentTypeError("one seed at least")
+        if numbers[0] > _MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"more than {_MOST_SEEDS} seeds")
         return list(range(_FIRST_SEED, _FIRST_SEED + numbers[0]))
     if len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"{value} has a seed twice")
+    if 0 in numbers:
+        raise argparse.ArgumentTypeError("a seed is 1 or more")  # Megatron's rule
     return numbers
 
 
 def _width(value: str) -> tuple[str, int]:
     name, _, width = value.partition("=")
-    if not width.isdecimal() or int(width) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not NAME=WIDTH, xielu=768 for example")
+    if not re.fullmatch("[1-9][0-9]{0,8}", width):
+        raise argparse.ArgumentTypeError(f"{value[:40]} is not NAME=WIDTH, xielu=768 for example")
     return name, int(width)
 
 
 def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Record]]:
     settings = PRESETS[options.preset]
     lock = hold_lock(out)
+    finished_records(out, options.variants, options.seeds)  # can be read
     machine = this_machine(settings, options.tensor_parallel)
     widths = dict(options.ffn)
     # Before the text, which takes longest: neither depends on it.
@@ -357,17 +377,19 @@ def hold_lock(out: Path) -> int:
         The descriptor that holds the lock.
 
     Raises:
-        SystemExit: another process holds it.
+        SystemExit: another process holds it, or it cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(
             f"compare: another comparison is running in {out}, or its last training is still "
             "stopping; wait for it, or choose another folder with --out"
         ) from None
+    except OSError as error:
+        raise SystemExit(f"compare: --out {out} cannot be written to: {error.strerror}") from None
     return lock
 
 
@@ -395,13 +417,19 @@ def check_settings(out: Path, wanted: dict[str, Any]) -> None:
     """Keep ``wanted`` in ``out/settings.json``, or refuse if that holds something else.
 
     Raises:
-        SystemExit: it does; names what differs and what to do.
+        SystemExit: it does, or is damaged; names what differs and what to do.
     """
     path = out / "settings.json"
     if not path.exists():
         write_json(path, wanted)
         return
-    there, here = _flatten(json.loads(path.read_text())), _flatten(wanted)
+    try:
+        there = _flatten(schema.check(dict[str, Any], schema.read_json(path), path))
+    except Malformed as error:
+        raise SystemExit(
+            f"compare: {error}; delete that file if the runs beside it were made by this command"
+        ) from None
+    here = _flatten(wanted)
     differing = [
         f"  {key}: {there.get(key)} there, {here.get(key)} now"
         for key in sorted(there.keys() | here.keys())
@@ -460,15 +488,33 @@ def remove_old_checkpoints(save_dir: Path) -> None:
 def finished_records(
     out: Path, variants: Sequence[Variant], seeds: Sequence[int]
 ) -> dict[str, dict[int, Record]]:
-    """The records in ``out`` by variant and seed."""
+    """The records in ``out`` by variant and seed.
+
+    Raises:
+        SystemExit: one is damaged, or of another run.
+    """
     found: dict[str, dict[int, Record]] = {}
     for variant in variants:
         for seed in seeds:
             path = folder_of(out, variant.name, seed) / "record.json"
             if path.exists():
-                record = Record.from_json(json.loads(path.read_text()))
+                record = _finished(path, variant, seed)
                 found.setdefault(variant.name, {})[seed] = record
     return found
+
+
+def _finished(path: Path, variant: Variant, seed: int) -> Record:
+    try:
+        record = schema.load(Record, path)
+        if (record.variant, record.seed) != (variant.name, seed):
+            raise Malformed(f"{path}: it is of {record.variant} with seed {record.seed}")
+        if (record.alphas is None) == variant.has_alphas:
+            raise Malformed(f"{path}: it has {'no ' * variant.has_alphas}alphas")
+    except Malformed as error:
+        raise SystemExit(
+            f"compare: {error}; delete it, and the same command makes it again"
+        ) from None
+    return record
 
 
 def _setup(
@@ -504,7 +550,8 @@ def _context(machine: Machine) -> dict[str, str]:
 
 def _words(options: argparse.Namespace) -> list[str]:
     """The options that give these results again."""
-    words = [options.preset, "--seeds", ",".join(map(str, options.seeds))]
+    which = ",".join(map(str, options.seeds))
+    words = [options.preset, "--seeds", which if len(options.seeds) > 1 else f"{which},"]
     if options.activations != list(ACTIVATIONS):
         words += ["--activations", *options.activations]
     words += ["--ablation", *options.ablation] if options.ablation else []

@@ -25,11 +25,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launcher_command import megatron_arguments
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Count, Malformed, Positive
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
 MODELS = {
@@ -234,13 +235,30 @@ def _made_with(*, stock: bool) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Logged:
+    """A `Walked` in the log."""
+
+    layout: tuple[str, str, Positive, Positive, Positive, str]
+    verdict: str
+    seconds: float
+    buckets: Count
+    failed: dict[str, str]
+
+
 def _read(log: Path, made_with: str) -> list[Walked]:
     if not log.exists():
         return []
-    content = json.loads(log.read_text())
-    if content["made with"] != made_with:
-        raise SystemExit(f"{log} is of {content['made with']}, not {made_with}; give another --log")
-    return [Walked(Layout(*fields.pop("layout")), **fields) for fields in content["walked"]]
+    try:
+        content = schema.check(dict[str, Any], schema.read_json(log), log)
+        if (other := content.get("made with")) != made_with:
+            raise SystemExit(f"{log} is of {other!r}, not {made_with}; give another --log")
+        logged = schema.check(list[_Logged], content.get("walked"), log)
+    except OSError as error:
+        raise SystemExit(f"{log} cannot be read: {error.strerror}; give another --log") from None
+    except Malformed as error:
+        raise SystemExit(f"{error}; delete it, or give another --log") from None
+    return [Walked(**vars(one) | {"layout": Layout(*one.layout)}) for one in logged]
 
 
 def _write(log: Path, made_with: str, done: list[Walked]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, alpha_n_floor
-from megatron_xielu.checkpoints.source import Source
+from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.kernels.reference import softplus
 
@@ -84,6 +84,9 @@ def _effective(source: Source, side: str, floor: float) -> Iterator[tuple[str, f
         match = _ALPHA_KEY.fullmatch(key)
         if match is None or match["side"] != side:
             continue
+        dimensions = 1 + (match["layer"] is None) + bool(match["experts"])
+        if len(shape := source.shape(key)) != dimensions or shape[-1] != 1:
+            raise Refused(f"{source.folder}: {key} has the shape {shape}, which no alphas have")
         values = (softplus(source.read(key)) + floor).squeeze(-1)  # [layers?, experts?]
         if match["layer"] is not None:
             values = values.unsqueeze(0)

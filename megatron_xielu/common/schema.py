@@ -69,14 +69,23 @@ def read_json(path: Path) -> Any:
         Malformed: it is none.
         OSError: it cannot be read.
     """
+    return parse(path.read_bytes(), path)
+
+
+def parse(content: bytes, file: Path | str) -> Any:
+    """JSON text, whatever it says; ``file`` is what messages name.
+
+    Raises:
+        Malformed: it is none.
+    """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except UnicodeDecodeError:
-        raise Malformed(f"{path}: it is no JSON: not UTF-8") from None
+        raise Malformed(f"{file}: it is no JSON: not UTF-8") from None
     except RecursionError:
-        raise Malformed(f"{path}: it is no JSON of ours: nested too deeply") from None
+        raise Malformed(f"{file}: it is no JSON of ours: nested too deeply") from None
     except ValueError as error:
-        raise Malformed(f"{path}: it is no JSON: {error}") from None
+        raise Malformed(f"{file}: it is no JSON: {error}") from None
 
 
 def check[T](kind: type[T], value: Any, file: Path | str) -> T:

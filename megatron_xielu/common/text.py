@@ -14,6 +14,11 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
+def one_line(error: BaseException) -> str:
+    """All that an exception says, in one line; a path in it may have line ends."""
+    return " ".join(str(error).splitlines())
+
+
 def describe(error: BaseException) -> str:
     """An exception with its type, in one line of limited length."""
     return f"{type(error).__name__}: {first_line(str(error))}"[:LONGEST_LINE]

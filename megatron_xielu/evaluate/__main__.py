@@ -27,6 +27,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_xielu import startup
+from megatron_xielu.common.text import one_line
 from megatron_xielu.evaluate import checkpoint, data, result
 
 
@@ -46,8 +47,10 @@ def main() -> None:
             from megatron_xielu.evaluate import run
 
             evaluation = run.evaluate(request, iteration, prefixes)
-    except ValueError as error:
-        raise SystemExit(f"megatron_xielu: error: {error}") from None
+        if evaluation is not None:
+            result.report(evaluation, output)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"megatron_xielu: error: {one_line(error)}") from None
     except SystemExit as end:
         if end.code:
             raise
@@ -55,8 +58,6 @@ def main() -> None:
         raise SystemExit(
             f"megatron_xielu: error: Megatron ended:\n{printed.getvalue()[-1000:]}"
         ) from None
-    if evaluation is not None:
-        result.report(evaluation, output)
 
 
 def _parse(words: list[str]) -> tuple[Namespace, list[str]]:

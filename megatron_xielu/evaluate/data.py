@@ -5,18 +5,36 @@ Dimensions: s sequence, b micro-batch.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_xielu.common import indexed_dataset, schema
+from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.common.text import is_number
 
 _MANIFEST = "manifest.json"  # what tools/prepare_data.py writes last
+
+
+@dataclass(frozen=True)
+class _Shard:
+    prefix: str
+    split: str
+    text_bytes: Count
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    shards: list[_Shard]
+
+
+# Of --per-split-data-args-path, by split: weights and prefixes.
+_Parts = dict[str, str | list[str | float] | None]
 
 
 def find(request: Namespace) -> list[Path]:
@@ -25,7 +43,7 @@ def find(request: Namespace) -> list[Path]:
     Weights, which say how often training draws from a file, mean nothing here.
 
     Raises:
-        ValueError: none is named, or a file is missing; names the flag.
+        ValueError: none is named, or a file is missing or damaged; names the flag.
     """
     given = {
         "--data-path": request.data_path,
@@ -54,8 +72,12 @@ def find(request: Namespace) -> list[Path]:
     prefixes = [Path(word) for word in words if not is_number(word)]
     for prefix in prefixes:
         for suffix in (".idx", ".bin"):
-            if not prefix.with_name(prefix.name + suffix).is_file():
+            if not Path(f"{prefix}{suffix}").is_file():
                 raise ValueError(f"{flags[0]}: no {prefix}{suffix}")
+        try:
+            indexed_dataset.read(prefix)
+        except indexed_dataset.Damaged as error:
+            raise ValueError(f"{flags[0]}: {error}") from None
     if not prefixes:
         raise ValueError(f"{flags[0]}: no data in it, or not in this --data-split")
     return list(dict.fromkeys(prefixes))
@@ -71,10 +93,12 @@ def _read(flag: str, path: Path) -> str:
 def _of_split(path: Path, split: str) -> list[str]:
     flag = "--per-split-data-args-path"
     try:
-        parts = json.loads(_read(flag, path))
-        chosen = [parts[name] or [] for name in (parts if split == "all" else [split])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{flag} {path}: not a JSON file with {split}: {error!r}") from None
+        parts = schema.check(_Parts, schema.read_json(path), path)
+    except (OSError, Malformed) as error:
+        raise ValueError(f"{flag}: {error}") from None
+    if split != "all" and split not in parts:
+        raise ValueError(f"{flag} {path}: it has no {split}, only {', '.join(parts) or 'nothing'}")
+    chosen = [parts[name] or [] for name in (parts if split == "all" else [split])]
     return [
         str(word) for part in chosen for word in (part.split() if isinstance(part, str) else part)
     ]
@@ -87,34 +111,25 @@ def _manifest_of(path: Path) -> Path | None:
 
 
 def _of_manifest(manifest: Path, split: str) -> list[str]:
-    shards = _shards(manifest)
-    if shards is None:
-        raise ValueError(f"--data-path {manifest}: tools/prepare_data.py has not written this file")
-    return [
-        str(manifest.parent / shard["prefix"])
-        for shard in shards
-        if split in ("all", shard["split"])
-    ]
-
-
-def _shards(manifest: Path) -> list[dict[str, Any]] | None:
     try:
-        shards = json.loads(manifest.read_text())["shards"]
-        [(shard["prefix"], shard["split"], shard["text_bytes"]) for shard in shards]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # some other file of this name
-    return shards
+        shards = schema.load(_Manifest, manifest).shards
+    except Malformed as error:
+        raise ValueError(f"--data-path: {error}; is it of tools/prepare_data.py?") from None
+    return [str(manifest.parent / s.prefix) for s in shards if split in ("all", s.split)]
 
 
 def described_text_bytes(prefixes: list[Path]) -> int | None:
     """Bytes of text, by the manifests that the files were written with; None if one has none."""
     total = 0
     for prefix in prefixes:
-        shards = _shards(prefix.parent.parent / _MANIFEST) or []
-        found = [s for s in shards if s["prefix"] == f"{prefix.parent.name}/{prefix.name}"]
+        try:
+            shards = schema.load(_Manifest, prefix.parent.parent / _MANIFEST).shards
+        except (OSError, Malformed):  # some other file of this name
+            return None
+        found = [s for s in shards if s.prefix == f"{prefix.parent.name}/{prefix.name}"]
         if not found:
             return None
-        total += found[0]["text_bytes"]
+        total += found[0].text_bytes
     return total
 
 
@@ -130,20 +145,24 @@ class Tokens:
     """
 
     def __init__(self, prefixes: list[Path], sequence_length: int) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        self.files = [IndexedDataset(str(prefix)) for prefix in prefixes]
         self.sequence_length = sequence_length
-        self._tokens = []
-        for prefix, file in zip(prefixes, self.files, strict=True):
-            path = prefix.with_name(prefix.name + ".bin")
-            expected = int(file.sequence_lengths.sum()) * np.dtype(file.index.dtype).itemsize
+        self._lengths, self._tokens = [], []
+        for prefix in prefixes:
+            index = indexed_dataset.read(prefix)
+            path, idx = (Path(f"{prefix}.{kind}") for kind in ("bin", "idx"))
+            start = indexed_dataset.LENGTHS_AT
+            lengths = np.fromfile(idx, np.int32, index.sequences, offset=start)
+            if (lengths < 0).any():
+                raise ValueError(f"{idx} is damaged: a sequence has {lengths.min()} tokens")
+            expected = int(lengths.sum(dtype=np.int64)) * index.itemsize
             if path.stat().st_size != expected:
                 raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes where its .idx says {expected}"
+                    f"{path} has {path.stat().st_size} bytes where its .idx says {expected}; one "
+                    "of them is damaged"
                 )
             if expected:  # an empty file cannot be mapped
-                self._tokens.append(np.memmap(path, dtype=file.index.dtype, mode="r"))
+                self._lengths.append(lengths)
+                self._tokens.append(np.memmap(path, dtype=index.dtype, mode="r"))
         self._starts = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
         if not len(self):
             raise ValueError(f"no token in {', '.join(map(str, prefixes))}")
@@ -160,17 +179,14 @@ class Tokens:
         """How many tokens a sequence predicts: s, less in the last one, none after it."""
         return min(max(len(self) - sequence * self.sequence_length, 0), self.sequence_length)
 
-    def largest(self, part: int, parts: int) -> int:
-        """The largest token in one of several parts of the data."""
+    def least_and_largest(self, part: int, parts: int) -> tuple[int, int]:
+        """Of the tokens in one of several parts of the data; 0 counts among them."""
         bounds = np.linspace(0, len(self), parts + 1).astype(np.int64)[part : part + 2]
-        step = 1 << 24
-        return max(
-            (
-                int(self._read(start, min(start + step, int(bounds[1]))).max())
-                for start in range(int(bounds[0]), int(bounds[1]), step)
-            ),
-            default=0,
-        )
+        step, least, largest = 1 << 24, 0, 0
+        for start in range(int(bounds[0]), int(bounds[1]), step):
+            tokens = self._read(start, min(start + step, int(bounds[1])))
+            least, largest = min(least, int(tokens.min())), max(largest, int(tokens.max()))
+        return least, largest
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Tokens from start to before stop, of int64."""
@@ -227,8 +243,9 @@ class Tokens:
         End-of-document tokens are not text.
         """
         total = 0
-        for file in self.files:
-            for index in range(part, len(file.sequence_lengths), parts):
-                text = file[index]
+        for tokens, lengths in zip(self._tokens, self._lengths, strict=True):
+            ends = np.cumsum(lengths, dtype=np.int64)
+            for index in range(part, len(ends), parts):
+                text = tokens[ends[index] - lengths[index] : ends[index]]
                 total += len(tokenizer.detokenize(text[text != tokenizer.eod].tolist()).encode())
         return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ class Evaluation:
         """None where the bytes are not known."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
+    @property
+    def perplexity(self) -> float:
+        """e to the loss, as large as a float can be."""
+        return math.exp(min(self.loss, 700.0))
+
     def to_json(self) -> dict[str, Any]:
         """As written."""
         content = asdict(self)
@@ -52,7 +58,7 @@ class Evaluation:
             del content["layers"]
         return {
             **content,
-            "perplexity": math.exp(self.loss),
+            "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
         }
 
@@ -63,25 +69,33 @@ def output_file(asked: Path | None, load: Path) -> Path | None:
     Raises:
         ValueError: it cannot be written there.
     """
-    if asked is None:
-        run = load.absolute()
-        return run.with_name("evaluation.json") if run.name == "checkpoints" else None
-    if not asked.parent.is_dir():
-        raise ValueError(f"--evaluation-output {asked}: no folder {asked.parent}")
-    if asked.is_dir():
-        raise ValueError(f"--evaluation-output {asked} is a folder; name a file in it")
-    if load.resolve() in asked.resolve().parents:
-        raise ValueError(f"--evaluation-output {asked} is among the checkpoints; name another file")
-    return asked
+    run = load.absolute()
+    if asked is None and run.name != "checkpoints":
+        return None
+    path = asked or run.with_name("evaluation.json")
+    flag = f"--evaluation-output {path}"
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}: no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{flag} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{flag}: {path.parent} cannot be written to; name another file")
+    folder = path.parent.resolve()
+    if load.resolve() in (folder, *folder.parents):
+        raise ValueError(f"{flag} is among the checkpoints; name another file")
+    return path
 
 
 def report(evaluation: Evaluation, output: Path | None) -> None:
-    """Print the table and write the file, whole or not at all."""
-    where = "not written: name a file with --evaluation-output"
+    """Print the table and write the file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; the table is printed.
+    """
+    where = output or "not written: name a file with --evaluation-output"
+    print(_table(evaluation, str(where)), flush=True)
     if output is not None:
         files.write(output, json.dumps(evaluation.to_json(), indent=1) + "\n")
-        where = str(output)
-    print(_table(evaluation, where), flush=True)
 
 
 def _table(evaluation: Evaluation, where: str) -> str:
@@ -98,7 +112,7 @@ def _table(evaluation: Evaluation, where: str) -> str:
         ("data", f"{first}{f' and {more} more' if more else ''}"),
         ("tokens", f"{e.tokens:,} ({how}; sequences of {e.sequence_length})"),
         ("loss", f"{e.loss:.6f} nats per token"),
-        ("perplexity", f"{math.exp(e.loss):.6g}"),
+        ("perplexity", f"{e.perplexity:.6g}"),
         (
             "bits per byte",
             f"{bits:.6f} ({e.bytes:,} bytes)" if bits is not None else f"none: {e.why_no_bytes}",

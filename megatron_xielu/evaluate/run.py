@@ -104,12 +104,14 @@ def _check_vocabulary(args: Namespace, tokens: data.Tokens | None) -> None:
         )
     if tokens is None:
         return
-    largest = torch.tensor(tokens.largest(args.rank, args.world_size), device="cuda")
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    if largest >= rows:
+    least, largest = tokens.least_and_largest(args.rank, args.world_size)
+    found = torch.tensor([-least, largest], device="cuda")
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    least, largest = -int(found[0]), int(found[1])
+    if least < 0 or largest >= rows:
         raise ValueError(
-            f"the data has token {int(largest)}, the model's vocabulary only {rows} entries; it "
-            "was prepared with another tokenizer"
+            f"the data has token {least if least < 0 else largest}, the model's vocabulary only "
+            f"{rows} entries; it was prepared with another tokenizer, or is damaged"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_xielu import arguments
 from megatron_xielu.catalog import TRAINABLE
-from megatron_xielu.common.text import first_line
+from megatron_xielu.common.text import first_line, reason
 from megatron_xielu.workarounds import checkpoint_arguments
 
 # Taken from the checkpoint unless given. Not trust_remote_code: that is for the user to say.
@@ -35,6 +35,15 @@ _WHICH_SAMPLES = (
     *("train_iters", "train_samples", "eval_interval", "start_eval_at_iter"),
     *("phase_transition_iterations",),
 )
+# Whole numbers that are divided by, or that memory is allocated for.
+_SIZES = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+    *("micro_batch_size", "seq_length", "make_vocab_size_divisible_by"),
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+    "distributed_timeout_minutes",
+)
+_LARGEST_SIZE = 2**31 - 1
 
 
 def complete(request: Namespace) -> tuple[Namespace, Namespace]:
@@ -69,8 +78,9 @@ def complete(request: Namespace) -> tuple[Namespace, Namespace]:
     arguments.check_supported(args)
     try:
         validate_args(args)
-    except AssertionError as error:
-        raise ValueError(f"Megatron does not take these arguments: {error}") from None
+    except Exception as error:  # it asserts, divides and compares
+        why = reason(error)
+        raise ValueError(f"Megatron does not take these arguments: {why}") from error
     try:
         set_global_variables(args)
     except Exception as error:
@@ -154,6 +164,12 @@ def _take(args: Namespace, saved: Namespace, given: set[str], request: Namespace
 def _set_batches(args: Namespace, saved: Namespace, given: set[str], request: Namespace) -> None:
     """Micro-batches as in training; as many at a time as keep a pipeline busy, or as Megatron's
     validation takes."""
+    if "micro_batch_size" not in given:
+        args.micro_batch_size = getattr(saved, "micro_batch_size", 1)
+    for name in _SIZES:
+        size = getattr(args, name)
+        if size is not None and not 1 <= size <= _LARGEST_SIZE:
+            raise ValueError(f"--{name.replace('_', '-')} {size} must be from 1 to {_LARGEST_SIZE}")
     model_ranks = (
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
@@ -165,8 +181,6 @@ def _set_batches(args: Namespace, saved: Namespace, given: set[str], request: Na
             "context parallel size must divide their number"
         )
     data_parallel = args.world_size // model_ranks
-    if "micro_batch_size" not in given:
-        args.micro_batch_size = getattr(saved, "micro_batch_size", 1)
     args.eval_micro_batch_size = args.micro_batch_size
     args.global_batch_size = args.micro_batch_size * data_parallel
     args.eval_global_batch_size = args.global_batch_size

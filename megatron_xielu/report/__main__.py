@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_xielu.common import files
+from megatron_xielu.common.text import one_line
 from megatron_xielu.report.errors import NoReport
 
 PAGE = "report.html"
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"megatron_xielu.report: error: {error}; pip install 'megatron_xielu[plots]'"
         ) from None
     except (NoReport, OSError) as error:
-        raise SystemExit(f"megatron_xielu.report: error: {error}") from None
+        raise SystemExit(f"megatron_xielu.report: error: {one_line(error)}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 def _report(folders: Sequence[Path], output: Path | None) -> None:
     from megatron_xielu.report import layer_plots, page, run_plots, terminal
     from megatron_xielu.report.load import load
-    from megatron_xielu.report.run import name_apart
+    from megatron_xielu.report.run import name_apart, readable
 
-    folders = list({folder.resolve(): folder for folder in folders}.values())
+    folders = list({os.path.realpath(folder): folder for folder in folders}.values())
     if output is None:
         output = folders[0] / "report" if len(folders) == 1 else Path("report")
     if output.exists() and not output.is_dir():
@@ -66,6 +67,7 @@ def _report(folders: Sequence[Path], output: Path | None) -> None:
         print(f"reading {folder}", file=sys.stderr, flush=True)
         runs.append(load(folder))
     name_apart(runs)
+    _make_folder(output)
 
     together = run_plots.pictures(runs)
     layers = [
@@ -82,7 +84,19 @@ def _report(folders: Sequence[Path], output: Path | None) -> None:
     for run in runs:
         for note in run.notes:
             print(f"note: {run.name}: {note}", file=sys.stderr)
-    print(f"\n{output / PAGE}")
+    print(f"\n{readable(output / PAGE)}")
+
+
+def _make_folder(output: Path) -> None:
+    """Before pictures are drawn, which takes longest."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoReport(f"--output {output} cannot be written to: {error.strerror}") from None
+    if not os.access(output, os.W_OK):
+        raise NoReport(f"--output {output} cannot be written to")
+    if (output / PAGE).is_dir():
+        raise NoReport(f"--output {output}: {PAGE} there is a folder; name another")
 
 
 def _prefix(number: int, name: str) -> str:
@@ -92,10 +106,9 @@ def _prefix(number: int, name: str) -> str:
 
 def _write(output: Path, pictures: dict[str, bytes], html: str) -> None:
     """Each file at once; the page, which needs no other, last. Pictures of an old page go."""
-    output.mkdir(parents=True, exist_ok=True)
     page = output / PAGE
     old = page.read_text(errors="replace") if page.is_file() else ""
-    for name, content in {**pictures, PAGE: html.encode()}.items():
+    for name, content in {**pictures, PAGE: html.encode(errors="replace")}.items():
         files.write(output / name, content)
     for name in set(re.findall(r'data-file="([\w.-]+\.png)"', old)) - set(pictures):
         (output / name).unlink(missing_ok=True)

@@ -29,6 +29,7 @@ _BY_SAMPLES = " vs samples"
 # A record is its length (8 bytes), the length's checksum (4), the event, and its checksum (4).
 _LENGTH, _HEADER, _FOOTER = struct.Struct("<Q"), 12, 4
 _LARGEST_EVENT = 2**28  # a longer length is no length
+_LAST_ITERATION = 2**53  # a later one is none
 _WIDE = 500  # bytes; longer events are those of `alpha_logging`, with the numbers of every layer
 
 
@@ -155,10 +156,16 @@ def _events(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    content, start = _open(path), 0
+    start = 0
     try:
+        content = _open(path)
         for start, length in _frames(content):
-            yield start, Event.FromString(content[start : start + length])
+            event = Event.FromString(content[start : start + length])
+            if not 0 <= event.step <= _LAST_ITERATION:
+                raise ValueError(event.step)
+            yield start, event
+    except OSError as error:
+        problems.append(f"{path} cannot be read: {error.strerror}")
     except (DecodeError, ValueError):
         problems.append(f"{path} is damaged after byte {start}; what follows is not read")
 
@@ -166,7 +173,7 @@ def _events(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 def _passed_over(path: Path, limit: int | None) -> set[int]:
     """Places of the wide events in a file that need not be read."""
     wide = []
-    with suppress(ValueError):  # `_events` says it
+    with suppress(ValueError, OSError):  # `_events` says it
         for start, length in _frames(_open(path)):
             if length > _WIDE:
                 wide.append(start)

@@ -6,7 +6,6 @@ What cannot be read, or contradicts itself, becomes a note of the run, and the r
 from __future__ import annotations
 
 import ast
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +24,16 @@ from megatron_xielu.checkpoints.alphas import beta as beta_of
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.common.text import describe
+from megatron_xielu.common import schema
+from megatron_xielu.common.schema import Malformed
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events
 from megatron_xielu.report.errors import NoReport
+from megatron_xielu.report.evaluation import Evaluation
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape, nonlinearity
-from megatron_xielu.report.run import History, Layer, Measured, Run, depth
+from megatron_xielu.report.run import History, Layer, Run, depth, readable
 
 EVALUATION = "evaluation.json"
 
@@ -48,10 +49,11 @@ def load(folder: Path) -> Run:
     Raises:
         NoReport: the folder is none.
     """
+    if not folder.is_dir():
+        raise NoReport(f"{folder} is not a folder")
     event_files = _event_files(folder)
-    saves = {path.resolve(): path for path in map(folder.joinpath, _CHECKPOINT_FOLDERS)}
     checkpoints: dict[int, Path] = {}
-    for path in saves.values():
+    for path in _folders(folder, _CHECKPOINT_FOLDERS):
         checkpoints |= complete_checkpoints(path)
     evaluation_file = folder / EVALUATION
     if not event_files and not checkpoints and not evaluation_file.exists():
@@ -71,9 +73,10 @@ def load(folder: Path) -> Run:
     if parameters is None and model is not None:
         parameters = model.parameters()
     evaluation = _read_evaluation(evaluation_file, notes)
+    measured = (evaluation.layers if evaluation else None) or []
     run = Run(
         folder=folder,
-        name=folder.resolve().name,
+        name=readable(Path(folder.resolve().name)),
         arguments=arguments,
         scalars=found.scalars,
         samples=found.samples,
@@ -81,7 +84,7 @@ def load(folder: Path) -> Run:
         activation=None if arguments is None else activation_of(arguments),
         parameters=parameters,
         evaluation=evaluation,
-        measured=_measured(evaluation, notes),
+        measured={f"layer_{layer.depth:02d}": layer for layer in measured},
         notes=notes,
     )
     if run.train is not None and not np.isfinite(run.train.values).all():
@@ -92,14 +95,16 @@ def load(folder: Path) -> Run:
     return run
 
 
-def _event_files(folder: Path) -> list[Path]:
-    places = {path.resolve(): path for path in map(folder.joinpath, _EVENT_FOLDERS)}
-    return [file for place in places.values() for file in place.glob(events.PATTERN)]
+def _folders(run: Path, names: Sequence[str]) -> list[Path]:
+    """Those that are there, each once."""
+    return list({p.resolve(): p for p in map(run.joinpath, names) if p.is_dir()}.values())
+
+
+def _event_files(run: Path) -> list[Path]:
+    return [file for place in _folders(run, _EVENT_FOLDERS) for file in place.glob(events.PATTERN)]
 
 
 def _why_no_run(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is not a folder"
     inside = [
         path
         for path in sorted(folder.iterdir())
@@ -155,16 +160,13 @@ def _model(arguments: Namespace | None, notes: list[str]) -> Model | None:
         return None
 
 
-def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def _read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-        raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        notes.append(f"{path} cannot be read: {error}")
+        return schema.load(Evaluation, path)
+    except (OSError, Malformed) as error:
+        notes.append(f"{EVALUATION} cannot be read: {error}")
         return None
 
 
@@ -175,7 +177,9 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     name = str(run.activation)
     written = {side: _rows(run.scalars, f"alpha_{side}") for side in "pn"}
     saved = _saved_alphas(checkpoints, name, run.notes) if name in TRAINABLE else None
-    names = sorted(written["p"]) or (saved.names if saved else [])
+    if single := written["p"].keys() ^ written["n"].keys():
+        run.notes.append(f"event files have only one alpha of {', '.join(sorted(single)[:3])}")
+    names = sorted(written["p"].keys() & written["n"].keys()) or (saved.names if saved else [])
     if not names:
         run.notes.append("no alphas: neither in event files nor in checkpoints")
         return
@@ -186,6 +190,10 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
             histories[side] = _merged(histories[side], of_checkpoints, run.notes, f"alpha_{side}")
     elif saved is not None:
         run.notes.append("event files and checkpoints have alphas of different layers")
+    _keep_pairs(histories, run.notes)
+    if not len(histories["p"].iterations):
+        run.notes.append("no alphas: at no iteration are all of them known")
+        return
     trained_here = run.arguments is not None and not (
         0 in checkpoints  # a converted model
         or getattr(run.arguments, "finetune", False)
@@ -207,6 +215,20 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
         run.layers = _layers(run, start)
 
 
+def _keep_pairs(histories: dict[str, History], notes: list[str]) -> None:
+    """Iterations that both sides have, with numbers that alphas can be."""
+    iterations = np.intersect1d(histories["p"].iterations, histories["n"].iterations)
+    values = np.hstack([history.at(iterations).values for history in histories.values()])
+    good = (np.isfinite(values) & (values >= 0)).all(axis=1)
+    if not good.all():
+        notes.append(
+            f"alphas below 0 or not finite from iteration {iterations[~good][0]} on are left out, "
+            f"{(~good).sum()} points in time"
+        )
+    for side, history in histories.items():
+        histories[side] = history.at(iterations[good])
+
+
 def _rows(scalars: dict[str, Series], tag: str) -> dict[str, Series]:
     return {
         name.removeprefix(f"{tag}/"): series
@@ -226,6 +248,9 @@ def _saved_alphas(checkpoints: dict[int, Path], name: str, notes: list[str]) -> 
         alphas = read_alphas(readable, name)
     except (Refused, OSError) as error:
         notes.append(f"alphas of checkpoints are left out: {error}")
+        return None
+    if any(len(row) != len(alphas.names) for row in (*alphas.positive, *alphas.negative)):
+        notes.append("alphas of checkpoints are left out: they are of different layers")
         return None
     return alphas if alphas.names else None
 
@@ -281,19 +306,3 @@ def _layers(run: Run, start: tuple[float, float] | None) -> list[Layer]:
             )
         )
     return layers
-
-
-def _measured(evaluation: dict[str, Any] | None, notes: list[str]) -> dict[str, Measured]:
-    found = {}
-    for entry in (evaluation or {}).get("layers") or []:
-        try:
-            depth = int(entry["layer"]) - 1
-            histogram = entry.get("histogram")
-            found[f"layer_{depth:02d}"] = Measured(
-                depth,
-                float(entry["negative_share"]),
-                Inputs.histogram(histogram["edges"], histogram["counts"]) if histogram else None,
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            notes.append(f"{EVALUATION}: a layer cannot be read ({describe(error)})")
-    return found

@@ -6,20 +6,21 @@ A run folder holds event files (in ``tensorboard/``, ``events/`` or itself), che
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xielu.catalog import ACTIVATIONS
 from megatron_xielu.plan.model import Model
+from megatron_xielu.report.evaluation import Evaluation, MeasuredLayer
 from megatron_xielu.report.events import Series
-from megatron_xielu.report.nonlinearity import Inputs, Shape
+from megatron_xielu.report.nonlinearity import Shape
 
 Array = NDArray[np.float64]
 
@@ -34,14 +35,10 @@ class History:
     iterations: NDArray[np.int64]
     values: Array
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Pre-activations of a layer's MLP, by ``megatron_xielu.evaluate --activation-statistics``."""
-
-    depth: int
-    negative_share: float
-    inputs: Inputs | None
+    def at(self, iterations: NDArray[np.int64]) -> History:
+        """The part of it at these iterations."""
+        chosen = np.isin(self.iterations, iterations)
+        return History(self.iterations[chosen], self.values[chosen])
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,13 @@ class Run:
     model: Model | None  # None where it is not known, or is no dense GPT model
     activation: str | None
     parameters: int | None
-    evaluation: dict[str, Any] | None
+    evaluation: Evaluation | None
     alpha_names: list[str] = field(default_factory=list)
     alpha_p: History | None = None
     alpha_n: History | None = None
     alpha_grad_norm: History | None = None
     layers: list[Layer] = field(default_factory=list)
-    measured: dict[str, Measured] = field(default_factory=dict)  # by layer
+    measured: dict[str, MeasuredLayer] = field(default_factory=dict)  # by layer
     notes: list[str] = field(default_factory=list)  # what is missing, and how to get it
 
     @property
@@ -144,7 +141,7 @@ class Run:
         if _some(self.samples):
             steps = np.concatenate([[0], self.samples.steps])
             consumed = np.concatenate([[0.0], self.samples.values])
-            rate = consumed[-1] / steps[-1]
+            rate = consumed[-1] / steps[-1] if steps[-1] else 0.0
             beyond = np.maximum(iterations - steps[-1], 0) * rate
             return (np.interp(iterations, steps, consumed) + beyond) * sequence
         batch = getattr(self.arguments, "global_batch_size", None)
@@ -186,7 +183,7 @@ class Run:
 
 def name_apart(runs: Sequence[Run]) -> None:
     """Lengthen names by parent folders until no two are the same."""
-    paths = [run.folder.resolve().parts for run in runs]
+    paths = [Path(readable(run.folder.resolve())).parts for run in runs]
     for run, parts in zip(runs, paths, strict=True):
         for count in range(1, len(parts) + 1):
             run.name = "/".join(parts[-count:])
@@ -194,8 +191,13 @@ def name_apart(runs: Sequence[Run]) -> None:
                 break
 
 
+def readable(path: Path) -> str:
+    """A path that can be printed: names on a disk need not be text."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def depth(name: str, layers: int) -> int:
-    match = re.match(r"(layer|mtp)_(\d+)", name)
+    match = re.match(r"(layer|mtp)_([0-9]{1,9})", name)
     if match is None:
         return layers
     return int(match[2]) + (layers if match[1] == "mtp" else 0)

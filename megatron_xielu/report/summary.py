@@ -40,19 +40,19 @@ def run_row(run: Run) -> list[str]:
         decimal(run.final_train_loss, 4),
         decimal(valid, 4),
         decimal(math.exp(min(valid, 700.0)) if valid is not None else None, 3),
-        decimal(_number(run, "bits_per_byte"), 4),
+        decimal(run.evaluation.bits_per_byte if run.evaluation else None, 4),
         size(run.tokens_per_second),
     ]
 
 
 def evaluated(run: Run) -> str | None:
     """What ``megatron_xielu.evaluate`` found, in a line; None if it was not run."""
-    loss, iteration = _number(run, "loss"), _number(run, "iteration")
-    if loss is None:
+    found = run.evaluation
+    if found is None or found.loss is None:
         return None
-    text = f"evaluated after iteration {decimal(iteration, 0)}: loss {decimal(loss, 4)}"
-    text += f", perplexity {decimal(math.exp(min(loss, 700.0)), 3)}"
-    bits = _number(run, "bits_per_byte")
+    text = f"evaluated after iteration {decimal(found.iteration, 0)}: loss {decimal(found.loss, 4)}"
+    text += f", perplexity {decimal(math.exp(min(found.loss, 700.0)), 3)}"
+    bits = found.bits_per_byte
     return text + (f", {decimal(bits, 4)} bits per byte" if bits is not None else "")
 
 
@@ -93,8 +93,8 @@ def size(number: float | None) -> str:
 
 def scientific(number: float | None) -> str:
     """8.10·10²⁰."""
-    if not number:
-        return MISSING
+    if not number or not math.isfinite(number):
+        return str(number) if number else MISSING
     mantissa, exponent = f"{number:.2e}".split("e")
     return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPT)}"
 
@@ -108,11 +108,6 @@ def decimal(number: float | None, places: int) -> str:
     if number and abs(number) < 0.5 * 10**-places:
         return scientific(number)
     return f"{number:,.{places}f}" if abs(number) < 1e6 else scientific(number)
-
-
-def _number(run: Run, key: str) -> float | None:
-    value = (run.evaluation or {}).get(key)
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _progress(run: Run) -> str:

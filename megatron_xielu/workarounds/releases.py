@@ -50,12 +50,14 @@ def version_in(root: Path) -> str:
         UnsupportedRelease: there is none.
     """
     try:
-        text = (root / _VERSION_FILE).read_text()
+        text = (root / _VERSION_FILE).read_text(errors="replace")
     except OSError:
         raise UnsupportedRelease(
             f"no {_VERSION_FILE} in {root}: give the folder that holds megatron/"
         ) from None
-    numbers = [re.search(rf"^{n} *= *(\d+)", text, re.M) for n in ("MAJOR", "MINOR", "PATCH")]
+    numbers = [
+        re.search(rf"^{n} *= *([0-9]{{1,9}})\b", text, re.M) for n in ("MAJOR", "MINOR", "PATCH")
+    ]
     if not all(numbers):
         raise UnsupportedRelease(f"{root / _VERSION_FILE} names no version")
     return ".".join(number[1] for number in numbers if number)

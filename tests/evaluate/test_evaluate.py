@@ -225,11 +225,21 @@ def test_refused_in_one_line(swiglu, prepared, tmp_path):
     tokens = np.fromfile(prepared / "valid" / "00000.bin", np.uint16)
     tokens[-7] = 416
     tokens.tofile(tmp_path / "other.bin")
+    for suffix in ("idx", "bin"):
+        (tmp_path / f"empty.{suffix}").touch()
     messages = {
         f"--data-path {prepared} --ckpt-step 9": "--ckpt-step 9: no checkpoints/iter_0000009; ",
         f"--data-path {prepared} --xielu": "the activation is that of the checkpoint; drop --xielu",
         f"--data-path {prepared} --tensor-model-parallel-size 2": "1 ranks cannot hold a model of "
         "2: tensor × pipeline × context parallel size must divide their number",
+        f"--data-path {prepared} --tensor-model-parallel-size 0": "--tensor-model-parallel-size 0 ",
+        f"--data-path {prepared} --num-layers 0": "--num-layers 0 must be from 1 to 2147483647",
+        f"--data-path {prepared} --distributed-timeout-minutes -1": "--distributed-timeout-minut",
+        f"--data-path {prepared} --micro-batch-size -1": "--micro-batch-size -1 must be from 1 to ",
+        f"--data-path {prepared} --seq-length {10**29}": f"--seq-length {10**29} must be from 1 ",
+        f"--data-path {prepared} --make-vocab-size-divisible-by 0": "--make-vocab-size-divisible-",
+        f"--data-path {tmp_path}/empty": f"--data-path: {tmp_path}/empty.idx is damaged: it ends ",
+        f"--data-path {'x' * 300}": "[Errno 36] File name too long: ",
         "--eval-iters 1 --micro-batch-size 3": "--eval-iters: the global batch of 8 does not ",
         f"--data-path {tmp_path}/other": "the data has token 416, the model's vocabulary only 416 ",
     }
@@ -291,7 +301,7 @@ def test_which_data(prepared):
         ({"data_path": [str(valid[0])], "data_split": "valid"}, "--data-split needs data"),
         ({"data_path": [str(prepared)], "data_split": "test"}, "--data-path: no data in it"),
         ({"data_args_path": Path("b")}, "--data-args-path b cannot be read"),
-        ({"per_split_data_args_path": prepared / "data_args.txt"}, "not a JSON file with valid"),
+        ({"per_split_data_args_path": prepared / "data_args.txt"}, "data_args.txt: it is no JSON"),
     ):
         with pytest.raises(ValueError, match=message):
             data.find(_request(**flags))
@@ -309,7 +319,9 @@ def test_tokens_in_sequences(prepared, tmp_path):
     inputs = torch.cat([x["tokens"][x["loss_mask"].bool()] for x in samples])
     assert labels.tolist() == stream.tolist() and inputs.tolist() == np.roll(stream, 1).tolist()
     assert not samples[-1]["loss_mask"].any()
-    assert max(tokens.largest(part, 3) for part in range(3)) == stream.max()
+    ends = [tokens.least_and_largest(part, 3) for part in range(3)]
+    assert max(largest for _, largest in ends) == stream.max()
+    assert {least for least, _ in ends} == {0}
 
     tokenizer = MegatronTokenizer.from_pretrained(
         tokenizer_path=str(prepared / "tokenizer"), metadata_path={"library": "huggingface"}
@@ -321,7 +333,9 @@ def test_tokens_in_sequences(prepared, tmp_path):
         shutil.copy(prepared / "valid" / f"00000{suffix}", tmp_path / f"cut{suffix}")
     with (tmp_path / "cut.bin").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(ValueError, match=r"cut\.bin has 100 bytes where its \.idx says"):
+    with pytest.raises(
+        ValueError, match=r"cut\.bin is damaged: it has 100 bytes where its \.idx says"
+    ):
         data.Tokens([tmp_path / "cut"], SEQUENCE)
 
 

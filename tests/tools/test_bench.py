@@ -19,6 +19,7 @@ import bench_providers
 import bench_report
 import pytest
 import torch
+import tune_kernels
 from bench_measure import Step
 from bench_providers import Candidate, Request
 from torch import Tensor
@@ -451,9 +452,9 @@ def test_targets_say_what_was_met() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--shapes", "12"], "--shapes 12: give 2 positive sizes joined by x"),
-        (["--shapes", "0x8"], "--shapes 0x8"),
-        (["--block-shapes", "4x8"], "--block-shapes 4x8: give 3 positive sizes"),
+        (["--shapes", "12"], "--shapes: 12: give 2 positive sizes joined by x"),
+        (["--shapes", "0x8"], "--shapes: 0x8"),
+        (["--block-shapes", "4x8"], "--block-shapes: 4x8: give 3 positive sizes"),
         (["--op", "--block-shapes", "4x8x9"], "--block-shapes has no effect without --block"),
         (["--rounds", "1"], "--rounds 1: a spread needs at least 2"),
         (["--providers", "nobody"], "--providers"),
@@ -468,10 +469,31 @@ def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_no_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        bench_activation.main(["--device", "cuda"])
-    assert "--device cuda: PyTorch sees no CUDA device here" in capsys.readouterr().err
+def test_no_cuda_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for main, flags in ((bench_activation.main, ["--device", "cuda"]), (tune_kernels.main, [])):
+        monkeypatch.setattr(sys, "argv", ["tool.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert str(end.value).startswith("tool.py: error: PyTorch sees no CUDA device here; ")
+        assert capsys.readouterr().err == ""  # not how it is used
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_the_gpu_run_needs_one(tmp_path: Path) -> None:
+    """It says so before it makes or deletes anything; also where there is no PyTorch."""
+    script = Path(bench_activation.__file__).with_name("on_gpu.sh")
+    for python, why in (
+        (sys.executable, "on_gpu.sh: PyTorch sees no CUDA device here"),
+        (f"{sys.executable} -S", "on_gpu.sh: No module named 'torch'"),
+    ):
+        (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+        (tmp_path / "python3").chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(tmp_path / "out")}
+        done = subprocess.run([script, "check"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == f"{why}\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu

@@ -141,7 +141,7 @@ class TestBpeText:
         assert found[2] == {"source.json"}
         # Brought from elsewhere, it cannot be made again.
         corpus.rmdir()
-        with pytest.raises(SystemExit, match="is of another text or vocabulary; give the --text"):
+        with pytest.raises(SystemExit, match="or of another text or vocabulary; give the --text"):
             bpe_text.prepare(library, tmp_path / "text")
         assert (tmp_path / "text/train/train/00000.bin").exists()
 

@@ -1,6 +1,7 @@
 """The sweep over shapes of the kernels, in Triton's interpreter."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -53,3 +54,13 @@ def test_candidates_begin_with_the_shipped_ones() -> None:
         found = tune_kernels.candidates(bias)
         assert len(set(found)) == len(found)
         assert {c.loop for c in found} == ({"plain"} if bias else set(LOOPS))
+
+
+@pytest.mark.parametrize("flags", ["--shapes 8x", "--shapes 0x1", "--rounds 0", "--rounds x"])
+def test_bad_flags_of_the_sweep(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", *flags.split()])
+    with pytest.raises(SystemExit):
+        tune_kernels.main()
+    assert f"error: argument {flags.split()[0]}: " in capsys.readouterr().err.splitlines()[-1]

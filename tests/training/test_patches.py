@@ -154,6 +154,51 @@ def test_refuses_what_it_does_not_know(tree, run):
     assert status == 1 and "no megatron/core/package_info.py" in printed
 
 
+VERSION = b"MAJOR = 0\r\nMINOR = 19\r\nPATCH = 2\r\n"
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "make_file", "message"),
+    [
+        (b"", Path.touch, "package_info.py names no version"),
+        (b"\xff\xfe", Path.touch, "package_info.py names no version"),
+        (b"\0" * 9, Path.touch, "package_info.py names no version"),
+        (VERSION.replace(b"2", "٢".encode()), Path.touch, "package_info.py names no version"),
+        (VERSION.replace(b"19", b"9" * 5000), Path.touch, "package_info.py names no version"),
+        (None, Path.touch, "no megatron/core/package_info.py in "),
+        *(
+            (VERSION, make, f"does not fit {{tree}} (Megatron 0.19.2): {FILES[0]}: {why}")
+            for make, why in ((Path.touch, "hunk"), (Path.mkdir, "Is a dir"), (_loop, "Too many"))
+        ),
+    ],
+)
+def test_trees_that_are_none(version, make_file, message, tmp_path, run):
+    """The version file, and behind a good one (with the line ends of Windows) a file to patch."""
+    path = tmp_path / "megatron/core/package_info.py"
+    path.parent.mkdir(parents=True)
+    path.mkdir() if version is None else path.write_bytes(version)
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        make_file(tmp_path / name)
+    for option in ("--check", "--apply", "--revert"):
+        status, printed = run(option, tmp_path)
+        assert status == 1 and printed.count("\n") == 1
+        assert message.format(tree=tmp_path) in printed
+
+
+@pytest.mark.parametrize("root", ["file", "loop", "x" * 300, "a\nb"])
+def test_no_tree(root, tmp_path, run):
+    (tmp_path / "file").touch()
+    _loop(tmp_path / "loop")
+    status, printed = run("--apply", tmp_path / root)
+    assert status == 1 and printed.count("\n") == 1
+    assert "no megatron/core/package_info.py in" in printed
+
+
 @pytest.mark.parametrize("action", [patch.apply, patch.revert])
 def test_a_failure_leaves_nothing_half_done(action, tree, monkeypatch):
     if action is patch.revert:

@@ -36,6 +36,7 @@ from pathlib import Path
 import bench_measure as measure
 import bench_report as report
 import torch
+from bench_flags import joined_sizes, need_cuda
 from bench_measure import Errors, NoRoomError, RefusedError, Step
 from bench_picture import draw
 from bench_providers import (
@@ -367,8 +368,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--op", action="store_true", help="the activation alone (without --block: nothing else)")
     add("--block", action="store_true", help="an MLP block (neither: both)")
     add("--activation", choices=list(FORMULAS), default="xielu")
-    add("--shapes", nargs="+", metavar="TxF", help="of --op: tokens, columns")
-    add("--block-shapes", nargs="+", metavar="TxHxF", help="of --block: tokens, hidden, columns")
+    add("--shapes", nargs="+", type=joined_sizes(2), metavar="TxF", help="of --op: tokens, columns")
+    block = "of --block: tokens, hidden, columns"
+    add("--block-shapes", nargs="+", type=joined_sizes(3), metavar="TxHxF", help=block)
     add("--dtypes", nargs="+", choices=list(DTYPES), help="default: by device, op and block")
     add("--providers", nargs="+", choices=list(PROVIDERS), help="default: all that run there")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
@@ -377,8 +379,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output = REPOSITORY / "runs" / "bench"
     add("--output", type=Path, default=output, metavar="DIR", help="default: runs/bench")
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
+    if options.device == "cuda":
+        need_cuda("give another --device")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.rounds is not None and options.rounds < 2:
@@ -392,13 +394,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.providers = [name for name in PROVIDERS if name in asked]
     options.modes = [mode for mode in MODES if mode in options.modes]
     options.cases = []
-    for what, wanted, given, flag, dimensions in (
-        ("op", options.op, options.shapes, "--shapes", 2),
-        ("block", options.block, options.block_shapes, "--block-shapes", 3),
+    for what, wanted, given, flag in (
+        ("op", options.op, options.shapes, "--shapes"),
+        ("block", options.block, options.block_shapes, "--block-shapes"),
     ):
-        for shape in given or ():
-            if not re.fullmatch("x".join(["[1-9][0-9]*"] * dimensions), shape):
-                parser.error(f"{flag} {shape}: give {dimensions} positive sizes joined by x")
         if not wanted and (options.op or options.block):
             if given:
                 parser.error(f"{flag} has no effect without --{what}")

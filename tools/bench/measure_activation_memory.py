@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_flags import need_cuda
 
 from megatron_xielu import cpu
 
@@ -154,9 +155,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the peak")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
-    if not on_gpu:
+    if on_gpu:
+        need_cuda("give another --device")
+    else:
         cpu.hide_gpus()
         cpu.activate()
     from megatron.core import parallel_state

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from bench_flags import need_cuda, positive
 from bench_providers import BETA
 from torch import Tensor
 
@@ -87,11 +88,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=positive, default=20)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
-    if options.device == "cpu":
+    if options.device == "cuda":
+        need_cuda("give another --device")
+    else:
         choose.choose = lambda x: EmptyBackend
     x, dy = torch.randn(2, *SHAPE, device=options.device, dtype=torch.bfloat16)
     x.requires_grad_()

@@ -15,6 +15,18 @@ set -u -o pipefail
 cd "$(dirname "$0")/../.." || exit
 what=${1:-}
 [[ $what == check || $what == train ]] || { echo "usage: tools/bench/on_gpu.sh check|train" >&2; exit 2; }
+# Before anything is made or deleted.
+python3 -c '
+import sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"on_gpu.sh: {error}")
+sys.exit(not torch.cuda.is_available() and "on_gpu.sh: PyTorch sees no CUDA device here")' || exit
+if [[ $what == train && ! -d runs/minutes/text ]]; then
+    echo "on_gpu.sh: there is no runs/minutes/text; make it where there is a network, as this file says at its top" >&2
+    exit 2
+fi
 out=${OUT:-$PWD/runs/on_gpu}
 # Kept: a second call finds what is compiled, and goes on with the trainings of the first.
 work=${TMPDIR:-/tmp}/on_gpu.$UID
@@ -64,12 +76,6 @@ x = torch.randn(8192, 9216, device="cuda", dtype=torch.bfloat16, requires_grad=T
 alphas = [torch.zeros(1, device="cuda", requires_grad=True) for _ in range(2)]
 functional.xielu(x, *alphas).backward(torch.ones_like(x))
 torch.cuda.synchronize()'
-
-python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "on_gpu.sh: PyTorch sees no CUDA device here")' || exit
-if [[ $what == train && ! -d runs/minutes/text ]]; then
-    echo "on_gpu.sh: there is no runs/minutes/text; make it where there is a network, as this file says at its top" >&2
-    exit 2
-fi
 
 case $what in
 check)

@@ -32,6 +32,7 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from bench_flags import joined_sizes, need_cuda, positive
 from bench_measure import CudaTimer, rotating, sets_needed, time_on_cpu
 from bench_providers import BETA, bytes_moved
 from inspect_kernels import compile_for_sm90, programs_that_fit, read
@@ -354,19 +355,23 @@ def main() -> None:
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE.json", help="default: runs/bench/tune.json")
     add("--compile", action="store_true", help="compile for sm_90 and list registers; no GPU")
-    add("--shapes", nargs="+", default=["8192x9216"], metavar="TxF", help="tokens, columns")
+    add("--shapes", nargs="+", type=joined_sizes(2), default=["8192x9216"], metavar="TxF")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--bias", action="store_true", help="with a bias; the plain loop only")
-    add("--rounds", type=int, default=30)
+    add("--rounds", type=positive, default=30)
     options = parser.parse_args()
     found = candidates(options.bias)
     if options.compile:
         print(compiled_table(found, options.bias))
         return
-    if not torch.cuda.is_available():
-        parser.error("PyTorch sees no CUDA device here; --compile needs none")
+    need_cuda("--compile needs none")
     output = options.output or Path(__file__).parents[2] / "runs" / "bench" / "tune.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {output}: {error.strerror}")
+    if output.is_dir():
+        parser.error(f"--output {output} is a folder; name a file")
     dtype, card = getattr(torch, options.dtype), torch.cuda.get_device_name(0)
     print(f"{card}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     found = compile_all(found, dtype, options.bias)

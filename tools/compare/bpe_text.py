@@ -9,19 +9,53 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compare import package_text
-from compare.text import SPLITS, Text, write_json
-from megatron_xielu.common import files
+from compare.text import SPLITS, Text, holds, write_json
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Positive
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _TOOL = Path(__file__).resolve().parents[1] / "prepare_data.py"
+_PREFIX = "train/00000"  # a split is made by itself, as one shard
+
+
+@dataclass(frozen=True)
+class _File:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Shard:
+    prefix: str
+    bin: _File
+    idx: _File
+
+
+@dataclass(frozen=True)
+class _Totals:
+    tokens: Positive
+    documents: Positive
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is needed of the one that tools/prepare_data.py writes."""
+
+    shards: list[_Shard]
+    train: _Totals
+
+
+@dataclass(frozen=True)
+class _Document:
+    text: str
 
 
 def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text:
@@ -38,31 +72,46 @@ def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text
     Raises:
         SystemExit: there is no text, its preparation fails, or a file of it is damaged.
     """
-    source = out / "source.json"
+    source, corpus = out / "source.json", out.with_name("corpus")
     described = {"vocab_size": vocab_size, **package_text.describe(folder)}
-    if source.exists() and json.loads(source.read_text()) != described:
-        if not out.with_name("corpus").exists():
-            raise SystemExit(
-                f"compare: {out}, brought from elsewhere, is of another text or vocabulary; give "
-                "the --text that it was made of, or delete it to have it made anew"
-            )
+    if not corpus.exists() and out.exists():
+        _check_carried(out, described)
+    else:
+        corpus.mkdir(parents=True, exist_ok=True)  # first: what is made here has one
+    if source.exists() and not holds(source, described):
         for name in ("cache", *SPLITS):
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "tokenizer.json").unlink(missing_ok=True)
     write_json(source, described)
     if not all(_manifest(out, split).exists() for split in SPLITS):
-        _make(out, out.with_name("corpus"), folder, vocab_size)
+        _make(out, corpus, folder, vocab_size)
     totals = {split: _checked_totals(out, split) for split in SPLITS}
     return Text(
-        train=out / "train" / "train" / "00000",
-        valid=out / "valid" / "train" / "00000",
+        train=out / "train" / _PREFIX,
+        valid=out / "valid" / _PREFIX,
         cache=out / "cache",
         vocab_size=vocab_size,
         padded_vocab_size=vocab_size,
         unit="token",
-        tokens={split: totals[split]["tokens"] for split in SPLITS},
-        documents={split: totals[split]["documents"] for split in SPLITS},
+        tokens={split: totals[split].tokens for split in SPLITS},
+        documents={split: totals[split].documents for split in SPLITS},
     )
+
+
+def _check_carried(out: Path, described: dict[str, Any]) -> None:
+    """Refuse a text from another machine that is not whole: to make it may take a network."""
+    source = out / "source.json"
+    if source.exists() and not holds(source, described):
+        raise SystemExit(
+            f"compare: {source} is damaged, or of another text or vocabulary; give the --text that "
+            f"it was made of, or delete {out} to have it made here"
+        )
+    for path in (source, *(_manifest(out, split) for split in SPLITS)):
+        if not path.exists():
+            raise SystemExit(
+                f"compare: {path} is missing from a text brought from elsewhere; copy it again, or "
+                f"delete {out} to have it made here"
+            )
 
 
 def _manifest(out: Path, split: str) -> Path:
@@ -81,18 +130,20 @@ def _make(out: Path, corpus: Path, folder: Path | None, vocab_size: int) -> None
             _tokenise(corpus / f"{split}.jsonl", tokenizer, out / split)
 
 
-def _checked_totals(out: Path, split: str) -> dict[str, int]:
+def _checked_totals(out: Path, split: str) -> _Totals:
     """Tokens and documents of a split, whose files are as they were written."""
-    manifest = json.loads(_manifest(out, split).read_text())
-    for shard in manifest["shards"]:
-        for kind in ("bin", "idx"):
-            path = out / split / f"{shard['prefix']}.{kind}"
-            if not path.exists() or files.sha256(path) != shard[kind]["sha256"]:
-                raise SystemExit(
-                    f"compare: {path} is missing or damaged; copy it again, or delete {out} to "
-                    "have it made again"
-                )
-    return manifest["train"]
+    path = _manifest(out, split)
+    manifest = schema.load(_Manifest, path)
+    if (prefixes := [shard.prefix for shard in manifest.shards]) != [_PREFIX]:
+        raise SystemExit(f"compare: {path}: its shards are {prefixes}, not {_PREFIX}")
+    for kind, file in (("bin", manifest.shards[0].bin), ("idx", manifest.shards[0].idx)):
+        path = out / split / f"{_PREFIX}.{kind}"
+        if not path.exists() or files.sha256(path) != file.sha256:
+            raise SystemExit(
+                f"compare: {path} is missing or damaged; copy it again, or delete {out} to "
+                "have it made again"
+            )
+    return manifest.train
 
 
 def train_tokenizer(corpus: Path, path: Path, vocab_size: int) -> None:
@@ -123,9 +174,10 @@ def train_tokenizer(corpus: Path, path: Path, vocab_size: int) -> None:
 
 
 def _texts(corpus: Path) -> Iterator[str]:
-    with corpus.open() as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
+    with corpus.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{corpus}:{number}"
+            yield schema.check(_Document, schema.parse(line, place), place).text
 
 
 def _tokenise(corpus: Path, tokenizer: Path, output: Path) -> None:

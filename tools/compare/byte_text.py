@@ -8,7 +8,6 @@ end-of-document token (256). Whole files are held out, chosen by a hash of their
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -19,7 +18,8 @@ from typing import Any
 
 from compare import byte_tokenizer
 from compare.byte_tokenizer import END_OF_DOCUMENT
-from compare.text import SPLITS, SUFFIXES, Text, files_below, split_of, write_json
+from compare.text import SPLITS, SUFFIXES, Text, files_below, holds, split_of, write_json
+from megatron_xielu.common import indexed_dataset
 
 VOCAB_SIZE = 257  # the bytes and the token above; Megatron's NullTokenizer ends with its last token
 _PADDED_VOCAB_SIZE = 264  # the same for one and for two tensor-parallel ranks
@@ -107,7 +107,7 @@ def prepare(folder: Path, out: Path) -> Text:
             )
     byte_tokenizer.write(out / "tokenizer")
     written = out / "manifest.json"
-    if not (written.exists() and json.loads(written.read_text()) == manifest.to_json()):
+    if not (holds(written, manifest.to_json()) and _are_whole(out)):
         written.unlink(missing_ok=True)
         shutil.rmtree(out / "cache", ignore_errors=True)  # Megatron's indices into the old text
         for split in SPLITS:
@@ -123,6 +123,15 @@ def prepare(folder: Path, out: Path) -> Text:
         tokens=manifest.tokens,
         documents=manifest.documents,
     )
+
+
+def _are_whole(out: Path) -> bool:
+    try:
+        for split in SPLITS:
+            indexed_dataset.read(out / split)
+    except (OSError, indexed_dataset.Damaged):
+        return False
+    return True
 
 
 def _write_split(folder: Path, split: str, prefix: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from compare.text import SPLITS, files_below, split_of, write_json
+from compare.text import SPLITS, files_below, holds, split_of, write_json
 from megatron_xielu.common import files
 
 _LEAST_BYTES = 200
@@ -165,7 +165,8 @@ def write_corpus(out: Path, folder: Path | None = None) -> None:
         SystemExit: a package cannot be had, or is not the pinned one; or there is no text.
     """
     described, written = describe(folder), out / "corpus.json"
-    if written.exists() and json.loads(written.read_text()) == described:
+    names = [f"{split}.jsonl" for split in SPLITS]
+    if holds(written, described) and all((out / n).exists() for n in (*names, "SOURCES.md")):
         return
     written.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)

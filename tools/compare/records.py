@@ -17,6 +17,8 @@ from compare.settings import Settings
 from compare.variants import Variant
 from megatron_xielu.checkpoints.alphas import Alphas, count_parameters
 from megatron_xielu.checkpoints.folder import complete_checkpoints
+from megatron_xielu.common import schema
+from megatron_xielu.common.text import one_line
 from megatron_xielu.report.events import Curve, read_events
 
 TRAIN, VALID = "lm loss", "lm loss validation"
@@ -49,6 +51,16 @@ class Record:
     valid: Curve
     alphas: Alphas | None
 
+    def __post_init__(self) -> None:
+        if not self.train or not self.valid:
+            raise ValueError("it has no losses")
+        if (alphas := self.alphas) is not None:
+            rows = [len(row) for row in (*alphas.positive, *alphas.negative)]
+            if not alphas.iterations or len(rows) != 2 * len(alphas.iterations) or not all(rows):
+                raise ValueError("alphas are not known at every iteration")
+            if len(alphas.positive) != len(alphas.negative) or len(set(rows)) != 1:
+                raise ValueError("alphas are not of the same layers everywhere")
+
     @property
     def valid_loss(self) -> float:
         """On held-out text after the last iteration."""
@@ -57,18 +69,11 @@ class Record:
     @property
     def perplexity(self) -> float:
         """Of the same."""
-        return math.exp(self.valid_loss)
+        return math.exp(min(self.valid_loss, 700.0))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, in plain types; `from_json` reads them back."""
+        """The fields, in plain types; `common.schema` reads them back."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Record:
-        """The inverse of `to_json`."""
-        curves = {key: [(step, loss) for step, loss in content[key]] for key in ("train", "valid")}
-        alphas = Alphas(**content["alphas"]) if content["alphas"] else None
-        return cls(**{**content, **curves, "alphas": alphas})
 
 
 Records = dict[str, dict[int, Record]]  # by variant and seed
@@ -88,23 +93,39 @@ def read_record(
         on_gpu: where it ran.
 
     Raises:
-        SystemExit: a file is missing or ends early.
+        SystemExit: a file is missing or ends early, or a number is none.
     """
-    events = read_events(folder / "events")
+    try:
+        record = _read(folder, settings, variant, seed, peak_rss=peak_rss, on_gpu=on_gpu)
+        return schema.check(Record, record.to_json(), folder)
+    except ValueError as error:
+        raise SystemExit(
+            f"compare: {one_line(error)}; delete {folder} and run the same command again"
+        ) from None
+
+
+def _read(
+    folder: Path, settings: Settings, variant: Variant, seed: int, *, peak_rss: int, on_gpu: bool
+) -> Record:
+    events, end = read_events(folder / "events"), settings.iterations
     for tag in (TRAIN, VALID):
-        if not events.get(tag) or events[tag][-1][0] != settings.iterations:
-            raise SystemExit(
-                f"compare: {folder / 'events'} has no '{tag}' at iteration {settings.iterations}; "
-                f"delete {folder} and run the same command again"
-            )
+        if not events.get(tag) or events[tag][-1][0] != end:
+            raise ValueError(f"{folder / 'events'} has no '{tag}' at iteration {end}")
+    for tag in ("iteration-time", *([_MEMORY] if on_gpu else [])):
+        if not events.get(tag):
+            raise ValueError(f"{folder / 'events'} has no '{tag}'")
+    checkpoint = complete_checkpoints(folder / "checkpoints").get(end)
+    if checkpoint is None:
+        raise ValueError(f"{folder / 'checkpoints'} has no complete checkpoint of iteration {end}")
     # The first iterations of a process are slower (memory, caches); a median does not see them.
     seconds = statistics.median(value for _, value in events["iteration-time"])
-    checkpoint = complete_checkpoints(folder / "checkpoints")[settings.iterations]
+    if not seconds > 0:
+        raise ValueError(f"{folder / 'events'}: an iteration took {seconds} seconds")
     return Record(
         variant=variant.name,
         seed=seed,
         parameters=count_parameters(checkpoint),
-        tokens=settings.iterations * settings.tokens_per_iteration,
+        tokens=end * settings.tokens_per_iteration,
         step_seconds=seconds,
         tokens_per_second=settings.tokens_per_iteration / seconds,
         memory=max(value for _, value in events[_MEMORY]) if on_gpu else peak_rss,
@@ -124,12 +145,20 @@ def complete(events: dict[str, Curve], log: Path, tag: str) -> Curve:
 
 
 def read_alphas(events: dict[str, Curve], variant: Variant) -> Alphas:
-    """Effective alphas of every layer: where they start, and some of every iteration's."""
+    """Effective alphas of every layer: where they start, and some of every iteration's.
+
+    Raises:
+        ValueError: there are none, or they are not of the same iterations.
+    """
     layers = sorted(tag.partition("/")[2] for tag in events if tag.startswith("alpha_p/"))
     curves = {
-        side: [dict(events[f"alpha_{side}/{layer}"]) for layer in layers] for side in ("p", "n")
+        side: [dict(events.get(f"alpha_{side}/{layer}", ())) for layer in layers]
+        for side in ("p", "n")
     }
-    steps = sorted(curves["p"][0])
+    both = [set(curve) for curve in (*curves["p"], *curves["n"])]
+    steps = sorted(set.intersection(*both)) if both else []
+    if not steps:
+        raise ValueError("at no iteration are all alphas known")
     every = max(1, len(steps) // _ALPHA_POINTS)
     steps = [*steps[every - 1 : -1 : every], steps[-1]]
     return Alphas(

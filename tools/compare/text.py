@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.common import files
+from megatron_xielu.common import files, schema
+from megatron_xielu.common.schema import Malformed
 
 SPLITS = ("train", "valid")
 _HELD_OUT_PERCENT = 4
@@ -68,3 +69,11 @@ def files_below(folder: Path, *, suffixes: frozenset[str] = SUFFIXES) -> Iterato
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` whole, so that a reader never sees half a file."""
     files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def holds(path: Path, content: Any) -> bool:
+    """Whether a JSON file holds exactly this; one that is missing or damaged does not."""
+    try:
+        return bool(schema.read_json(path) == content)
+    except (FileNotFoundError, Malformed):
+        return False

@@ -22,6 +22,7 @@ from megatron_xielu import startup
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 _POLL_SECONDS = 0.2
+_GRACE_SECONDS = 120  # to save a checkpoint; torchrun ends deaf ranks after 30
 _PLAIN_REPORT_SECONDS = 15  # between lines where the output is no terminal
 _LOG_TAIL_LINES = 30
 _LAUNCHER_REPORT = "failed (exitcode:"  # begins torchrun's thirty lines about a failed rank
@@ -89,7 +90,7 @@ def train(
         Bytes resident at most in any of its processes.
 
     Raises:
-        Stopped: a stop signal came; the child has saved a checkpoint and ended.
+        Stopped: a stop signal came; the child has saved a checkpoint and ended, or was killed.
         SystemExit: the training failed; the message ends with the log's last lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +115,7 @@ def train(
             progress.read(lines.read())
     except BaseException:
         progress.end("stopping (it may take half a minute)")
-        child.send_signal(signal.SIGTERM)
-        child.wait()
+        stop(child)
         raise
     if child.returncode and not stopped:
         progress.end("failed")
@@ -154,6 +154,16 @@ def ended(child: subprocess.Popen) -> int | None:
         return None
     child.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """SIGTERM, and SIGKILL to what has not ended `_GRACE_SECONDS` later."""
+    child.send_signal(signal.SIGTERM)
+    killed_at = time.monotonic() + _GRACE_SECONDS
+    while child.returncode is None and ended(child) is None:
+        if time.monotonic() > killed_at:
+            os.killpg(child.pid, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
 
 
 def last_words(log: str) -> str:

@@ -14,6 +14,7 @@ and the same with xiprelu.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_xielu import catalog
@@ -78,7 +79,8 @@ def parse(name: str) -> Variant:
             return _with_inits(name, activation, flags, numbers)
     raise ValueError(
         f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, "
-        "-recompute, -init-P, -init-P-N and -beta-B with numbers for P, N and B: xielu-init-0.4"
+        "-recompute, -init-P, -init-P-N and -beta-B with numbers above 0 for P, N and B: "
+        "xielu-init-0.4"
     )
 
 
@@ -97,7 +99,9 @@ def _with_inits(
 
 
 def _numbers(values: list[str]) -> list[float]:
+    """All above 0; none where one is not."""
     try:
-        return [float(value) for value in values]
+        numbers = [float(value) for value in values]
     except ValueError:
         return []
+    return numbers if all(0 < number < math.inf for number in numbers) else []

@@ -1,0 +1,59 @@
+"""What of ``evaluation.json`` a report shows; `megatron_xielu.evaluate` writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from megatron_xielu.common.schema import Count, Range
+from megatron_xielu.report.nonlinearity import Inputs
+
+_WIDEST = 1e6  # of pre-activations; their squares are still far from infinity
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Of pre-activations: n + 1 rising edges and n counts."""
+
+    edges: list[Annotated[float, Range(-_WIDEST, _WIDEST)]]
+    counts: list[Annotated[float, Range(0, 2**63)]]
+
+    def __post_init__(self) -> None:
+        self.inputs()
+
+    def inputs(self) -> Inputs:
+        """As a distribution.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return Inputs.histogram(self.edges, self.counts)
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """Pre-activations of a layer's MLP (``--activation-statistics``)."""
+
+    layer: Annotated[int, Range(1, 10**6)]
+    negative_share: Annotated[float, Range(0, 1)]
+    histogram: Histogram | None = None
+
+    @property
+    def depth(self) -> int:
+        """From 0."""
+        return self.layer - 1
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """Their distribution, if it was measured."""
+        return self.histogram.inputs() if self.histogram else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats per token."""
+
+    loss: float | None = None
+    iteration: Count | None = None
+    bits_per_byte: float | None = None
+    layers: list[MeasuredLayer] | None = None

@@ -1,0 +1,247 @@
+"""What the report reads, damaged: shown as far as it can be, with a note, or refused in a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import report_runs
+import torch
+from hostile import damaged, damaged_bytes
+from hypothesis import given, settings
+from report_runs import statistics, write_checkpoint, write_events
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_xielu.report import events, page, terminal
+from megatron_xielu.report.__main__ import main
+from megatron_xielu.report.load import load
+from megatron_xielu.report.run import Run, name_apart
+
+EVALUATION = {"iteration": 4, "loss": 2.5, "bits_per_byte": 0.75, "layers": statistics(2)}
+for entry in EVALUATION["layers"]:
+    entry["histogram"] = {"edges": [-1.0, 0.0, 2.0], "counts": [5, 7]}
+
+
+def show(*folders: Path) -> list[Run]:
+    """All of the report but its pictures."""
+    runs = [load(folder) for folder in folders]
+    name_apart(runs)
+    page.render(runs, [], [[] for _ in runs]).encode(errors="replace")
+    terminal.render(runs, colours=True)
+    assert not any("\n" in note for run in runs for note in run.notes)
+    return runs
+
+
+def write_scalars(folder: Path, scalars: dict[str, list[tuple[int, float]]], suffix: str = "x"):
+    writer = SummaryWriter(str(folder), filename_suffix=suffix)
+    for name, value in report_runs.ARGUMENTS.items():
+        writer.add_text(name, str(value), global_step=0)
+    for tag, curve in scalars.items():
+        for step, value in curve:
+            writer.add_scalar(tag, value, step)
+    writer.close()
+
+
+LOSS = [(1, 3.0), (2, 2.5), (3, 2.0)]
+ALPHA = [(1, 0.8), (2, 0.9), (3, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("scalars", "iterations", "note"),
+    [
+        ({"alpha_p/layer_00": ALPHA}, None, "only one alpha of layer_00"),
+        ({"alpha_n/layer_00": ALPHA}, None, "only one alpha of layer_00"),
+        ({"alpha_p/layer_00": ALPHA, "alpha_n/layer_01": ALPHA}, None, "layer_00, layer_01"),
+        ({"alpha_p/layer_00": ALPHA[:1], "alpha_n/layer_00": ALPHA[1:]}, None, "at no iteration"),
+        (
+            {f"alpha_{side}/layer_{row}": ALPHA[:row] for side in "pn" for row in (1, 3)},
+            [0, 1],
+            None,
+        ),
+        ({"alpha_p/layer_00": ALPHA, "alpha_n/layer_00": ALPHA[:2]}, [0, 1, 2], None),
+        (
+            {"alpha_p/layer_00": [*ALPHA, (4, math.nan)], "alpha_n/layer_00": [*ALPHA, (4, 1.0)]},
+            [0, 1, 2, 3],
+            "below 0 or not finite from iteration 4",
+        ),
+        (
+            {"alpha_p/layer_00": [*ALPHA, (4, 1.0)], "alpha_n/layer_00": [*ALPHA, (4, -1.0)]},
+            [0, 1, 2, 3],
+            "below 0 or not finite from iteration 4",
+        ),
+        (
+            {f"alpha_{side}/layer_00": [(1, math.inf)] for side in "pn"},
+            None,
+            "below 0 or not finite from iteration 1",
+        ),
+        ({f"alpha_{side}/layer_00": [(1, 3e38), (2, 0.0)] for side in "pn"}, [0, 1, 2], None),
+        ({f"alpha_{side}/layer_{'9' * 5000}": ALPHA for side in "pn"}, [0, 1, 2, 3], None),
+        ({f"alpha_{side}/layer_٣": ALPHA for side in "pn"}, [0, 1, 2, 3], None),
+        ({f"alpha_{side}/layer_²": ALPHA for side in "pn"}, [0, 1, 2, 3], None),
+    ],
+)
+def test_alphas_that_are_no_pairs(tmp_path, scalars, iterations, note):
+    write_scalars(tmp_path, {"lm loss": LOSS, **scalars})
+    (run,) = show(tmp_path)
+    assert run.train is not None and len(run.train.steps) == 3
+    assert (run.alpha_p is None) == (iterations is None) == (not run.layers)
+    if iterations is not None:
+        assert run.alpha_p.iterations.tolist() == run.alpha_n.iterations.tolist() == iterations
+    assert note is None or any(note in line for line in run.notes), run.notes
+
+
+NO_NUMBERS: list[dict[str, list[tuple[int, float]]]] = [
+    {"consumed samples": [(1, math.nan)], "lm loss": [(0, 1e38), (2**52, math.inf)]},
+    {"lm loss": [(1, math.nan)], "lm loss validation": [(2, -math.inf)]},
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_page_of_numbers_that_are_none(tmp_path):
+    for number, scalars in enumerate(NO_NUMBERS):
+        write_scalars(tmp_path / str(number), scalars)
+    folders = [str(tmp_path / str(number)) for number in range(len(NO_NUMBERS))]
+    main([*folders, "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+def test_a_tag_that_is_text_once_and_a_number_once(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    for tag in ("lm loss", "grad-norm", "alpha_p/layer_00"):
+        writer.add_text(tag, "x", 1)
+        writer.add_scalar(tag, 1.0, 2)
+        writer.add_histogram(tag, np.ones(3), 3)
+    writer.close()
+    (run,) = show(tmp_path)
+    assert run.train is not None and run.train.steps.tolist() == [2]
+
+
+@pytest.mark.parametrize("step", [-1, 2**60])
+def test_iterations_that_are_none(tmp_path, step):
+    write_scalars(tmp_path, {"lm loss": [*LOSS, (step, 1.0)]})
+    (run,) = show(tmp_path)
+    assert run.iterations == 3 and "is damaged after byte" in "".join(run.notes)
+
+
+def test_event_files_that_cannot_be_read(tmp_path):
+    write_scalars(tmp_path, {"lm loss": LOSS})
+    (tmp_path / "a.tfevents.folder").mkdir()
+    (tmp_path / "a.tfevents.loop").symlink_to("a.tfevents.loop")
+    (tmp_path / "tensorboard").symlink_to("tensorboard")
+    (run,) = show(tmp_path)
+    assert run.iterations == 3
+    assert sum("cannot be read: " in note for note in run.notes) == 2
+
+
+def test_checkpoints_of_other_layers(tmp_path):
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    for iteration, layers in ((10, 2), (20, 3)):
+        tensors = {key.format(side): torch.ones(layers, 1) for side in "pn"}
+        write_checkpoint(tmp_path, iteration, tensors)
+    (run,) = show(tmp_path)
+    assert any("of different layers" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4,), (), (4, 1, 1)])
+def test_alphas_of_another_shape(tmp_path, shape):
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    write_checkpoint(tmp_path, 10, {key.format(side): torch.ones(shape) for side in "pn"})
+    (run,) = show(tmp_path)
+    assert any("alphas of checkpoints are left out: " in note for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ([], "it is [], not an object"),
+        ({"loss": "2"}, "loss is '2', not a number"),
+        ({"iteration": -1}, "iteration is -1, not 0 or more"),
+        ({"layers": {"layer": 1}}, "layers is {'layer': 1}, not a list"),
+        ({"layers": [{"layer": 0, "negative_share": 0.5}]}, "layers[0].layer is 0"),
+        ({"layers": [{"layer": 1, "negative_share": 5}]}, "layers[0].negative_share is 5"),
+        (
+            {
+                "layers": [
+                    {"layer": 1, "negative_share": 1, "histogram": {"edges": [], "counts": []}}
+                ]
+            },
+            "n + 1 rising edges",
+        ),
+    ],
+)
+def test_evaluations(tmp_path, content, note):
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    (run,) = show(tmp_path)
+    assert run.evaluation is None and not run.measured
+    assert any(f"{tmp_path}/evaluation.json" in n and note in n for n in run.notes), run.notes
+
+
+def test_any_damage_to_an_evaluation_is_a_note(tmp_path):
+    write_events(tmp_path, [1, 2], layers=2)
+
+    @settings(max_examples=30, deadline=None)
+    @given(damaged(EVALUATION))
+    def damage(content: Any) -> None:
+        (tmp_path / "evaluation.json").write_text(json.dumps(content))
+        show(tmp_path)
+
+    damage()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_any_damage_to_event_files_is_a_note(tmp_path):
+    write_events(tmp_path, [1, 2, 3], layers=2, arguments={})
+    (path,) = tmp_path.glob(events.PATTERN)
+    write_events(tmp_path / "events", [2, 3], layers=2)
+
+    @settings(max_examples=30, deadline=None)
+    @given(damaged_bytes(path.read_bytes()))
+    def damage(content: bytes) -> None:
+        path.write_bytes(content)
+        show(tmp_path)
+
+    damage()
+
+
+def test_names_of_folders(tmp_path):
+    """Digits that `int` does not take, a name that is no text, and line ends."""
+    folders = [tmp_path / name for name in ("iter_²", "iter_١٢", os.fsdecode(b"\xff"), "a\nb")]
+    write_events(tmp_path / "events", [1, 2], layers=0, arguments={})
+    for folder in folders:
+        shutil.copytree(tmp_path / "events", folder)
+        (folder / "checkpoints" / "iter_²").mkdir(parents=True)
+    main([*map(str, folders), "--output", str(tmp_path / os.fsdecode(b"out\xfe"))])
+    assert list(tmp_path.glob("out*/report.html"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{tmp}/file"], "{tmp}/file is not a folder"),
+        (["{tmp}/loop"], "{tmp}/loop is not a folder"),
+        (["{tmp}/a\nb"], "{tmp}/a b is not a folder"),
+        (["{tmp}/" + "x" * 300], "File name too long"),
+        (["{tmp}/run", "--output", "{tmp}/loop"], "--output {tmp}/loop cannot be written to: "),
+        (["{tmp}/run", "--output", "{tmp}/file/out"], "--output {tmp}/file/out cannot be written"),
+        (["{tmp}/run", "--output", "/proc/none"], "--output /proc/none cannot be written to: "),
+        (["{tmp}/run", "--output", "{tmp}"], "--output {tmp}: report.html there is a folder"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, words, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "report.html").mkdir()
+    write_events(tmp_path / "run", [1])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as refusal:
+        main([word.format(tmp=tmp_path) for word in words])
+    line = str(refusal.value)
+    assert line.startswith("megatron_xielu.report: error: ") and "\n" not in line
+    assert message.format(tmp=tmp_path) in line
+    assert sorted(tmp_path.rglob("*")) == before
