@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Inductor compiles here, not in processes that import torch for it.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import hypothesis
 import torch
 from launch import Run, load_checkpoint, train
 
@@ -21,6 +22,10 @@ collect_ignore = ["slurm"]  # needs root and Slurm: make test-cluster
 
 # A shell's background job ignores it, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time; HYPOTHESIS_PROFILE=default looks for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined

@@ -124,7 +124,9 @@ def inspect(
         )
     eod_id = vocabulary.get(eod)
     if eod_id is None:
-        raise DataError(f"--eod-token {eod}: {name} has no such token; special are {special[:20]}")
+        raise DataError(
+            f"--eod-token {eod!r}: {name} has no such token; special are {special[:20]}"
+        )
     if special_as_text and eod_id in encode(tokenizer, [eod])[0]:
         raise DataError(
             f"--special-tokens-as-text: {name} encodes the text {eod!r} as its end-of-document "

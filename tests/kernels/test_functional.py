@@ -356,7 +356,7 @@ def test_three_blocks_of_columns(name: str) -> None:
         assert_alpha_gradient(g, e, 1e-5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
     name=st.sampled_from(NAMES),
