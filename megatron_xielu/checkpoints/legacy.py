@@ -8,6 +8,7 @@ training let its replicas drift apart, their mean stands for them, and `Legacy.d
 
 from __future__ import annotations
 
+import itertools
 import re
 import zipfile
 from argparse import Namespace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_xielu.checkpoints import saved_arguments
 from megatron_xielu.checkpoints.inert import load
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.kernels import reference
@@ -24,6 +26,7 @@ from megatron_xielu.kernels import reference
 _FILE = "model_optim_rng.pt"
 _FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_NAMED = 4  # of missing files
 _ALPHA = re.compile(r".*\.activation_func\.alpha_[pn]")
 
 # End of a name: the dimension that tensor-parallel ranks split; None: each has all of it.
@@ -82,10 +85,10 @@ class Legacy:
         self.arguments = _arguments(folder, states)
         tensor_ranks = self.arguments.tensor_model_parallel_size
         stages = self.arguments.pipeline_model_parallel_size
-        wanted = {(t, p) for p in range(stages) for t in range(tensor_ranks)}
-        if missing := wanted - states.keys():
-            names = ", ".join(f"mp_rank_{t:02}_{p:03}" for t, p in sorted(missing))
-            raise Refused(f"{folder}: the files of {names} are missing")
+        wanted = itertools.product(range(tensor_ranks), range(stages))
+        missing = (f"mp_rank_{t:02}_{p:03}" for t, p in wanted if (t, p) not in states)
+        if names := list(itertools.islice(missing, _NAMED)):
+            raise Refused(f"{folder}: the files of {', '.join(names)} are missing")
         chunks = sorted(name for name in states[0, 0] if re.fullmatch(r"model\d*", name))
         self._shards: dict[str, list[Tensor]] = {}  # by tensor-parallel rank
         layers = 0
@@ -95,7 +98,7 @@ class Legacy:
                 layers += self._add(ranks, layers)
         if not layers:
             raise Refused(f"{folder}: no decoder.layers in it; is it from before megatron-core?")
-        if not self.arguments.untie_embeddings_and_output_weights:
+        if not getattr(self.arguments, "untie_embeddings_and_output_weights", False):
             self._shards.pop("output_layer.weight", None)  # the last stage's copy of the embedding
 
     def _add(self, ranks: list[dict[str, Any]], first_layer: int) -> int:
@@ -207,4 +210,7 @@ def _arguments(folder: Path, states: dict[tuple[int, int], dict[str, Any]]) -> N
     arguments = states.get((0, 0), {}).get("args")
     if not isinstance(arguments, Namespace):
         raise Refused(f"{folder}: mp_rank_00 has no Megatron arguments (args)")
-    return arguments
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if not hasattr(arguments, name):
+            raise Refused(f"{folder}: its arguments have no {name}")
+    return saved_arguments.check(arguments, f"{folder}: mp_rank_00")

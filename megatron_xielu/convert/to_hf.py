@@ -93,12 +93,9 @@ def architecture_of(source: Source) -> Architecture:
         Refused: Hugging Face cannot express it; names the argument.
     """
     keys = source.keys()
-    if _EMBEDDING not in keys:
+    if _EMBEDDING not in keys or not source.shape(_EMBEDDING):
         raise Refused(f"{source.folder} has no {_EMBEDDING}: it is no GPT checkpoint")
-    try:
-        return megatron_arguments.architecture_of(source.arguments, source.shape(_EMBEDDING)[0])
-    except AttributeError as error:
-        raise Refused(f"{source.folder}: its arguments have no {error.name}") from None
+    return megatron_arguments.architecture_of(source.arguments, source.shape(_EMBEDDING)[0])
 
 
 def _check_tensors(source: Source, architecture: Architecture) -> None:
