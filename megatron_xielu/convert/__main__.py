@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.text import reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -125,7 +126,10 @@ def _from_hf(args: argparse.Namespace) -> None:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "tokenizer*"]
-        folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+        try:
+            folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+        except Exception as error:  # of the name, the network or the hub
+            raise Refused(f"{args.model} cannot be downloaded: {reason(error)}") from error
     from_hf.convert(folder, args.out.absolute(), options)
 
 

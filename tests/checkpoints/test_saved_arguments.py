@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hostile import damaged
+from hostile import damaged, damaged_bytes
 from hypothesis import given, settings
 from torch.utils.tensorboard import SummaryWriter
 
@@ -163,7 +163,7 @@ GOOD = {
 
 
 @given(damaged(GOOD))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_is_checked_can_be_relied_on(content):
     if not isinstance(content, dict):
         return
@@ -179,3 +179,31 @@ def test_what_is_checked_can_be_relied_on(content):
         pass  # a line for each problem
     except Refused as error:
         assert "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    dcp.save({KEY: torch.zeros(4, 1)}, checkpoint_id=folder, no_dist=True)
+    torch.save({"args": Namespace(**ARGUMENTS)}, folder / "common.pt")
+    return folder
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_any_damage_to_the_files(name, whole):
+    good = (whole / name).read_bytes()
+
+    @given(damaged_bytes(good))
+    @settings(max_examples=30, deadline=None)
+    def check(content: bytes) -> None:
+        (whole / name).write_bytes(content)
+        try:
+            source = TorchDist(whole)
+            for key in source.keys():  # noqa: SIM118
+                source.shape(key)
+                source.read(key)
+        except Refused as error:
+            assert "\n" not in str(error)
+
+    check()
+    (whole / name).write_bytes(good)

@@ -260,6 +260,14 @@ def test_a_wrong_command_line_is_named(arguments: tuple[str, ...], flag: str, ca
     assert f"argument {flag}" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["a b", "nobody/none"])
+def test_a_model_that_cannot_be_downloaded(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=f"error: {name} cannot be downloaded") as error:
+        cli.main(["from-hf", name, str(tmp_path / "out"), "--download"])
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_in_the_place_of_a_replaced_folder_stays_there(tmp_path):
     (tmp_path / "out.replaced").write_text("of another program")
     from_hf.convert(write_hf(tmp_path / "hf", small()), tmp_path / "out", from_hf.Options())
