@@ -89,12 +89,14 @@ class Legacy:
         missing = (f"mp_rank_{t:02}_{p:03}" for t, p in wanted if (t, p) not in states)
         if names := list(itertools.islice(missing, _NAMED)):
             raise Refused(f"{folder}: the files of {', '.join(names)} are missing")
-        chunks = sorted(name for name in states[0, 0] if re.fullmatch(r"model\d*", name))
+        chunks = sorted(name for name in states[0, 0] if re.fullmatch(r"model\d*", str(name)))
         self._shards: dict[str, list[Tensor]] = {}  # by tensor-parallel rank
         layers = 0
         for chunk in chunks:
             for stage in range(stages):
-                ranks = [states[rank, stage][chunk] for rank in range(tensor_ranks)]
+                ranks: list[Any] = [states[rank, stage].get(chunk) for rank in range(tensor_ranks)]
+                if not all(isinstance(rank, dict) for rank in ranks):
+                    raise Refused(f"{folder}: not every file of stage {stage} has its {chunk}")
                 layers += self._add(ranks, layers)
         if not layers:
             raise Refused(f"{folder}: no decoder.layers in it; is it from before megatron-core?")
@@ -112,7 +114,12 @@ class Legacy:
                 key = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}"
             else:
                 key = name
-            self._shards[key] = [rank[name] for rank in ranks]
+            shards: list[Any] = [rank.get(name) for rank in ranks]
+            if not all(isinstance(x, Tensor) and x.shape == value.shape for x in shards):
+                raise Refused(f"{self.folder}: {name} has not one shape on all tensor ranks")
+            self._shards[key] = shards
+            if (self._dimension(key) or 0) >= value.dim():
+                raise Refused(f"{self.folder}: {name} is of shape {tuple(value.shape)}")
         return layers
 
     def keys(self) -> set[str]:
@@ -201,7 +208,7 @@ def _load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
         except Exception as error:  # whatever a pickle may raise
             raise Refused(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or not any(name.startswith("model") for name in state):
+    if not isinstance(state, dict) or not any(str(name).startswith("model") for name in state):
         raise Refused(f"{path} holds no model")
     return state
 
