@@ -16,6 +16,7 @@ from typing import Any
 from megatron_xielu import arguments, workarounds
 from megatron_xielu.activations import ActivationBuilder
 from megatron_xielu.features import shared_alphas
+from megatron_xielu.workarounds import rope_scaling
 
 # What this process trains with, once `validate` has seen its arguments: Megatron hands no arguments
 # to the place where a model is built.
@@ -64,6 +65,7 @@ def validate(args: Namespace) -> None:
             )
         _builder = arguments.activation_builder(args)
         if _builder is not None:
+            rope_scaling.refuse_another_factor(args)
             arguments.check_checkpoint(args)
 
 

@@ -18,7 +18,7 @@ from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import BY_ENTRY, WITH_OURS
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import bias_fusion, recompute, shared_alphas
-from megatron_xielu.workarounds import releases
+from megatron_xielu.workarounds import releases, rope_scaling
 
 
 def model_config(args: Namespace) -> Any:
@@ -33,8 +33,7 @@ def model_config(args: Namespace) -> Any:
     from megatron.training.argument_utils import gpt_config_from_args
 
     config = gpt_config_from_args(args)
-    # Megatron 0.19 reads this flag and forgets it: any --rope-scaling-factor would be 8.
-    config.rope_scaling_factor = args.rope_scaling_factor
+    rope_scaling.set_factor(config, args)
     builder = arguments.activation_builder(args)
     if builder is not None:
         config.transformer_layer_spec = partial(layer_spec, builder)
@@ -115,6 +114,7 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
     releases.check_spec()
     args = get_args()
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
+    rope_scaling.set_factor(config, args)  # read once the spec is there
     if not vp_stage:  # Megatron asks once per virtual pipeline stage, the first one first
         arguments.check_upcycling(args)
         optimizer_format.check_optimizer(args)
@@ -144,6 +144,7 @@ def _older_script_layer_spec(name: str) -> Any:
 
     releases.check_spec()
     args = get_args()
+    rope_scaling.refuse_another_factor(args)
     optimizer_format.check_optimizer(args)
     arguments.check_checkpoint(args)
     check_config(core_transformer_config_from_args(args))

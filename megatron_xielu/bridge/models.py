@@ -20,6 +20,7 @@ from transformers import ApertusForCausalLM, ArceeForCausalLM
 
 from megatron_xielu.activations import DEFAULT_BETA
 from megatron_xielu.bridge.provider import XIELUModelProvider
+from megatron_xielu.convert import hf_config
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
 from megatron_xielu.convert.tensors import XIELU_EPS
 
@@ -62,13 +63,10 @@ class _Bridge(MegatronModelBridge):
         provider.qk_layernorm = self.qk_layernorm
         provider.hidden_dropout = 0.0
         provider.add_bias_linear = False
-        rope = getattr(config, "rope_scaling", None) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "llama3" and all(rope[key] == value for key, value in LLAMA3_ROPE.items()):
-            provider.rope_scaling = True
-            provider.rope_scaling_factor = rope["factor"]
-        elif kind != "default":
-            raise ValueError(f"Megatron's RoPE cannot express rope_scaling {rope}")
+        provider.rotary_base, factor = _rope(config)
+        provider.rope_scaling = factor is not None
+        if factor is not None:
+            provider.rope_scaling_factor = factor
         return provider
 
     def _beta(self, hf_pretrained: Any) -> float:
@@ -140,6 +138,26 @@ class _Bridge(MegatronModelBridge):
                     stored = hf_state_dict.get(key)
                     added[key] = value.new_tensor(default) if stored is None else stored
         return {**converted_weights_dict, **added}
+
+
+def _rope(config: Any) -> tuple[float, float | None]:
+    """(theta, factor of the llama3 scaling or None) of transformers' configuration of a model.
+
+    Raises:
+        ValueError: Megatron has no such RoPE, or transformers 5 misread what 4 wrote.
+    """
+    name = config.name_or_path
+    rope = hf_config.rope_of(hf_config.check(config.to_dict(), "config.json"))
+    if not name:
+        return rope
+    stored, _ = type(config).get_config_dict(name)
+    meant = hf_config.rope_of(hf_config.check(stored, f"{name}: config.json"))
+    if rope != meant:
+        raise ValueError(
+            f"{name}: config.json means rope_theta {meant[0]:g} and the llama3 factor {meant[1]}, "
+            f"but this transformers reads {rope[0]:g} and {rope[1]}; write them as rope_parameters"
+        )
+    return rope
 
 
 _register = partial(

@@ -8,6 +8,7 @@ training let its replicas drift apart, their mean stands for them, and `Legacy.d
 
 from __future__ import annotations
 
+import itertools
 import re
 import zipfile
 from argparse import Namespace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_xielu.checkpoints import saved_arguments
 from megatron_xielu.checkpoints.inert import load
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.kernels import reference
@@ -24,6 +26,7 @@ from megatron_xielu.kernels import reference
 _FILE = "model_optim_rng.pt"
 _FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_NAMED = 4  # of missing files
 _ALPHA = re.compile(r".*\.activation_func\.alpha_[pn]")
 
 # End of a name: the dimension that tensor-parallel ranks split; None: each has all of it.
@@ -82,20 +85,22 @@ class Legacy:
         self.arguments = _arguments(folder, states)
         tensor_ranks = self.arguments.tensor_model_parallel_size
         stages = self.arguments.pipeline_model_parallel_size
-        wanted = {(t, p) for p in range(stages) for t in range(tensor_ranks)}
-        if missing := wanted - states.keys():
-            names = ", ".join(f"mp_rank_{t:02}_{p:03}" for t, p in sorted(missing))
-            raise Refused(f"{folder}: the files of {names} are missing")
-        chunks = sorted(name for name in states[0, 0] if re.fullmatch(r"model\d*", name))
+        wanted = itertools.product(range(tensor_ranks), range(stages))
+        missing = (f"mp_rank_{t:02}_{p:03}" for t, p in wanted if (t, p) not in states)
+        if names := list(itertools.islice(missing, _NAMED)):
+            raise Refused(f"{folder}: the files of {', '.join(names)} are missing")
+        chunks = sorted(name for name in states[0, 0] if re.fullmatch(r"model\d*", str(name)))
         self._shards: dict[str, list[Tensor]] = {}  # by tensor-parallel rank
         layers = 0
         for chunk in chunks:
             for stage in range(stages):
-                ranks = [states[rank, stage][chunk] for rank in range(tensor_ranks)]
+                ranks: list[Any] = [states[rank, stage].get(chunk) for rank in range(tensor_ranks)]
+                if not all(isinstance(rank, dict) for rank in ranks):
+                    raise Refused(f"{folder}: not every file of stage {stage} has its {chunk}")
                 layers += self._add(ranks, layers)
         if not layers:
             raise Refused(f"{folder}: no decoder.layers in it; is it from before megatron-core?")
-        if not self.arguments.untie_embeddings_and_output_weights:
+        if not getattr(self.arguments, "untie_embeddings_and_output_weights", False):
             self._shards.pop("output_layer.weight", None)  # the last stage's copy of the embedding
 
     def _add(self, ranks: list[dict[str, Any]], first_layer: int) -> int:
@@ -109,7 +114,12 @@ class Legacy:
                 key = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}"
             else:
                 key = name
-            self._shards[key] = [rank[name] for rank in ranks]
+            shards: list[Any] = [rank.get(name) for rank in ranks]
+            if not all(isinstance(x, Tensor) and x.shape == value.shape for x in shards):
+                raise Refused(f"{self.folder}: {name} has not one shape on all tensor ranks")
+            self._shards[key] = shards
+            if (self._dimension(key) or 0) >= value.dim():
+                raise Refused(f"{self.folder}: {name} is of shape {tuple(value.shape)}")
         return layers
 
     def keys(self) -> set[str]:
@@ -198,7 +208,7 @@ def _load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
         except Exception as error:  # whatever a pickle may raise
             raise Refused(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or not any(name.startswith("model") for name in state):
+    if not isinstance(state, dict) or not any(str(name).startswith("model") for name in state):
         raise Refused(f"{path} holds no model")
     return state
 
@@ -207,4 +217,7 @@ def _arguments(folder: Path, states: dict[tuple[int, int], dict[str, Any]]) -> N
     arguments = states.get((0, 0), {}).get("args")
     if not isinstance(arguments, Namespace):
         raise Refused(f"{folder}: mp_rank_00 has no Megatron arguments (args)")
-    return arguments
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if not hasattr(arguments, name):
+            raise Refused(f"{folder}: its arguments have no {name}")
+    return saved_arguments.check(arguments, f"{folder}: mp_rank_00")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class Refused(ValueError):
     """What cannot be read or converted; one line that names the field or file, and the fix."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # of a name in a damaged file
+
 
 class Source(Protocol):
     """A checkpoint's model tensors; no optimizer state.

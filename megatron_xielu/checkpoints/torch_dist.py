@@ -7,11 +7,14 @@ needs is refused in both.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import math
 import pickle
 import re
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_xielu.checkpoints import inert
+from megatron_xielu.checkpoints import inert, saved_arguments
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common.text import reason
 
@@ -126,17 +129,21 @@ class TorchDist:
         offsets, sizes = [0] * len(entry.size), list(entry.size)
         if layer is not None:
             offsets[0], sizes[0] = layer, 1
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, entry, [chunk])
-        if sum(item.lengths.numel() for item in items) != target.numel():
-            raise Refused(f"{self.folder}: parts of {key} are missing")
-        self._read(key, items, target)
+        with self._reading(key):
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            items = create_read_items_for_chunk_list(key, entry, [chunk])
+            if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
+                raise Refused(f"{self.folder}: parts of {key} are missing")
+            target = torch.empty(sizes, dtype=entry.properties.dtype)
+            self._reader.read_data(LoadPlan(items), _Slices(target)).wait()
         return target if layer is None else target[0]
 
-    def _read(self, key: str, items: list[ReadItem], target: torch.Tensor | io.BytesIO) -> None:
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
         try:
-            self._reader.read_data(LoadPlan(items), _Slices(target)).wait()
+            yield
+        except Refused:
+            raise
         except Exception as error:  # whatever wrong bytes make torch.load raise
             raise Refused(f"{self.folder}: {key} cannot be read: {reason(error)}") from error
 
@@ -151,7 +158,9 @@ class TorchDist:
             from torch.distributed.checkpoint.planner_helpers import _create_read_items
 
             entry = self._metadata.state_dict_metadata[_COMMON_KEY]
-            self._read(_COMMON_KEY, _create_read_items(_COMMON_KEY, entry, None), data)
+            with self._reading(_COMMON_KEY):
+                items = _create_read_items(_COMMON_KEY, entry, None)
+                self._reader.read_data(LoadPlan(items), _Slices(data)).wait()
         else:
             raise Refused(f"{self.folder}: neither {_COMMON_FILE} nor {_COMMON_KEY} is there")
         state = inert.load(data, f"{self.folder}: {where}")
@@ -159,7 +168,7 @@ class TorchDist:
         arguments = state.get("args") if isinstance(state, dict) else None
         if not isinstance(arguments, Namespace):
             raise Refused(f"{self.folder}: {where} has no Megatron arguments (args)")
-        return arguments
+        return saved_arguments.check(arguments, f"{self.folder}: {where}")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -172,6 +181,24 @@ def read_metadata(path: Path) -> Metadata:
         content = inert.unpickle(path, _find_metadata_class)
     except Exception as error:  # whatever wrong bytes make a pickle raise
         raise Refused(f"{path} cannot be read: {reason(error)}") from error
-    if not isinstance(content, Metadata):
+    if not isinstance(content, Metadata) or not _is_sound(content):
         raise Refused(f"{path} is not that of a checkpoint")
     return content
+
+
+def _is_sound(content: Metadata) -> bool:
+    """Whether it has what is used outside `TorchDist.read`: unpickled, it may lack anything."""
+    try:
+        entries = content.state_dict_metadata.items()
+        return isinstance(content.storage_data, dict) and all(
+            isinstance(key, str) and (isinstance(entry, BytesStorageMetadata) or _is_tensor(entry))
+            for key, entry in entries
+        )
+    except (AttributeError, TypeError):
+        return False
+
+
+def _is_tensor(entry: TensorStorageMetadata) -> bool:
+    return isinstance(entry.properties.dtype, torch.dtype) and all(
+        isinstance(length, int) and length >= 0 for length in entry.size
+    )

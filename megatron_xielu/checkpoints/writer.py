@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -100,14 +101,18 @@ def write(folder: Path, chunks: Sequence[Chunk], arguments: Namespace) -> None:
 
     Args:
         folder: to be made.
-        chunks: its tensors.
+        chunks: its tensors. What reading one raises is passed on.
         arguments: what Megatron's ``--use-checkpoint-args`` shall find; ``num_layers`` among them.
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     planner = _Lazy(chunks, arguments.num_layers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # in it: what a chunk or the disk raised
+            cause, _ = error.failures[0]
+            raise cause from None
     # A file of its own: Megatron before 0.19 knows no other form, and later ones read this, too.
     common = {
         "args": arguments,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.text import reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -52,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("to-hf", help="Megatron → Hugging Face")
     export.set_defaults(run=_to_hf)
     export.add_argument(
-        "checkpoint", type=Path, help="the checkpoints folder of a run (its last one), or iter_…"
+        "checkpoint", type=_path, help="the checkpoints folder of a run (its last one), or iter_…"
     )
-    export.add_argument("out", type=Path, help="the Hugging Face folder to write")
+    export.add_argument("out", type=_path, help="the Hugging Face folder to write")
     export.add_argument(
         "--tokenizer",
         metavar="PATH|NAME",
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--trim-vocab",
-        type=_positive,
+        type=_rows,
         metavar="N",
         help="keep the first N rows of the vocabulary (default: all, with Megatron's padding)",
     )
@@ -78,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     back = commands.add_parser("from-hf", help="Hugging Face → Megatron")
     back.set_defaults(run=_from_hf)
     back.add_argument("model", help="a Hugging Face folder, or with --download a name")
-    back.add_argument("out", type=Path, help="the folder to write, for Megatron's --load")
+    back.add_argument("out", type=_path, help="the folder to write, for Megatron's --load")
     back.add_argument("--download", action="store_true", help="fetch MODEL from the hub")
     back.add_argument(
         "--make-vocab-size-divisible-by",
-        type=_positive,
+        type=_rows,
         default=1,
         metavar="N",
         help="pad the vocabulary, so that the tensor-parallel size divides it (default: 1)",
@@ -125,21 +126,30 @@ def _from_hf(args: argparse.Namespace) -> None:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "tokenizer*"]
-        folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+        try:
+            folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+        except Exception as error:  # of the name, the network or the hub
+            raise Refused(f"{args.model} cannot be downloaded: {reason(error)}") from error
     from_hf.convert(folder, args.out.absolute(), options)
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?B?)", text.upper())
     if not match or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
     return max(1, int(float(match[1]) * _UNITS[match[2]]))
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+def _rows(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,7}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 9999999")
     return int(text)
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path cannot have a NUL character")
+    return Path(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ any tensor- and pipeline-parallel size that divides the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_xielu.checkpoints.writer import Chunk
 from megatron_xielu.convert import hf_config, megatron_arguments, output
 from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Reader
-from megatron_xielu.convert.tensors import Part, constants, parts
+from megatron_xielu.convert.tensors import Part, check_finite, constants, parts
 
 MARKER = TRACKER
 
@@ -99,15 +100,18 @@ def convert(
 def _beta(reader: Reader) -> float | None:
     """xIELU's β, which every layer has as a buffer; None if none has."""
     names = [name for name in reader.names if name.endswith(".mlp.act_fn.beta")]
+    for name in names:
+        if reader.shape(name) not in ((), (1,)):
+            raise Refused(f"{name} is {reader.shape(name)}, not one number")
     values = {float(reader.read(name)) for name in names}
-    if len(values) > 1:
-        raise Refused(f"act_fn.beta differs between layers: {sorted(values)}")
+    if len(values) > 1 or not all(map(math.isfinite, values)):
+        raise Refused(f"act_fn.beta differs between layers, or is no number: {sorted(values)}")
     return values.pop() if values else None
 
 
 def _check_tensors(reader: Reader, architecture: Architecture) -> None:
     names = reader.names
-    used = set(constants(architecture))
+    used = set()
     for part in parts(architecture):
         for name, shape in zip(part.names, part.shapes, strict=True):
             if name not in names:
@@ -115,6 +119,7 @@ def _check_tensors(reader: Reader, architecture: Architecture) -> None:
             if reader.shape(name) != shape:
                 raise Refused(f"{name} is {reader.shape(name)}, but config.json says {shape}")
             used.add(name)
+    used |= constants(architecture).keys()
     if architecture.tied:
         used.add("lm_head.weight")
     left = sorted(name for name in names - used if not name.endswith("rotary_emb.inv_freq"))
@@ -133,6 +138,7 @@ def _chunk(
 
     def read() -> Tensor:
         tensor = old.join([reader.read(name) for name in old.names]).to(dtype)
+        check_finite(old.names[0], tensor)
         missing = new.shape[0] - tensor.shape[0]
         if missing:
             tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

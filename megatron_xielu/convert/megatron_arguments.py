@@ -55,23 +55,31 @@ IMPLIED: dict[str, tuple[Any, ...]] = {
     "onnx_safe": (None, False),
 }
 
+_NEEDED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("max_position_embeddings", "rotary_base", "untie_embeddings_and_output_weights"),
+)
+
 
 def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
     """The architecture that saved arguments describe.
 
     Args:
-        arguments: of the checkpoint.
+        arguments: of the checkpoint, as `megatron_xielu.checkpoints.saved_arguments` checks them.
         vocabulary: rows of its embedding.
 
     Raises:
         Refused: Hugging Face cannot express it; names the argument.
     """
+    for name in _NEEDED:
+        if not hasattr(arguments, name):
+            raise Refused(f"the checkpoint's arguments have no {name}")
     for name, accepted in IMPLIED.items():
         value = getattr(arguments, name, accepted[0])
         if value not in accepted:
             raise Refused(
-                f"the checkpoint has {name} = {value}, which no Hugging Face architecture that "
-                f"this command writes has (only {' or '.join(map(str, accepted))})"
+                f"the checkpoint has {name} = {value!r}, which no Hugging Face architecture that "
+                f"this command writes has (only {' or '.join(map(repr, accepted))})"
             )
     qk_layernorm = bool(getattr(arguments, "qk_layernorm", False))
     activation = _activation(arguments)
@@ -82,6 +90,12 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
         )
     heads = arguments.num_attention_heads
     grouped = getattr(arguments, "group_query_attention", False)
+    groups = getattr(arguments, "num_query_groups", None) if grouped else heads
+    if groups is None or heads % groups:
+        raise Refused(
+            f"the checkpoint has num_query_groups = {groups}, which does not divide "
+            f"num_attention_heads = {heads}"
+        )
     theta = float(arguments.rotary_base)
     scaled = getattr(arguments, "use_rope_scaling", False)
     return Architecture(
@@ -89,7 +103,7 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
         hidden=arguments.hidden_size,
         ffn=arguments.ffn_hidden_size,
         heads=heads,
-        groups=arguments.num_query_groups if grouped else heads,
+        groups=groups,
         head_dim=arguments.kv_channels,
         vocabulary=vocabulary,
         positions=arguments.max_position_embeddings,
@@ -107,7 +121,7 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
 def _activation(arguments: Namespace) -> str:
     spec = getattr(arguments, "spec", None)
     if spec and spec[0] != SPEC_MODULE:
-        raise Refused(f"the checkpoint has spec = {' '.join(spec)}: what is in it is not known")
+        raise Refused(f"the checkpoint has spec = {spec!r}: what is in it is not known")
     asked = activations_of(arguments)
     if len(asked) > 1:
         raise Refused(f"the checkpoint has two activations: {' and '.join(asked)}")

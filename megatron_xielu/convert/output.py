@@ -32,7 +32,7 @@ def check(out: Path, *, force: bool, marker: str) -> None:
         Refused: it exists and may not be replaced, or cannot be made.
     """
     replaced = _beside(out, "replaced")
-    if replaced.exists() and not out.exists():
+    if (replaced / marker).is_file() and not out.exists():
         replaced.rename(out)  # the last replacement was interrupted between its two renames
     if not out.exists() and not out.is_symlink():
         return

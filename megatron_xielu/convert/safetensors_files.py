@@ -19,9 +19,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common import schema
+from megatron_xielu.common.schema import Malformed
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,9 @@ class Reader:
         index = folder / INDEX
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise Refused(f"{index} cannot be read") from None
+                names = sorted(set(schema.load(_Index, index).weight_map.values()))
+            except Malformed as error:
+                raise Refused(str(error)) from None
             if any(Path(name).name != name for name in names):
                 raise Refused(f"{index} names files outside its folder")
         else:
@@ -147,7 +154,12 @@ class Reader:
                         view = file.get_slice(key)
                         dtype = dtypes.get(view.get_dtype())
                         if dtype is None:
-                            raise Refused(f"{path}: {key} is {view.get_dtype()}, a quantized model")
+                            raise Refused(
+                                f"{path}: {key} is {view.get_dtype()}; all tensors must be "
+                                f"{', '.join(dtypes)} (a quantized model cannot be converted)"
+                            )
+                        if key in self._entries:
+                            raise Refused(f"{path}: {key} is in {self._entries[key][0].name}, too")
                         self._entries[key] = (path, tuple(view.get_shape()), dtype)
             except Refused:
                 raise

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert.architecture import Architecture
 
 _LAYERS = "decoder.layers."
@@ -136,6 +137,20 @@ def _layer(a: Architecture, layer: int) -> Iterator[Part]:
         for name in ALPHAS:
             yield same(f"mlp.activation_func.{name}", f"{prefix}mlp.act_fn.{name}", (1,), fp32=True)
     yield same("mlp.linear_fc2.weight", prefix + "mlp.down_proj.weight", (a.hidden, a.ffn))
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinite numbers, in the dtype in which it is to be written.
+
+    Raises:
+        Refused: it has some; names it.
+    """
+    if not all(map(torch.isfinite, torch.aminmax(tensor))):  # a NaN is both least and most
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise Refused(
+            f"{name} has numbers that are not finite in {dtype}: take an earlier checkpoint if "
+            "the training diverged, or another --dtype"
+        )
 
 
 def constants(architecture: Architecture) -> dict[str, Tensor]:

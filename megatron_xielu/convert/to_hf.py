@@ -16,7 +16,7 @@ from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.convert import hf_config, megatron_arguments, output, tokenizer
 from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Entry, Writer
-from megatron_xielu.convert.tensors import Part, constants, parts
+from megatron_xielu.convert.tensors import Part, check_finite, constants, parts
 
 MARKER = "config.json"
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -80,6 +80,11 @@ def export(
                 shutil.copy(path, folder)
         _write(source, architecture, folder, files)
     report(f"written: {out}")
+    if architecture.activation == "gelu" and architecture.family == "arcee":
+        report(
+            "transformers computes GELU, as config.json says; llama.cpp runs every Arcee model "
+            "with ReLU² without a word, and vLLM and SGLang refuse one with GELU"
+        )
     if architecture.activation == "xielu":
         report(
             "alphas are float32 in the files; transformers rounds them to bfloat16 on loading "
@@ -99,12 +104,9 @@ def architecture_of(source: Source) -> Architecture:
         Refused: Hugging Face cannot express it; names the argument.
     """
     keys = source.keys()
-    if _EMBEDDING not in keys:
+    if _EMBEDDING not in keys or not source.shape(_EMBEDDING):
         raise Refused(f"{source.folder} has no {_EMBEDDING}: it is no GPT checkpoint")
-    try:
-        return megatron_arguments.architecture_of(source.arguments, source.shape(_EMBEDDING)[0])
-    except AttributeError as error:
-        raise Refused(f"{source.folder}: its arguments have no {error.name}") from None
+    return megatron_arguments.architecture_of(source.arguments, source.shape(_EMBEDDING)[0])
 
 
 def _check_tensors(source: Source, architecture: Architecture) -> None:
@@ -167,6 +169,7 @@ def _write(
             tensor = source.read(*part.key(keys))[: part.shape[0]]
             for name, piece in zip(part.names, part.split(tensor), strict=True):
                 piece = piece.to(dtypes[name])
+                check_finite(name, piece)
                 writer.write(name, piece)
                 progress.update(piece.nbytes)
         writer.finish()

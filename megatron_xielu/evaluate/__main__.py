@@ -38,6 +38,7 @@ def main() -> None:
     printed = io.StringIO()
     try:
         iteration = checkpoint.find(request.load, request.ckpt_step)
+        checkpoint.check(request.load, request.ckpt_step)
         output = result.output_file(request.evaluation_output, request.load)
         prefixes = None if request.eval_iters else data.find(request)
         # What Megatron reads.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_xielu.checkpoints import folder as save_folder
 from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
+from megatron_xielu.checkpoints.torch_dist import TorchDist
 
 
 def find(folder: Path, step: int | None) -> int:
@@ -39,3 +40,17 @@ def find(folder: Path, step: int | None) -> int:
             f"{checkpoint} is not a complete checkpoint of the format torch_dist: no .metadata"
         )
     return 0 if checkpoint.name == RELEASE else int(checkpoint.name.removeprefix("iter_"))
+
+
+def check(folder: Path, step: int | None) -> None:
+    """Refuse arguments that Megatron would not have saved, and code in ``.metadata``.
+
+    Megatron reads both, whatever they are.
+
+    Args:
+        folder, step: as `find` accepted them.
+
+    Raises:
+        ValueError: naming the argument, or the file.
+    """
+    TorchDist(save_folder.find(folder, step))

@@ -5,7 +5,6 @@ What cannot be read, or contradicts itself, becomes a note of the run, and the r
 
 from __future__ import annotations
 
-import ast
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_xielu.catalog import TRAINABLE, activation_of
+from megatron_xielu.checkpoints import saved_arguments
 from megatron_xielu.checkpoints.alphas import (
     Alphas,
     count_parameters,
@@ -66,7 +66,7 @@ def load(folder: Path) -> Run:
         notes.append("no event files: no curves over time (train with --tensorboard-dir)")
     arguments, parameters = _read_checkpoint(checkpoints, notes)
     if arguments is None:
-        arguments = _arguments_of(found.texts)
+        arguments = _arguments_of(found.texts, notes)
     if arguments is None:
         notes.append("neither a checkpoint nor its event files have the arguments of the run")
     model = _model(arguments, notes)
@@ -133,17 +133,15 @@ def _read_checkpoint(
         return None, None
 
 
-def _arguments_of(texts: dict[str, str]) -> Namespace | None:
-    """The arguments that Megatron wrote into event files, each as ``str(value)``."""
+def _arguments_of(texts: dict[str, str], notes: list[str]) -> Namespace | None:
+    """The arguments that Megatron wrote into event files."""
     if "num_layers" not in texts:
         return None
-    values: dict[str, Any] = {}
-    for name, text in texts.items():
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
-    return Namespace(**values)
+    try:
+        return saved_arguments.of_texts(texts, "the event files")
+    except Refused as error:
+        notes.append(str(error))
+        return None
 
 
 def _model(arguments: Namespace | None, notes: list[str]) -> Model | None:

@@ -55,7 +55,10 @@ def main(folders: list[str]) -> None:
     logging.disable(logging.INFO)
     torch.distributed.init_process_group("gloo")
     for folder in folders:
-        result = there_and_back(folder)
+        try:
+            result = there_and_back(folder)
+        except ValueError as error:
+            result = {"refused": str(error)}
         if torch.distributed.get_rank() == 0:
             torch.save(result, f"{folder}.pt")
     torch.distributed.barrier()

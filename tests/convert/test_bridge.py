@@ -5,6 +5,8 @@ layers, gloo and stock transformers models. Not run: Transformer Engine's layers
 own checkpoints and training loop.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -78,10 +80,17 @@ def converted(bridge: Path, tmp_path_factory) -> Path:
     """Folder with each model, and what two ranks made of it."""
     folder = tmp_path_factory.mktemp("models")
     log = folder / "log.txt"
+    models = [write_model(name, folder / name) for name in MODELS]
+    # As transformers 4 writes a model without scaling; 5 reads it with Apertus' own one.
+    misread = Path(shutil.copytree(models[-1], folder / "misread"))
+    config = json.loads((misread / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"transformers_version": "4.57.6", "rope_theta": 5e5, "rope_scaling": None}
+    (misread / "config.json").write_text(json.dumps(config))
     path = f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}:{bridge}"
     returncodes = wait(
         start(
-            [str(write_model(name, folder / name)) for name in MODELS],
+            [*map(str, models), str(misread)],
             ranks=2,
             log=log,
             command=[str(Path(__file__).with_name("bridge_case.py"))],
@@ -125,6 +134,11 @@ def test_there_and_back_at_tp2(name: str, converted: Path) -> None:
             assert torch.equal(*ours)
             theirs = model.get_parameter(f"model.layers.{layer}.mlp.act_fn.{alpha}").grad
             torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_rope_that_transformers_misreads_is_refused(converted: Path) -> None:
+    refused = torch.load(converted / "misread.pt")["refused"]
+    assert "config.json means rope_theta 500000 and the llama3 factor None" in refused
 
 
 def test_without_bridge_the_error_names_it(monkeypatch) -> None:

@@ -1,7 +1,6 @@
 """python -m megatron_xielu.convert: real trainings to transformers' models and back."""
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import torch
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, python, train
 from logits_entry import TOKENS
+from small_models import small, write_hf
 
 from megatron_xielu.checkpoints import writer
 from megatron_xielu.checkpoints.check import check
@@ -23,9 +23,8 @@ from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.convert import __main__ as cli
 from megatron_xielu.convert import from_hf, hf_config, output, to_hf
-from megatron_xielu.convert.architecture import Architecture
 from megatron_xielu.convert.megatron_arguments import architecture_of, arguments_of
-from megatron_xielu.convert.safetensors_files import Entry, Reader, Writer
+from megatron_xielu.convert.safetensors_files import Reader
 from megatron_xielu.convert.tensors import parts
 
 transformers = pytest.importorskip("transformers")
@@ -303,31 +302,6 @@ def test_what_hugging_face_lacks_is_refused_by_name(argument, value, trained):
         architecture_of(changed, 128)
 
 
-def small(**changes: object) -> Architecture:
-    """A model of two layers."""
-    sizes = dict(layers=2, hidden=16, ffn=32, heads=2, groups=2, head_dim=8, vocabulary=32)
-    rest = dict(positions=32, norm_epsilon=1e-5, rope_theta=1e4, rope_factor=None, tied=True)
-    names = dict(qk_layernorm=False, activation="relu2", beta=0.5, init_std=0.02)
-    return Architecture(**{**sizes, **rest, **names, **changes})
-
-
-def write_hf(folder: Path, architecture: Architecture, **changes: object) -> Path:
-    """A model of random weights, with ``changes`` of its config.json."""
-    folder.mkdir()
-    entries = [
-        Entry(name, shape, torch.float32)
-        for part in parts(architecture)
-        for name, shape in zip(part.names, part.shapes, strict=True)
-    ]
-    with Writer(folder, [entries]) as writer:
-        for entry in entries:
-            writer.write(entry.name, torch.randn(entry.shape))
-        writer.finish()
-    config = hf_config.config_of(architecture, torch.float32) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -352,6 +326,23 @@ def test_what_megatron_lacks_is_refused_by_name(changes, tmp_path):
     with pytest.raises(Refused, match=words.get(field, field.removesuffix("_scaling"))):
         from_hf.convert(folder, tmp_path / "out", from_hf.Options())
     assert not (tmp_path / "out").exists()
+
+
+def test_what_other_readers_ask_for(tmp_path):
+    """Fields without a default in mlx-lm 0.32.0's Apertus; a warning of GELU in llama.cpp."""
+    config = hf_config.config_of(small(qk_layernorm=True, activation="xielu"), torch.float32)
+    wanted = "attention_bias mlp_bias post_norm qk_norm rope_theta rms_norm_eps tie_word_embeddings"
+    assert set(wanted.split()) <= config.keys() and config["qk_norm"] and not config["post_norm"]
+
+    for activation, warned in (("gelu", True), ("relu2", False)):
+        told: list[str] = []
+        folder = tmp_path / activation
+        folder.mkdir()
+        from_hf.convert(
+            write_hf(folder / "hf", small(activation=activation)), folder / "m", from_hf.Options()
+        )
+        to_hf.export(open_source(folder / "m"), folder / "out", to_hf.Options(), told.append)
+        assert any("llama.cpp runs every Arcee" in line for line in told) == warned
 
 
 def test_a_tensor_without_a_place_is_refused(tmp_path):

@@ -177,6 +177,14 @@ def write_legacy(folder: Path, states: dict[str, dict], **arguments) -> Path:
     return folder
 
 
+FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
+
+
+def two_ranks(second: dict) -> dict[str, dict]:
+    """A sound first tensor-parallel rank, and another."""
+    return {"mp_rank_00": {"model": {FC2: torch.ones(1, 1)}}, "mp_rank_01": second}
+
+
 class TestLegacyLayouts:
     def test_gates_are_joined_before_ups(self, tmp_path: Path) -> None:
         key = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -220,11 +228,17 @@ class TestLegacyLayouts:
             ({"mp_rank_00_000_000": {"model": {}}}, "expert-parallel"),
             ({"mp_rank_00": {"optimizer": {}}}, "holds no model"),
             ({"mp_rank_00": {"model": {"language_model.x": torch.ones(1)}}}, "megatron-core"),
+            ({"mp_rank_00": {"model": None}}, "not every file of stage 0 has its model"),
+            (two_ranks({"model1": {}}), "not every file of stage 0 has its model"),
+            (two_ranks({"model": {}}), "linear_fc2.weight has not one shape"),
+            (two_ranks({"model": {FC2: torch.ones(2, 1)}}), "linear_fc2.weight has not one shape"),
+            (two_ranks({"model": {FC2: 3}}), "linear_fc2.weight has not one shape"),
+            ({"mp_rank_00": {"model": {FC2: torch.ones(1)}}}, "linear_fc2.weight is of shape"),
         ],
     )
     def test_refusals(self, tmp_path: Path, states: dict, message: str) -> None:
         with pytest.raises(Refused, match=message):
-            Legacy(write_legacy(tmp_path, states))
+            Legacy(write_legacy(tmp_path, states, tensor_model_parallel_size=len(states)))
 
 
 class TestForkTorchDist:

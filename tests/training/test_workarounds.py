@@ -1,9 +1,14 @@
 """Each fault of Megatron's optimizers is found, mended once, and left alone where it is not."""
 
+from contextlib import nullcontext
+
+import megatron_arguments
 import pytest
+from launch import TINY_LLAMA
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from megatron_xielu import checkout
 from megatron_xielu.workarounds import (
     distributed_optimizer_checkpoints,
     fp32_parameters,
@@ -43,3 +48,13 @@ def test_found_mended_and_then_left_alone(methods):
     for module in (fp32_parameters, distributed_optimizer_checkpoints, shifted_checkpoints):
         module.install()
     assert all(one is other for one, other in zip(mended, methods(), strict=True))
+
+
+@pytest.mark.parametrize(("factor", "refused"), [("3", True), ("8", False)])
+def test_a_factor_of_rope_that_does_not_reach_the_model(factor, refused, monkeypatch):
+    """In a patched checkout; through ``--spec`` it does, see test_stock_script.py."""
+    monkeypatch.setattr(checkout, "_builder", None)
+    words = ["--xielu", "--use-rope-scaling", "--rope-scaling-factor", factor]
+    expected = pytest.raises(SystemExit, match="--rope-scaling-factor 3: Megatron does not hand")
+    with expected if refused else nullcontext():
+        checkout.validate(megatron_arguments.parse([*TINY_LLAMA, *words]))
