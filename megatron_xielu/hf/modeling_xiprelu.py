@@ -39,7 +39,7 @@ _FLOAT32 = ["act_fn"]
 
 
 class Float32Module(nn.Module):
-    """A module that casts like ``model.to(torch.bfloat16)`` move but do not narrow below float32."""
+    """A module that casts like ``model.to(torch.bfloat16)`` never narrow below float32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
         def keep_precision(tensor: Tensor) -> Tensor:
