@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from megatron_xielu.catalog import DEFAULT_BETA
-from megatron_xielu.kernels import choose, cpu_compiled
+from megatron_xielu.kernels import choose
 
 __all__ = ["xielu", "xiprelu"]
 
@@ -150,6 +150,8 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
 
     def decomposition(x, alpha_p, alpha_n, beta, bias=None):
         """For exporters to where there is no such operator; ONNX's looks for one by itself."""
+        from megatron_xielu.kernels import cpu_compiled
+
         return cpu_compiled.formula(name, x, alpha_p, alpha_n, beta, bias)
 
     for operator, function, fake, with_autograd in (
