@@ -19,9 +19,10 @@ The formulas are in `megatron_xielu.functional`. This file owns what a module ad
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class _SumGradientOverGroup(torch.autograd.Function):
         grad = grad.clone()  # autograd may share this buffer
         torch.distributed.all_reduce(grad, group=ctx.group)
         return grad, None
+
+
+def _check_setting(name: str, value: Any, *, above: float) -> None:
+    """Raise ValueError unless it is a number above that, within float32's range."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and above < value <= torch.finfo(torch.float32).max):
+        raise ValueError(f"{name} must be a finite number above {above}, got {value!r}")
 
 
 def _has_expert_groups(config: Any) -> bool:
@@ -138,16 +146,10 @@ class TrainableActivation(MegatronModule):
     @classmethod
     def check_settings(cls, *, alpha_p_init: float, alpha_n_init: float, beta: float) -> None:
         """Raise ValueError unless the settings give an activation with finite raw alphas."""
-        if not (math.isfinite(beta) and beta > 0):
-            raise ValueError(f"beta must be a finite number above 0, got {beta}")
-        if not (math.isfinite(alpha_p_init) and alpha_p_init > 0):
-            raise ValueError(f"alpha_p_init must be a finite number above 0, got {alpha_p_init}")
+        _check_setting("beta", beta, above=0)
+        _check_setting("alpha_p_init", alpha_p_init, above=0)
         floor = cls.alpha_n_floor(beta)
-        if not (math.isfinite(alpha_n_init) and alpha_n_init > floor):
-            raise ValueError(
-                f"alpha_n_init of {cls.__name__} must be a finite number above {floor}, "
-                f"got {alpha_n_init}"
-            )
+        _check_setting(f"alpha_n_init of {cls.__name__}", alpha_n_init, above=floor)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -166,14 +168,25 @@ class TrainableActivation(MegatronModule):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableActivation:
-        """Apply casts and moves, but keep alphas out of 16 bits (see the top of this file)."""
+        """Apply casts and moves, but keep alphas out of 16 bits (see the top of this file).
+
+        As `hf.modeling_xiprelu.Float32Module`, which may import nothing of this package.
+        """
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            narrowed = torch.finfo(result.dtype).bits < torch.finfo(tensor.dtype).bits
-            return tensor.to(result.device) if narrowed else result
+            if torch.finfo(result.dtype).bits >= min(32, torch.finfo(tensor.dtype).bits):
+                return result
+            return tensor.to(result.device, torch.float32)
 
         return super()._apply(keep_precision, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainableActivation:
+        """A copy in the same process group: groups cannot be copied."""
+        memo[id(self.tp_group)] = self.tp_group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _complete_alphas(self) -> tuple[Tensor, Tensor]:
         """The raw alphas, wired so that their gradients are summed over the TP group."""

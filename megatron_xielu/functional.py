@@ -15,14 +15,19 @@ Each activation is a pair of custom operators, ``megatron_xielu::<name>`` and
 ``megatron_xielu::<name>_backward``: one node in a compiled graph, and x, a_p, a_n (and a bias, if
 one is fused) are all that is kept for the backward pass. The arithmetic is float32 (float64 for
 float64) whatever the storage dtype, rounded once at the end. `choose` chooses who computes it.
+DTensor knows how they are split, and exporters such as ONNX's what they consist of. Reverse mode,
+once, is all the differentiation there is: the rest is refused, and torch.func knows vmap alone.
 
 Limits that follow from float32 arithmetic: a slope beyond its range is inf even if dy would
 bring dx back into range, an h(x) below its range is 0, and so is the softplus of a raw alpha below
 about -100.
 """
 
+import functools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +38,8 @@ from megatron_xielu.kernels import choose
 __all__ = ["xielu", "xiprelu"]
 
 
+if "_library" in globals():  # at importlib.reload: a process can define an operator once
+    globals()["_library"]._destroy()
 _library = torch.library.Library("megatron_xielu", "DEF")
 
 
@@ -47,6 +54,7 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
     def forward_fake(
         x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
     ) -> Tensor:
+        _before_dtensor()
         return x.new_empty(x.shape)
 
     def backward(
@@ -71,6 +79,7 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
         beta: float,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _before_dtensor()
         return (
             x.new_empty(x.shape),
             alpha_p.new_empty(alpha_p.shape),
@@ -110,6 +119,10 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
 
     class Activation(torch.autograd.Function):
         @staticmethod
+        def jvp(ctx, *tangents):
+            raise RuntimeError(f"{name} has no forward-mode derivative: use torch.autograd.grad")
+
+        @staticmethod
         def forward(ctx, x, alpha_p, alpha_n, beta, bias):
             ctx.save_for_backward(x, alpha_p, alpha_n, bias)
             ctx.beta = beta
@@ -124,8 +137,22 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
             )
             return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
 
+    # The name is what grad_fn and profilers show.
+    activation = type(name, (Activation,), {})
+
     def forward_with_autograd(x, alpha_p, alpha_n, beta, bias=None):
-        return Activation.apply(x, alpha_p, alpha_n, beta, bias)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{name} works under torch.func's vmap alone, not under grad, vjp, jvp or what is"
+                " made of them: use torch.autograd.grad"
+            )
+        return activation.apply(x, alpha_p, alpha_n, beta, bias)
+
+    def decomposition(x, alpha_p, alpha_n, beta, bias=None):
+        """For exporters to where there is no such operator; ONNX's looks for one by itself."""
+        from megatron_xielu.kernels import cpu_compiled
+
+        return cpu_compiled.formula(name, x, alpha_p, alpha_n, beta, bias)
 
     for operator, function, fake, with_autograd in (
         (name, forward, forward_fake, forward_with_autograd),
@@ -134,11 +161,58 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
         _library.impl(operator, function, "CompositeExplicitAutograd")
         _library.impl(operator, with_autograd, "Autograd")
         torch.library.register_fake(f"megatron_xielu::{operator}", fake, lib=_library)
+    torch._decomp.register_decomposition(forward_op)(decomposition)
     return forward_op
+
+
+def _before_dtensor() -> None:
+    """DTensor asks for the shape of a result before it asks for the placements: a place to tell
+    these at no cost to anybody else."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_shardings()
 
 
 _xielu_op = _define_operators("xielu")
 _xiprelu_op = _define_operators("xiprelu")
+
+
+@functools.cache
+def _register_shardings() -> None:
+    """Tell DTensor that a shard of x gives that shard of the result, and a part of the sums that
+    are the gradients of the alphas and, where rows are split, of the bias."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    whole, part = Replicate(), Partial()
+
+    def shardings(x: Any) -> Iterator[tuple[Any, ...]]:
+        """Placements of x, of an alpha's gradient, of the bias and of its gradient."""
+        yield whole, whole, whole, whole
+        for dim in range(x.ndim - 1):
+            yield Shard(dim), part, whole, part
+        if x.ndim > 0:
+            yield Shard(x.ndim - 1), part, Shard(0), Shard(0)
+
+    def forward(x: Any, alpha_p: Any, alpha_n: Any, beta: float, *bias: Any) -> Any:
+        return [
+            ([of_x], [of_x, whole, whole, None, *(b and of_bias for b in bias)])
+            for of_x, _, of_bias, _ in shardings(x)
+        ]
+
+    def backward(dy: Any, x: Any, alpha_p: Any, alpha_n: Any, beta: float, *bias: Any) -> Any:
+        return [
+            (
+                [of_x, of_sum, of_sum, of_d_bias if any(bias) else whole],
+                [of_x, of_x, whole, whole, None, *(b and of_bias for b in bias)],
+            )
+            for of_x, of_sum, of_bias, of_d_bias in shardings(x)
+        ]
+
+    operators = torch.ops.megatron_xielu
+    register_sharding([operators.xielu.default, operators.xiprelu.default])(forward)
+    register_sharding([operators.xielu_backward.default, operators.xiprelu_backward.default])(
+        backward
+    )
 
 
 def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None) -> None:

@@ -9,16 +9,19 @@ checkpoints stay the same, with alphas in float32.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.activations import XIELUActivation
 
 from megatron_xielu import functional
+from megatron_xielu.common import schema
 from megatron_xielu.hf.modeling_xiprelu import Float32Module, XIPReLUActivation
 
 _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -35,6 +38,9 @@ class FusedActivation(Float32Module):
             clamp that the closed form does without, has no effect.
         function: of `megatron_xielu.functional`.
         stored: values that replace those of ``original``, by name.
+
+    The parameters are those of ``original`` where they stay on their device, so that an optimizer
+    that has them keeps them.
     """
 
     def __init__(
@@ -43,8 +49,11 @@ class FusedActivation(Float32Module):
         super().__init__()
         self.function = function
         for name, parameter in original.named_parameters():
-            value = stored.get(name, parameter.detach()).to(parameter.device).float()
-            self.register_parameter(name, nn.Parameter(value, parameter.requires_grad))
+            value = stored.get(name, parameter.detach())
+            # A copy: what is offloaded to a disk may be a read-only map of it.
+            value = value.to(parameter.device, torch.float32, copy=True)
+            parameter.data = value.view(parameter.shape)
+            self.register_parameter(name, parameter)
         for name, buffer in original.named_buffers():
             self.register_buffer(name, stored.get(name, buffer).to(buffer.device))
         # A Python number: reading it from a buffer in forward would break torch.compile's graph.
@@ -60,7 +69,8 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
     """Replace every xIELU and xIPReLU module of ``model``, in place.
 
     Args:
-        model: loaded by transformers; make an optimizer, and compile, after this.
+        model: loaded by transformers, perhaps with parts offloaded, and perhaps within PEFT's
+            model or torch.compile's. Shard it (FSDP, tensor parallelism) after this.
         alphas_from: folder with the model's safetensors, to take the alphas from it as they are
             stored. Without it they are those that transformers loaded, perhaps rounded.
 
@@ -68,41 +78,107 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
         How many modules were replaced.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; a module is on the meta device or sharded; DDP has alphas that
+            are not in float32; ``alphas_from`` holds what is not a model's.
         FileNotFoundError: ``alphas_from`` holds no safetensors.
         KeyError: they lack an alpha of the model.
     """
-    found = [
-        (name, module, _FUNCTIONS[type(module)])
-        for name, module in model.named_modules()
-        if type(module) in _FUNCTIONS
-    ]
+    found = {name: module for name, module in model.named_modules() if type(module) in _FUNCTIONS}
     if not found:
         raise ValueError(f"{type(model).__name__} has no xIELU and no xIPReLU activation")
-    stored: dict[str, dict[str, Tensor]] = {name: {} for name, *_ in found}
-    if alphas_from is not None:
-        _read(Path(alphas_from), stored)
-    for name, module, function in found:
-        model.set_submodule(name, FusedActivation(module, function, stored[name]))
-    return len(found)
+    stored = {} if alphas_from is None else _read(Path(alphas_from))
+    of_module = {
+        name: {} if alphas_from is None else _stored_for(name, stored, alphas_from)
+        for name in found
+    }
+    in_ddp = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    with ExitStack() as offloaded_are_here:
+        for module in found.values():
+            offloaded_are_here.enter_context(_loaded(module))
+        for name, module in found.items():
+            _check(name, module, in_ddp)
+        fused = {
+            name: FusedActivation(module, _FUNCTIONS[type(module)], of_module[name])
+            for name, module in found.items()
+        }
+    for name, module in fused.items():
+        model.set_submodule(name, module)
+    return len(fused)
 
 
-def _read(folder: Path, modules: dict[str, dict[str, Tensor]]) -> None:
-    """Fill in the stored tensors of the named modules."""
+def _loaded(module: nn.Module) -> AbstractContextManager[None]:
+    """While this is open, the module's parameters are there, even if accelerate offloads them."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def _check(name: str, module: nn.Module, in_ddp: bool) -> None:
+    """Raise on parameters that cannot become those of a `FusedActivation`."""
+    for alpha in ("alpha_p", "alpha_n"):
+        tensor = getattr(module, alpha, torch.empty(0)).data
+        if tensor.is_meta:
+            raise ValueError(f"{name}.{alpha} is on the meta device: load the model first")
+        if type(tensor) is not Tensor or tensor.numel() != 1:
+            raise ValueError(f"{name}.{alpha} is sharded: use_fused_activation comes before that")
+        if in_ddp and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name}.{alpha} is {tensor.dtype}, and DistributedDataParallel would not reduce "
+                "the gradient of a float32 one: use_fused_activation comes before that"
+            )
+
+
+@dataclass(frozen=True)
+class _Index:
+    """``model.safetensors.index.json``"""
+
+    weight_map: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for file in self.weight_map.values():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"weight_map names {file!r}, no safetensors file beside it")
+
+
+def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The stored tensors of every module that has a tensor alpha_p or alpha_n."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
+        files = set(schema.load(_Index, index).weight_map.values())
     elif (folder / "model.safetensors").exists():
         files = {"model.safetensors"}
     else:
         raise FileNotFoundError(f"{folder} holds no model.safetensors and no index of several")
-    for file in sorted(files):
-        with safe_open(folder / file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                module, _, name = key.rpartition(".")
-                if module in modules:
-                    modules[module][name] = tensors.get_tensor(key)
-    for module, values in modules.items():
-        for alpha in ("alpha_p", "alpha_n"):
-            if alpha not in values:
-                raise KeyError(f"{module}.{alpha} is not in the safetensors of {folder}")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(folder / file for file in files):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                    module, _, name = key.rpartition(".")
+                    if name in ("alpha_p", "alpha_n", "beta", "eps"):
+                        modules.setdefault(module, {})[name] = tensors.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: it cannot be read: {error}") from None
+    return modules
+
+
+def _stored_for(
+    name: str, stored: dict[str, dict[str, Tensor]], folder: str | Path
+) -> dict[str, Tensor]:
+    """The tensors of the module of this name in the model: what wraps the model, or a part of it,
+    adds to names in front and within."""
+    parts = [p for p in name.split(".") if p not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    names = (".".join(parts[i:]) for i in range(len(parts)))
+    values = next((stored[name] for name in names if name in stored), {})
+    for alpha in ("alpha_p", "alpha_n"):
+        if alpha not in values:
+            raise KeyError(f"{name}.{alpha} is not in the safetensors of {folder}")
+    for key, value in values.items():
+        if value.numel() != 1 or not value.float().isfinite() or (key == "beta" and value <= 0):
+            raise ValueError(
+                f"{folder}: {name}.{key} holds no number that fits "
+                f"({value.dtype}, shape {tuple(value.shape)})"
+            )
+    return values

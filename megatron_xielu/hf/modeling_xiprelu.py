@@ -39,13 +39,14 @@ _FLOAT32 = ["act_fn"]
 
 
 class Float32Module(nn.Module):
-    """A module that casts like ``model.to(torch.bfloat16)`` move but never narrow."""
+    """A module that casts like ``model.to(torch.bfloat16)`` never narrow below float32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            narrowed = torch.finfo(result.dtype).bits < torch.finfo(tensor.dtype).bits
-            return tensor.to(result.device) if narrowed else result
+            if torch.finfo(result.dtype).bits >= min(32, torch.finfo(tensor.dtype).bits):
+                return result
+            return tensor.to(result.device, torch.float32)
 
         return super()._apply(keep_precision, recurse)
 

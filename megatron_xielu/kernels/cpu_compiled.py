@@ -109,6 +109,22 @@ def _effective(name: str, alpha_p: Tensor, alpha_n: Tensor, beta: float) -> _Eff
     return tuple(value.float() for value in values)  # type: ignore[return-value]
 
 
+def formula(
+    name: str,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``f(x + bias)``, any dtype, in operations that every exporter knows."""
+    if x.dtype == torch.float64:
+        exact = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[name]
+        return exact(x if bias is None else x + bias, alpha_p, alpha_n, beta=beta)
+    value = {"xielu": _xielu, "xiprelu": _xiprelu}[name]
+    return value(_load(x, bias), _effective(name, alpha_p, alpha_n, beta)).to(x.dtype)
+
+
 def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of whole rows, the last one longer than the others rather than a single row."""
     rows = max(2, _CHUNK // math.prod(shape[1:]))

@@ -1,14 +1,23 @@
 """Hugging Face: xIPReLU's remote code, its registration, and our kernels in a loaded model."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from hostile import damaged, damaged_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launch import start, wait
+from safetensors.torch import load_file, save, save_file
+from torch.nn import ModuleDict
 from transformers import (
     ApertusConfig,
     ApertusForCausalLM,
@@ -29,6 +38,9 @@ TINY = {
 }
 # Not representable in bfloat16, where neighbours are 1.0 apart.
 ALPHA = 130.3
+# Of the xIELU models.
+STORED = {torch.tensor(value).item() for value in (0.3, -1.1)}
+INDEX = "model.safetensors.index.json"
 TOKENS = torch.arange(3, 27).reshape(2, 12)
 
 XIPRELU = {
@@ -178,8 +190,6 @@ class TestActivation:
 @pytest.fixture(scope="module", params=["arcee", "apertus"])
 def xielu_folder(request, tmp_path_factory) -> Path:
     """A stock xIELU model in float32, alphas as the export writes them."""
-    from safetensors.torch import load_file, save_file
-
     config, model = XIELU[request.param]
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp(f"xielu_{request.param}")
@@ -216,7 +226,7 @@ class TestFusedActivation:
         hf.use_fused_activation(model, alphas_from=xielu_folder)
         model.to(torch.bfloat16)
         assert {(a.dtype, a.item()) for a in alphas(model).values()} == {
-            (torch.float32, torch.tensor(value).item()) for value in (0.3, -1.1)
+            (torch.float32, value) for value in STORED
         }
         model(TOKENS).logits.float().mean().backward()
         assert all(a.grad is not None for a in alphas(model).values())
@@ -248,3 +258,118 @@ class TestFusedActivation:
         relu2.save_pretrained(tmp_path)
         with pytest.raises(KeyError, match=r"act_fn\.alpha_p is not in the safetensors"):
             hf.use_fused_activation(model, alphas_from=tmp_path)
+        with torch.device("meta"):
+            meta = AutoModelForCausalLM.from_config(model.config)
+        for alphas_from in (None, xielu_folder):
+            with pytest.raises(ValueError, match=r"act_fn.alpha_p is on the meta device: load"):
+                hf.use_fused_activation(meta, alphas_from=alphas_from)
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda model: torch.compile(model, backend="eager"),
+            # PEFT's names
+            lambda model: ModuleDict({"base_model": ModuleDict({"model": model})}),
+        ],
+    )
+    def test_within_another_model(self, xielu_folder: Path, wrap) -> None:
+        model = AutoModelForCausalLM.from_pretrained(xielu_folder)
+        model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+        wrapped = wrap(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), 1.0)  # before, against the advice
+        assert hf.use_fused_activation(wrapped, alphas_from=xielu_folder) == 2
+        assert {alpha.item() for alpha in alphas(model).values()} == STORED
+        model(TOKENS).logits.square().mean().backward()
+        optimizer.step()
+        assert not {alpha.item() for alpha in alphas(model).values()} & STORED
+
+    @pytest.mark.parametrize("offload", ["cpu", "disk", "map"])
+    @pytest.mark.parametrize("from_files", [False, True])
+    def test_offloaded(
+        self, xielu_folder: Path, tmp_path: Path, offload: str, from_files: bool
+    ) -> None:
+        """The alphas stay where the activation is computed."""
+        model = AutoModelForCausalLM.from_pretrained(xielu_folder)
+        model.float()
+        hf.use_fused_activation(model, alphas_from=xielu_folder if from_files else None)
+        expected = model(TOKENS).logits
+        device_map = {"lm_head": "cpu", **{f"model.{name}": "cpu" for name in model.model._modules}}
+        del device_map["model.layers"]
+        device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+        offloaded = AutoModelForCausalLM.from_pretrained(
+            xielu_folder,
+            dtype=torch.float32,
+            device_map=device_map if offload == "map" else None,
+            offload_folder=tmp_path,
+        )
+        if offload == "cpu":
+            cpu_offload(offloaded, torch.device("cpu"))
+        if offload == "disk":
+            disk_offload(offloaded, tmp_path, torch.device("cpu"))
+        hf.use_fused_activation(offloaded, alphas_from=xielu_folder if from_files else None)
+        torch.testing.assert_close(offloaded(TOKENS).logits, expected)
+        alpha = next(iter(alphas(offloaded).values()))
+        alpha.data += 1  # its own memory, not a file's
+
+    def test_all_that_is_done_with_a_model(self, folders: dict[str, Path]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folders["arcee"], dtype=torch.float32)
+        hf.use_fused_activation(model)
+        copies = [copy.deepcopy(model) for _ in range(3)]
+        copies[1].train().gradient_checkpointing_enable()
+        copies[2] = torch.compile(copies[2], backend="aot_eager", fullgraph=True)
+        gradients = []
+        for one in (model, *copies):
+            one(TOKENS).logits.square().mean().backward()
+            gradients.append([p.grad for p in alphas(one).values()])
+        for others in gradients[1:]:
+            torch.testing.assert_close(others, gradients[0])
+
+    @pytest.mark.parametrize(
+        "file",
+        [3, "../x.safetensors", "..", "", "/etc/passwd", "absent.safetensors", INDEX, "a\n", "\0"],
+    )
+    def test_a_damaged_index(self, xielu_folder: Path, tmp_path: Path, file) -> None:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+        model = AutoModelForCausalLM.from_pretrained(xielu_folder)
+        with pytest.raises(ValueError, match=f"{tmp_path}.*") as raised:
+            hf.use_fused_activation(model, alphas_from=tmp_path)
+        assert "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [torch.zeros(2), torch.zeros(1, 0), torch.tensor([float("nan")])],
+    )
+    def test_a_stored_alpha_that_is_none(self, xielu_folder: Path, tmp_path: Path, wrong) -> None:
+        tensors = load_file(xielu_folder / "model.safetensors")
+        tensors["model.layers.1.mlp.act_fn.alpha_n"] = wrong
+        save_file(tensors, tmp_path / "model.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(xielu_folder)
+        before = [(name, id(module)) for name, module in model.named_modules()]
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.alpha_n holds no number"):
+            hf.use_fused_activation(model, alphas_from=tmp_path)
+        assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+    @settings(max_examples=50, deadline=None)
+    @given(data=st.data())
+    def test_damaged_files(self, data: st.DataObject) -> None:
+        good = save({f"act_fn.alpha_{side}": torch.zeros(1) for side in "pn"})
+        index = {"metadata": {"total_size": 8}, "weight_map": {"act_fn.alpha_p": "a.safetensors"}}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)
+            if data.draw(st.booleans()):
+                (path / INDEX).write_text(json.dumps(data.draw(damaged(index))))
+                (path / "a.safetensors").write_bytes(good)
+            else:
+                (path / "model.safetensors").write_bytes(data.draw(damaged_bytes(good)))
+            model = torch.nn.ModuleDict({"act_fn": modeling_xiprelu.XIPReLUActivation()})
+            try:
+                hf.use_fused_activation(model, alphas_from=path)
+            except (ValueError, KeyError) as error:
+                assert folder in str(error) and "\n" not in str(error)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """The recipe of docs/huggingface.md for FSDP2; DDP; what is refused."""
+    log = tmp_path / "log.txt"
+    script = Path(__file__).with_name("hf_two_ranks.py")
+    assert wait(start([], ranks=2, log=log, command=[str(script)])) == [0, 0], log.read_text()

@@ -9,7 +9,9 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 import megatron_xielu
-from megatron_xielu import XIELU, XIPReLU
+from megatron_xielu import XIELU, XIPReLU, functional
+from megatron_xielu.hf.fused import FusedActivation
+from megatron_xielu.hf.modeling_xiprelu import XIPReLUActivation
 from megatron_xielu.kernels import reference
 
 BOTH = pytest.mark.parametrize("activation", [XIELU, XIPReLU])
@@ -70,8 +72,18 @@ def test_alphas_stay_fp32_in_a_16_bit_model(activation, cast):
 @BOTH
 def test_other_casts_and_moves(activation):
     module = activation()
-    assert copy.deepcopy(module).double().alpha_p.dtype == torch.float64
-    assert copy.deepcopy(module).double().float().alpha_p.dtype == torch.float64  # never narrowed
+    for one in (module, FusedActivation(XIPReLUActivation(), functional.xiprelu, {})):
+        original = one.alpha_p.item()
+        for cast, dtype in (
+            ("bfloat16", torch.float32),
+            ("double", torch.float64),
+            ("half", torch.float32),
+            ("double", torch.float64),
+            ("float", torch.float32),
+        ):
+            getattr(one, cast)()
+            assert (one.alpha_p.dtype, one.alpha_p.item()) == (dtype, original)
+        one(torch.randn(3)).sum().backward()
     with torch.device("meta"):
         on_meta = activation()
     assert on_meta.alpha_n.is_meta
@@ -82,6 +94,21 @@ def test_other_casts_and_moves(activation):
     other = activation(alpha_p_init=3.0)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.alpha_p, module.alpha_p)
+
+
+def test_a_copy_is_in_the_same_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        module = torch.nn.Sequential(XIELU(tp_group=torch.distributed.group.WORLD))
+        copied = copy.deepcopy(module)
+        assert copied[0].tp_group is module[0].tp_group is not None
+        assert torch.equal(copied[0].alpha_p, module[0].alpha_p)
+        assert copied[0].alpha_p is not module[0].alpha_p
+        torch.testing.assert_close(copied(torch.ones(3)), module(torch.ones(3)))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @BOTH
@@ -105,6 +132,11 @@ def test_compiles_into_one_graph(activation):
         (XIPReLU, {"alpha_n_init": 0.0}, "alpha_n_init of XIPReLU"),
         (XIPReLU, {"alpha_p_init": float("inf")}, "alpha_p_init must be a finite number"),
         (XIELU, {"beta": -1.0}, "beta must be a finite number above 0"),
+        (XIPReLU, {"alpha_p_init": 1e39}, "alpha_p_init must be .* got 1e"),  # inf in float32
+        (XIELU, {"alpha_n_init": float("nan")}, "alpha_n_init of XIELU must be .* got nan"),
+        (XIELU, {"alpha_n_init": "0.8"}, "alpha_n_init of XIELU must be .* got '0.8'"),
+        (XIELU, {"alpha_p_init": None}, "alpha_p_init must be .* got None"),
+        (XIELU, {"beta": True}, "beta must be .* got True"),
     ],
 )
 def test_bad_settings(activation, settings, message):
