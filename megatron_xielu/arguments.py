@@ -147,9 +147,10 @@ def validate(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag to change.
     """
-    if args.xielu_check_tp_sync < 0:
-        raise ValueError("--xielu-check-tp-sync must be 0 or more")
-    if activation_builder(args) is None:
+    builder = activation_builder(args)
+    for problem in catalog.out_of_range(args):
+        raise ValueError(problem)
+    if builder is None:
         flags = {"xielu_recompute_output": recompute.FLAG, **_TRAINED_ALPHAS}
         for argument, given in flags.items():
             if getattr(args, argument):
@@ -163,14 +164,8 @@ def validate(args: Namespace) -> None:
         for refusal in catalog.EXPERTS_AND_MTP:
             if refusal.is_given(args):
                 raise ValueError(f"{flag} with {refusal.flag} needs megatron-core 0.19")
-    if args.transformer_impl == "inference_optimized":
-        raise ValueError(f"{flag} does not work with --transformer-impl inference_optimized")
-    if args.spec and args.spec[0] != catalog.SPEC_MODULE:
-        raise ValueError(
-            f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "
-            "spec with megatron_xielu.layer_specs.with_activation"
-        )
-    check_upcycling(args)
+    for problem in catalog.also_not_with_ours(args, flag):
+        raise ValueError(problem)
     # Megatron's own fusion of a bias and an activation knows only its own activations.
     args.xielu_fuse_bias = args.bias_gelu_fusion and args.add_bias_linear
     args.bias_gelu_fusion = False
@@ -210,7 +205,7 @@ def check_upcycling(args: Namespace) -> None:
         ValueError: naming the flag.
     """
     if args.moe_use_upcycling:
-        raise ValueError("--moe-use-upcycling does not work with xIELU and xIPReLU; drop it")
+        raise ValueError(catalog.UPCYCLING)
 
 
 def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:

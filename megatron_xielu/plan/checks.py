@@ -26,6 +26,8 @@ _WALKED = {"tensor": 8, "pipeline": 4, "data": 512}
 _SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZ|S)|SECRET|PASSWORD", re.IGNORECASE)
 _SECRET_LENGTH = 8
 
+_MOST_LISTED = 64  # of sizes that would work
+
 
 def problems(
     plan: Plan, *, check_files: bool = True, environment: Mapping[str, str] | None = None
@@ -101,8 +103,10 @@ def _flags(plan: Plan) -> Iterator[str]:
     if plan.model.activation in TRAINABLE:
         name = f"--{plan.model.activation}"
         excluded = [*catalog.WITH_OURS, *catalog.BY_ENTRY]
-        if args.transformer_impl == "inference_optimized":
-            yield f"{name} does not work with --transformer-impl inference_optimized"
+        yield from catalog.also_not_with_ours(args, name)
+        floor = catalog.alpha_n_floor(plan.model.activation, args.xielu_beta)
+        if args.xielu_alpha_n_init <= floor:
+            yield f"--xielu-alpha-n-init of {name} must be above {floor}"
     else:
         name, excluded = "this entry", [*catalog.BY_ENTRY]
         for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
@@ -175,7 +179,7 @@ def _layout(plan: Plan) -> Iterator[str]:
     }
     for what, size in split.items():
         if size % tensor:
-            yield f"{tp} does not divide {what}; use one of {_divisors(size, 64)}"
+            yield f"{tp} does not divide {what}; use one of {_divisors(size, _MOST_LISTED)}"
     if m.groups % tensor and tensor % m.groups:
         yield f"{tp} neither divides --num-query-groups {m.groups} nor is a multiple of it"
     if m.heads % m.groups:
@@ -208,7 +212,7 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     if layers % pipeline:
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide --num-layers {layers}; "
-            f"use one of {_divisors(layers, 64)}"
+            f"use one of {_divisors(layers, _MOST_LISTED)}"
         )
     elif per_chunk and layers // pipeline % per_chunk:
         yield (
@@ -242,16 +246,16 @@ def _batch(plan: Plan) -> Iterator[str]:
         f"--global-batch-size {n}" for n in (batch // unit * unit, (batch // unit + 1) * unit) if n
     ]
     if batch % data == 0:
-        sizes = [size for size in range(1, batch // data + 1) if batch // data % size == 0]
-        works.append(f"--micro-batch-size {_one_of(sizes)}")
-    nodes = [
+        works.append(f"--micro-batch-size {_divisors(batch // data, _MOST_LISTED)}")
+    fewer = range(plan.cluster.nodes - 1, 0, -1)
+    nodes = (
         n
-        for n in range(1, plan.cluster.nodes)
+        for n in fewer
         if n * plan.cluster.gpus_per_node % parts == 0
         and batch % (micro * (n * plan.cluster.gpus_per_node // parts)) == 0
-    ]
-    if nodes:
-        works.append(f"--nodes {nodes[-1]}")
+    )
+    if most := next(nodes, None):
+        works.append(f"--nodes {most}")
     reason = (
         f"has fewer samples than the {data} data-parallel ranks"
         if batch < data
@@ -303,7 +307,7 @@ def _fixes(plan: Plan) -> str:
         ways.append(["--recompute-activations"])
     if m.activation in TRAINABLE and not args.xielu_recompute_output:
         ways.append(["--xielu-recompute-output"])
-    smaller = range(plan.micro_batch - 1, 0, -1)
+    smaller = range(min(plan.micro_batch - 1, _MOST_LISTED), 0, -1)
     ways.append([f"--micro-batch-size {micro}" for micro in smaller])
     doubled = [plan.tensor * 2**n for n in range(1, 4)]
     ways.append(
