@@ -9,13 +9,18 @@ import contextlib
 import copy
 import io
 import re
+import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_xielu import catalog
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.common import data_lists, schema
+from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -198,6 +203,96 @@ def check_supported(args: Namespace) -> None:
         )
 
 
+def check_layout(args: Namespace) -> None:
+    """Refuse parallel sizes that the ranks, the model or the batch cannot be divided by.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context = args.context_parallel_size
+    parts = tensor * pipeline * context
+    if args.world_size % parts:
+        raise ValueError(
+            f"{args.world_size} ranks are not a multiple of --tensor-model-parallel-size {tensor} "
+            f"× --pipeline-model-parallel-size {pipeline} × --context-parallel-size {context}; "
+            "change one of them, or the number of ranks"
+        )
+    heads = args.num_attention_heads
+    if args.group_query_attention and heads and heads % args.num_query_groups:
+        raise ValueError(
+            f"--num-query-groups {args.num_query_groups} does not divide --num-attention-heads "
+            f"{heads}"
+        )
+    for argument in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+        size = getattr(args, argument)
+        if size and size % tensor:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tensor} does not divide "
+                f"{catalog.flag_of(argument)} {size}"
+            )
+
+
+def check_files(args: Namespace) -> None:
+    """Read what says where the data are, before a model is built.
+
+    Raises:
+        ValueError: naming the flag, and the file.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+
+    if args.split is not None:
+        try:
+            shares = parse_and_normalize_split(args.split)
+        except (AssertionError, ValueError):
+            shares = []
+        if not sum(shares) > 0:  # NaN where all are 0
+            raise ValueError(
+                f"--split must be three shares, such as 969,30,1, not {ascii(args.split)[:40]}"
+            )
+    sequences_per_dataset(args)
+    for argument in data_lists.ARGUMENTS:
+        value = getattr(args, argument)
+        # Megatron reads those of an object store itself.
+        if value is not None and not (argument in data_lists.FILES and "://" in value):
+            data_lists.words(argument, value)
+
+
+def sequences_per_dataset(args: Namespace) -> dict[str, tuple[int, int]] | None:
+    """How many sequences and documents each data prefix has, of ``--per-dataset-sequences-path``.
+
+    Raises:
+        ValueError: naming the flag and the file.
+    """
+    path = args.per_dataset_sequences_path
+    if path is None:
+        return None
+    try:
+        return schema.load(dict[str, tuple[Count, Count]], Path(path))
+    except OSError as error:
+        why = f"{path}: {error.strerror}"
+    except Malformed as error:
+        why = str(error)
+    raise ValueError(f"--per-dataset-sequences-path {why}")
+
+
+@contextlib.contextmanager
+def megatrons_checks() -> Iterator[None]:
+    """Have what Megatron's own checks raise as a ValueError of one line.
+
+    An assertion may have no words, and arithmetic no name of a flag: these are quoted.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, ArithmeticError, OSError) as error:
+        said = " ".join(str(error).split())
+        if not said or isinstance(error, ArithmeticError):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}, line {place.lineno}"
+            said = f"{said or 'this does not hold'}: {place.line} ({where})"
+        raise ValueError(f"Megatron does not take these arguments: {said}") from error
+
+
 def check_upcycling(args: Namespace) -> None:
     """Refuse to make experts of a dense checkpoint: Megatron scales their weights for GELU.
 
@@ -331,7 +426,9 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
     # Megatron names an activation of its own by a flag, and --spec by a module: check both first.
     optimizer_format.check_optimizer(args)
     validate(args)
+    check_layout(args)
     check_checkpoint(args)
-    validate_args(args, args_defaults)
-    set_global_variables(args)
+    with megatrons_checks():
+        validate_args(args, args_defaults)
+        set_global_variables(args)
     return args

@@ -7,7 +7,9 @@ Every other file asks here. Standard library only, and of Python 3.9: a plan run
 
 from __future__ import annotations
 
+import contextlib
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +117,23 @@ class Limits:
         if value > self.most or (self.below and value == self.most):
             return f"must be {'below' if self.below else 'at most'} {self.most}"
         return ""
+
+    def read(self, word: str) -> Any:
+        """The ``type`` of an option of argparse.
+
+        Raises:
+            ArgumentTypeError: not such a number.
+        """
+        value: Any = word
+        with contextlib.suppress(ValueError):
+            value = int(word) if self.whole else float(word)
+        fault = self.fault(value)
+        if fault:
+            raise ArgumentTypeError(f"{fault}, not {ascii(word)[:40]}")
+        return value
+
+
+GPUS = Limits(1, 100_000)  # of a job, or its nodes: beyond any cluster that there is
 
 
 _SIZE = Limits(1, 2**31 - 1)

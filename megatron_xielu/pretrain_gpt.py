@@ -11,6 +11,7 @@ The training loop, the model and every other flag are Megatron's own. Without ``
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 from megatron_xielu import startup
 
@@ -23,17 +24,27 @@ def main() -> None:
     try:
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
         arguments.check_supported(args)
+        arguments.check_files(args)
+        with arguments.megatrons_checks():
+            config = _configuration(args)
     except ValueError as error:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
-    _train(args)
+    _train(args, config)
 
 
-def _train(args: Namespace) -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import inprocess_restart, pretrain
+def _configuration(args: Namespace) -> Any:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_xielu import layer_specs, training_step
+    from megatron_xielu import layer_specs
+
+    return pretrain_cfg_container_from_args(args, layer_specs.model_config(args))
+
+
+def _train(args: Namespace, config: Any) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import inprocess_restart, pretrain
+
+    from megatron_xielu import training_step
     from megatron_xielu.arguments import activation_name
     from megatron_xielu.features import alpha_logging
 
@@ -44,7 +55,7 @@ def _train(args: Namespace) -> None:
     data_sets.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
-        pretrain_cfg_container_from_args(args, layer_specs.model_config(args)),
+        config,
         data_sets,
         ModelType.encoder_or_decoder,
         training_step.forward_step,

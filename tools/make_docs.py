@@ -79,8 +79,7 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 
 ## By the plan (`--dry-run`)
 
-The flags of the first four tables, but for `--moe-use-upcycling` and `--spec` of another module;
-and:
+The flags of the first four tables, and:
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan counts dense GPT models.
 

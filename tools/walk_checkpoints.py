@@ -25,11 +25,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launcher_command import megatron_arguments
 
-from megatron_xielu.common import files
+from megatron_xielu.catalog import Limits
+from megatron_xielu.common import files, schema
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
 MODELS = {
@@ -234,13 +235,24 @@ def _made_with(*, stock: bool) -> str:
     )
 
 
+@dataclass
+class _Logged(Walked):
+    """As JSON has it."""
+
+    layout: tuple[str, str, int, int, int, str]  # type: ignore[assignment]
+
+
 def _read(log: Path, made_with: str) -> list[Walked]:
     if not log.exists():
         return []
-    content = json.loads(log.read_text())
-    if content["made with"] != made_with:
-        raise SystemExit(f"{log} is of {content['made with']}, not {made_with}; give another --log")
-    return [Walked(Layout(*fields.pop("layout")), **fields) for fields in content["walked"]]
+    try:
+        content = schema.load(dict[str, Any], log)
+        if content.get("made with") != made_with:
+            raise schema.Malformed(f"{log} is of {content.get('made with')}, not {made_with}")
+        walked = schema.check(list[_Logged], content.get("walked"), log)
+    except (OSError, schema.Malformed) as error:
+        raise SystemExit(f"{error}; give another --log") from None
+    return [Walked(**{**vars(one), "layout": Layout(*one.layout)}) for one in walked]
 
 
 def _write(log: Path, made_with: str, done: list[Walked]) -> None:
@@ -252,8 +264,13 @@ def main() -> int:
     """Walk until the time is up, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--minutes", type=float, default=20.0, help="start no layout after so many (20)")
-    add("--processes", type=int, default=2, help="that walk at a time (2)")
+    add(
+        "--minutes",
+        type=Limits(0, 1e6, whole=False).read,
+        default=20.0,
+        help="start no layout after so many (20)",
+    )
+    add("--processes", type=Limits(1, 1024).read, default=2, help="that walk at a time (2)")
     add("--stock", action="store_true", help="without this package's mends")
     add("--log", type=Path, help="what was walked, written as it goes")
     add(

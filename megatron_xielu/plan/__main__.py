@@ -8,14 +8,13 @@ counts dense GPT models. Standard library only, Python 3.9 and newer: it runs on
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_xielu.catalog import ACTIVATIONS, NUMBERS, Limits
+from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS, Limits
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.flags import PlanError
@@ -66,11 +65,10 @@ def _options() -> argparse.ArgumentParser:
     )
     default = Cluster()
     add = parser.add_argument
-    # Beyond any cluster that there is.
-    count, speed = _number(Limits(1, 100_000)), _number(Limits(0.001, 1e6, whole=False))
-    size = _number(NUMBERS["--vocab-size"])
-    add("--nodes", type=count, default=default.nodes)
-    add("--gpus-per-node", type=count, default=default.gpus_per_node)
+    size = NUMBERS["--vocab-size"].read
+    speed = Limits(0.001, 1e6, whole=False).read
+    add("--nodes", type=GPUS.read, default=default.nodes)
+    add("--gpus-per-node", type=GPUS.read, default=default.gpus_per_node)
     add("--gpu-memory", type=speed, default=default.gpu_memory_gib, metavar="GIB")
     add(
         "--peak-tflops",
@@ -80,7 +78,7 @@ def _options() -> argparse.ArgumentParser:
     )
     add(
         "--mfu",
-        type=_number(Limits(0.001, 1, whole=False)),
+        type=Limits(0.001, 1, whole=False).read,
         default=default.mfu,
         help="share of the peak that the model's FLOPs reach; an assumption (default: %(default)s)",
     )
@@ -105,21 +103,6 @@ def _options() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="print nothing but problems")
     add("--json", action="store_true")
     return parser
-
-
-def _number(limits: Limits) -> Callable[[str], float]:
-    """For argparse: a number within limits."""
-
-    def read(word: str) -> float:
-        value: object = word
-        with contextlib.suppress(ValueError):
-            value = int(word) if limits.whole else float(word)
-        fault = limits.fault(value)
-        if fault:
-            raise argparse.ArgumentTypeError(f"{fault}, not {ascii(word)[:40]}")
-        return value  # type: ignore[return-value]
-
-    return read
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

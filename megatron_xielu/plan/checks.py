@@ -7,15 +7,14 @@ do not.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from megatron_xielu import catalog
-from megatron_xielu.catalog import TRAINABLE, activations_of
+from megatron_xielu.catalog import TRAINABLE, activations_of, flag_of
 from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.common import data_lists
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
@@ -355,33 +354,23 @@ def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _files(plan: Plan) -> Iterator[str]:
+    """Files by absolute path; others may be meant where the run starts."""
     args = plan.args
-    for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model"):
-        path = getattr(args, name)
-        if _is_local(path) and not Path(path).exists():
-            yield f"--{name.replace('_', '-')} {path} does not exist"
-    prefixes = {
-        "--data-path": args.data_path,
-        "--train-data-path": args.train_data_path,
-        "--valid-data-path": args.valid_data_path,
-        "--test-data-path": args.test_data_path,
-    }
-    if _is_local(args.data_args_path) and Path(args.data_args_path).is_file():
-        prefixes["--data-args-path"] = Path(args.data_args_path).read_text().split()
-    splits = args.per_split_data_args_path
-    if _is_local(splits) and Path(splits).is_file():
+    if _is_local(args.tokenizer_model) and not os.path.exists(args.tokenizer_model):
+        yield f"--tokenizer-model {args.tokenizer_model} does not exist"
+    for argument in data_lists.ARGUMENTS:
+        value = getattr(args, argument)
+        if value is None or (argument in data_lists.FILES and not _is_local(value)):
+            continue
         try:
-            listed = json.loads(Path(splits).read_text())
-            prefixes["--per-split-data-args-path"] = [
-                x for each in listed.values() for x in each or ()
-            ]
-        except (ValueError, AttributeError, TypeError):
-            yield f"--per-split-data-args-path {splits} is not a JSON object of lists"
-    for flag, words in prefixes.items():
+            words = data_lists.words(argument, value)
+        except ValueError as error:
+            yield str(error)
+            continue
         for prefix in filter(_is_local, words):
             for suffix in (".bin", ".idx"):
-                if not Path(prefix + suffix).is_file():
-                    yield f"{flag} {prefix}: {prefix}{suffix} does not exist"
+                if not os.path.isfile(prefix + suffix):
+                    yield f"{flag_of(argument)} {prefix}: {prefix}{suffix} does not exist"
 
 
 def _is_local(path: str | None) -> bool:

@@ -52,7 +52,14 @@ _STRINGS = {
     "data-args-path": None,
     "per-split-data-args-path": None,
 }
-_LISTS = "recompute-modules data-path train-data-path valid-data-path test-data-path spec".split()
+_LISTS: dict[str, list[str] | None] = {
+    "recompute-modules": [],
+    "spec": [],
+    "data-path": None,
+    "train-data-path": None,
+    "valid-data-path": None,
+    "test-data-path": None,
+}
 
 
 class PlanError(ValueError):
@@ -82,8 +89,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--disable-bias-linear", dest="add_bias_linear", action="store_false")
     for flag, default in _STRINGS.items():
         parser.add_argument(f"--{flag}", default=default)
-    for flag in _LISTS:
-        parser.add_argument(f"--{flag}", nargs="*", default=[])
+    for flag, words in _LISTS.items():
+        parser.add_argument(f"--{flag}", nargs="*", default=words)
     parser.set_defaults(**_DEFAULTS)
     args, _ = parser.parse_known_args(list(argv))
     problems = out_of_range(args)
