@@ -175,7 +175,7 @@ NUMBERS = {
     "--seed": Limits(1, 2**32 - 1),  # NumPy's
     **dict.fromkeys(
         (
-            "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps --norm-epsilon "
+            "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps "
             "--init-method-std --loss-scale"
         ).split(),
         _FROM_0,
