@@ -10,8 +10,9 @@ The training loop, the model and every other flag are Megatron's own. Without ``
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
-from typing import Any
+from collections.abc import Iterator
 
 from megatron_xielu import startup
 
@@ -21,33 +22,32 @@ def main() -> None:
     startup.start()
     from megatron_xielu import arguments
 
-    try:
+    with _errors_in_one_line():
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
         arguments.check_supported(args)
         arguments.check_files(args)
-        with arguments.megatrons_checks():
-            config = _configuration(args)
+    _train(args)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
-    _train(args, config)
 
 
-def _configuration(args: Namespace) -> Any:
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from megatron_xielu import layer_specs
-
-    return pretrain_cfg_container_from_args(args, layer_specs.model_config(args))
-
-
-def _train(args: Namespace, config: Any) -> None:
+def _train(args: Namespace) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_xielu import training_step
-    from megatron_xielu.arguments import activation_name
+    from megatron_xielu import layer_specs, training_step
+    from megatron_xielu.arguments import activation_name, megatrons_checks
     from megatron_xielu.features import alpha_logging
 
+    with _errors_in_one_line(), megatrons_checks():
+        config = pretrain_cfg_container_from_args(args, layer_specs.model_config(args))
     if activation_name(args) and args.tensorboard_dir:
         alpha_logging.install()
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.

@@ -76,5 +76,7 @@ def _read(path: str, where: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{where} is no text: not UTF-8") from None
+    except FileNotFoundError:
+        raise ValueError(f"{where} does not exist") from None
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error.strerror}") from None

@@ -149,7 +149,7 @@ GOOD = {"train": ["0.7", "/data/a", 0.3, "/data/b"], "valid": "/data/c", "test":
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file or directory"),
+        (None, "does not exist"),
         ("folder", "cannot be read: Is a directory"),
         (b"\xff\xfe", "is no text: not UTF-8"),
         (b"", "is no JSON: Expecting value"),
@@ -174,7 +174,7 @@ def test_data_by_split(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file or directory"),
+        (None, "does not exist"),
         ("folder", "cannot be read: Is a directory"),
         (b"\xff\xfe", "is no text: not UTF-8"),
         (b" \n", "is [], not a list of prefixes of files"),
