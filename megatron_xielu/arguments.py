@@ -204,7 +204,7 @@ def check_supported(args: Namespace) -> None:
 
 
 def check_layout(args: Namespace) -> None:
-    """Refuse parallel sizes that the ranks, the model or the batch cannot be divided by.
+    """Refuse parallel sizes that the ranks or the model cannot be divided by.
 
     Raises:
         ValueError: naming the flags.
@@ -224,7 +224,9 @@ def check_layout(args: Namespace) -> None:
             f"--num-query-groups {args.num_query_groups} does not divide --num-attention-heads "
             f"{heads}"
         )
-    for argument in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+    split = ["num_attention_heads", "padded_vocab_size"]
+    split += [] if args.num_experts else ["ffn_hidden_size"]  # experts have their own sizes
+    for argument in split:
         size = getattr(args, argument)
         if size and size % tensor:
             raise ValueError(

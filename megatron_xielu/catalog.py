@@ -135,11 +135,9 @@ class Limits:
 
 GPUS = Limits(1, 100_000)  # of a job, or its nodes: beyond any cluster that there is
 
-
 _SIZE = Limits(1, 2**31 - 1)
 _COUNT = Limits(0, 2**63 - 1)
 _FROM_0 = Limits(0, 1e30, whole=False)
-_ABOVE_0 = Limits(0, 1e30, whole=False, above=True)
 _SHARE = Limits(0, 1, whole=False)
 # The largest that has been learned is 174, in a released model; 16 bits end at 65504.
 _ALPHA = Limits(0, 1000, whole=False, above=True)
@@ -175,13 +173,13 @@ NUMBERS = {
     "--seed": Limits(1, 2**32 - 1),  # NumPy's
     **dict.fromkeys(
         (
-            "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps "
-            "--init-method-std --loss-scale"
+            "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps --init-method-std "
+            "--loss-scale"
         ).split(),
         _FROM_0,
     ),
     "--clip-grad": Limits(0, whole=False),  # infinity: measured, and not clipped
-    "--rope-scaling-factor": _ABOVE_0,
+    "--rope-scaling-factor": Limits(0, 1e30, whole=False, above=True),
     "--rotary-percent": Limits(0, 1, whole=False, above=True),
     **dict.fromkeys(("--adam-beta1", "--adam-beta2"), Limits(0, 1, whole=False, below=True)),
     **dict.fromkeys(("--lr-warmup-fraction", "--hidden-dropout", "--attention-dropout"), _SHARE),

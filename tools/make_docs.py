@@ -27,7 +27,8 @@ def limits() -> str:
 
 # Limits: what is refused, and why
 
-Each of these ends a run before anything is allocated, with one line that names the flag.
+Each of these ends a run before anything is allocated, with one line that names the flag. So does a
+number out of its flag's range, of which `NUMBERS` in megatron_xielu/catalog.py has the usual ones.
 
 ## With `--xielu` and `--xiprelu`
 

@@ -248,7 +248,7 @@ def _read(log: Path, made_with: str) -> list[Walked]:
     try:
         content = schema.load(dict[str, Any], log)
         if content.get("made with") != made_with:
-            raise schema.Malformed(f"{log} is of {content.get('made with')}, not {made_with}")
+            raise schema.Malformed(f"{log} is of {content.get('made with')!a}, not {made_with}")
         walked = schema.check(list[_Logged], content.get("walked"), log)
     except (OSError, schema.Malformed) as error:
         raise SystemExit(f"{error}; give another --log") from None

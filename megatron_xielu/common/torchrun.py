@@ -26,7 +26,8 @@ def check(environment: Mapping[str, str]) -> None:
         if name not in environment:
             continue
         word, most = environment[name], _LARGEST.get(name, 2**31 - 1)
-        if not (word.isascii() and word.isdigit() and least <= int(word[:20]) <= most):
+        is_whole = word.isascii() and word.isdigit() and len(word) <= 20
+        if not (is_whole and least <= int(word) <= most):
             raise ValueError(
                 f"{name} must be a whole number from {least} to {most}, not {ascii(word)[:40]}; "
                 "start with torchrun"
