@@ -282,18 +282,21 @@ def sequences_per_dataset(args: Namespace) -> dict[str, tuple[int, int]] | None:
 
 @contextlib.contextmanager
 def megatrons_checks() -> Iterator[None]:
-    """Have what Megatron's own checks raise as a ValueError of one line.
+    """Have what Megatron raises over its arguments as a ValueError of one line.
 
-    An assertion may have no words, and arithmetic no name of a flag: these are quoted.
+    An assertion may have no words, and a KeyError no name of a flag: their line of code is quoted.
     """
     try:
         yield
-    except (ValueError, AssertionError, ArithmeticError, OSError) as error:
+    except Exception as error:
         said = " ".join(str(error).split())
-        if not said or isinstance(error, ArithmeticError):
+        in_words = isinstance(error, (AssertionError, ValueError, RuntimeError, OSError))
+        if not (said and in_words):
             place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}, line {place.lineno}"
-            said = f"{said or 'this does not hold'}: {place.line} ({where})"
+            said = (
+                f"{type(error).__name__} {said}".rstrip()
+                + f" at {place.line} ({Path(place.filename).name}, line {place.lineno})"
+            )
         raise ValueError(f"Megatron does not take these arguments: {said}") from error
 
 
@@ -418,7 +421,8 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(extra_args_provider=add_arguments)
+    with megatrons_checks():  # some flags have types of their own
+        args = parse_args(extra_args_provider=add_arguments)
     if args.use_checkpoint_args:
         if not (args.load or args.pretrained_checkpoint):
             raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")

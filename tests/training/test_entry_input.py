@@ -110,15 +110,22 @@ def test_number(flags, message):
         (
             "--num-attention-heads 3",
             1,
-            r"this does not hold: assert args\.hidden_size % args\.num_",
+            r"AssertionError at assert args\.hidden_size % args\.num_",
         ),
-        ("--min-lr 1", 1, r"this does not hold: assert args\.min_lr <= args\.lr \(arguments\.py"),
+        ("--min-lr 1", 1, r"AssertionError at assert args\.min_lr <= args\.lr \(arguments\.py"),
+        ("--attention-backend local", 1, r"TypeError .* at assert args\.spec\[0\] == 'local'"),
     ],
 )
 def test_what_does_not_go_together(flags, ranks, message):
     with pytest.raises(ValueError, match=message) as error:
         check(flags, ranks)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_flags_with_types_of_their_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *TINY_LLAMA, "--exit-signal", "x"])
+    with pytest.raises(ValueError, match="KeyError 'x' at return"):
+        arguments.parse_and_validate_args({})
 
 
 _WORDS = st.sampled_from(
