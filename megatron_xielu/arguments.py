@@ -9,13 +9,18 @@ import contextlib
 import copy
 import io
 import re
+import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_xielu import catalog
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.common import data_lists, schema
+from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -147,9 +152,10 @@ def validate(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag to change.
     """
-    if args.xielu_check_tp_sync < 0:
-        raise ValueError("--xielu-check-tp-sync must be 0 or more")
-    if activation_builder(args) is None:
+    builder = activation_builder(args)
+    for problem in catalog.out_of_range(args):
+        raise ValueError(problem)
+    if builder is None:
         flags = {"xielu_recompute_output": recompute.FLAG, **_TRAINED_ALPHAS}
         for argument, given in flags.items():
             if getattr(args, argument):
@@ -163,14 +169,8 @@ def validate(args: Namespace) -> None:
         for refusal in catalog.EXPERTS_AND_MTP:
             if refusal.is_given(args):
                 raise ValueError(f"{flag} with {refusal.flag} needs megatron-core 0.19")
-    if args.transformer_impl == "inference_optimized":
-        raise ValueError(f"{flag} does not work with --transformer-impl inference_optimized")
-    if args.spec and args.spec[0] != catalog.SPEC_MODULE:
-        raise ValueError(
-            f"{flag} does not work with --spec {' '.join(args.spec)}; put the activation into that "
-            "spec with megatron_xielu.layer_specs.with_activation"
-        )
-    check_upcycling(args)
+    for problem in catalog.also_not_with_ours(args, flag):
+        raise ValueError(problem)
     # Megatron's own fusion of a bias and an activation knows only its own activations.
     args.xielu_fuse_bias = args.bias_gelu_fusion and args.add_bias_linear
     args.bias_gelu_fusion = False
@@ -203,6 +203,103 @@ def check_supported(args: Namespace) -> None:
         )
 
 
+def check_layout(args: Namespace) -> None:
+    """Refuse parallel sizes that the ranks or the model cannot be divided by.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context = args.context_parallel_size
+    parts = tensor * pipeline * context
+    if args.world_size % parts:
+        raise ValueError(
+            f"{args.world_size} ranks are not a multiple of --tensor-model-parallel-size {tensor} "
+            f"× --pipeline-model-parallel-size {pipeline} × --context-parallel-size {context}; "
+            "change one of them, or the number of ranks"
+        )
+    heads = args.num_attention_heads
+    if args.group_query_attention and heads and heads % args.num_query_groups:
+        raise ValueError(
+            f"--num-query-groups {args.num_query_groups} does not divide --num-attention-heads "
+            f"{heads}"
+        )
+    split = ["num_attention_heads", "padded_vocab_size"]
+    split += [] if args.num_experts else ["ffn_hidden_size"]  # experts have their own sizes
+    for argument in split:
+        size = getattr(args, argument)
+        if size and size % tensor:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tensor} does not divide "
+                f"{catalog.flag_of(argument)} {size}"
+            )
+
+
+def check_files(args: Namespace) -> None:
+    """Read what says where the data are, before a model is built.
+
+    Raises:
+        ValueError: naming the flag, and the file.
+    """
+    import numpy as np
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+
+    if args.split is not None:
+        try:
+            with np.errstate(invalid="ignore"):  # of no shares
+                shares = parse_and_normalize_split(args.split)
+        except (AssertionError, ValueError):
+            shares = []
+        if not sum(shares) > 0:  # NaN where all are 0
+            raise ValueError(
+                f"--split must be three shares, such as 969,30,1, not {ascii(args.split)[:40]}"
+            )
+    sequences_per_dataset(args)
+    for argument in data_lists.ARGUMENTS:
+        value = getattr(args, argument)
+        # Megatron reads those of an object store itself.
+        if value is not None and not (argument in data_lists.FILES and "://" in value):
+            data_lists.words(argument, value)
+
+
+def sequences_per_dataset(args: Namespace) -> dict[str, tuple[int, int]] | None:
+    """How many sequences and documents each data prefix has, of ``--per-dataset-sequences-path``.
+
+    Raises:
+        ValueError: naming the flag and the file.
+    """
+    path = args.per_dataset_sequences_path
+    if path is None:
+        return None
+    try:
+        return schema.load(dict[str, tuple[Count, Count]], Path(path))
+    except OSError as error:
+        why = f"{path}: {error.strerror}"
+    except Malformed as error:
+        why = str(error)
+    raise ValueError(f"--per-dataset-sequences-path {why}")
+
+
+@contextlib.contextmanager
+def megatrons_checks() -> Iterator[None]:
+    """Have what Megatron raises over its arguments as a ValueError of one line.
+
+    An assertion may have no words, and a KeyError no name of a flag: their line of code is quoted.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        in_words = isinstance(error, (AssertionError, ValueError, RuntimeError, OSError))
+        if not (said and in_words):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            said = (
+                f"{type(error).__name__} {said}".rstrip()
+                + f" at {place.line} ({Path(place.filename).name}, line {place.lineno})"
+            )
+        raise ValueError(f"Megatron does not take these arguments: {said}") from error
+
+
 def check_upcycling(args: Namespace) -> None:
     """Refuse to make experts of a dense checkpoint: Megatron scales their weights for GELU.
 
@@ -210,7 +307,7 @@ def check_upcycling(args: Namespace) -> None:
         ValueError: naming the flag.
     """
     if args.moe_use_upcycling:
-        raise ValueError("--moe-use-upcycling does not work with xIELU and xIPReLU; drop it")
+        raise ValueError(catalog.UPCYCLING)
 
 
 def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
@@ -324,7 +421,8 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(extra_args_provider=add_arguments)
+    with megatrons_checks():  # some flags have types of their own
+        args = parse_args(extra_args_provider=add_arguments)
     if args.use_checkpoint_args:
         if not (args.load or args.pretrained_checkpoint):
             raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
@@ -336,7 +434,9 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
     # Megatron names an activation of its own by a flag, and --spec by a module: check both first.
     optimizer_format.check_optimizer(args)
     validate(args)
+    check_layout(args)
     check_checkpoint(args)
-    validate_args(args, args_defaults)
-    set_global_variables(args)
+    with megatrons_checks():
+        validate_args(args, args_defaults)
+        set_global_variables(args)
     return args

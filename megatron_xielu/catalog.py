@@ -1,11 +1,16 @@
-"""What this package and Megatron call their activations, which one a model has, the defaults, and
-which flags are refused, with the reason of each: `make docs` writes them to docs/limits.md.
+"""What this package and Megatron call their activations, which one a model has, the defaults, which
+numbers a flag takes, and which flags are refused, with the reason of each: `make docs` writes them
+to docs/limits.md.
 
 Every other file asks here. Standard library only, and of Python 3.9: a plan runs on a login node.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +90,118 @@ def alpha_n_floor(name: str, beta: float) -> float:
     β for xIELU, whose slope tends to β − αn for x → −∞ and must stay negative there.
     """
     return beta if name == "xielu" else 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which numbers a flag takes: from ``least`` to ``most``.
+
+    Attributes:
+        whole: no fractions.
+        above, below: ``least`` or ``most`` itself is not allowed.
+    """
+
+    least: float
+    most: float = math.inf
+    whole: bool = True
+    above: bool = False
+    below: bool = False
+
+    def fault(self, value: Any) -> str:
+        """What a value must be instead; "" if it is within."""
+        known = int if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, known) or math.isnan(value):
+            return f"must be a {'whole ' * self.whole}number"
+        if value < self.least or (self.above and value == self.least):
+            return f"must be {f'above {self.least}' if self.above else f'{self.least} or more'}"
+        if value > self.most or (self.below and value == self.most):
+            return f"must be {'below' if self.below else 'at most'} {self.most}"
+        return ""
+
+    def read(self, word: str) -> Any:
+        """The ``type`` of an option of argparse.
+
+        Raises:
+            ArgumentTypeError: not such a number.
+        """
+        value: Any = word
+        with contextlib.suppress(ValueError):
+            value = int(word) if self.whole else float(word)
+        fault = self.fault(value)
+        if fault:
+            raise ArgumentTypeError(f"{fault}, not {ascii(word)[:40]}")
+        return value
+
+
+GPUS = Limits(1, 100_000)  # of a job, or its nodes: beyond any cluster that there is
+
+_SIZE = Limits(1, 2**31 - 1)
+_COUNT = Limits(0, 2**63 - 1)
+_FROM_0 = Limits(0, 1e30, whole=False)
+_SHARE = Limits(0, 1, whole=False)
+# The largest that has been learned is 174, in a released model; 16 bits end at 65504.
+_ALPHA = Limits(0, 1000, whole=False, above=True)
+
+# By flag, Megatron's and ours, each of which is a number or not given. What is not here may be any
+# number but NaN.
+NUMBERS = {
+    **dict.fromkeys(
+        (
+            "--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups "
+            "--kv-channels --seq-length --encoder-seq-length --decoder-seq-length "
+            "--max-position-embeddings --vocab-size --padded-vocab-size "
+            "--make-vocab-size-divisible-by --rotary-base --micro-batch-size --global-batch-size "
+            "--eval-micro-batch-size --eval-global-batch-size --tensor-model-parallel-size "
+            "--pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size "
+            "--expert-tensor-parallel-size --num-layers-per-virtual-pipeline-stage "
+            "--num-virtual-stages-per-pipeline-rank --decoder-first-pipeline-num-layers "
+            "--decoder-last-pipeline-num-layers --recompute-num-layers "
+            "--num-distributed-optimizer-instances --ddp-num-buckets --ddp-bucket-size "
+            "--num-dataset-builder-threads --log-interval --tensorboard-log-interval "
+            "--eval-interval --save-retain-interval --distributed-timeout-minutes"
+        ).split(),
+        _SIZE,
+    ),
+    **dict.fromkeys(
+        (
+            "--train-iters --train-samples --lr-warmup-iters --lr-warmup-samples --lr-decay-iters "
+            "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
+            "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync"
+        ).split(),
+        _COUNT,
+    ),
+    "--seed": Limits(1, 2**32 - 1),  # NumPy's
+    **dict.fromkeys(
+        (
+            "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps --init-method-std "
+            "--loss-scale"
+        ).split(),
+        _FROM_0,
+    ),
+    "--clip-grad": Limits(0, whole=False),  # infinity: measured, and not clipped
+    "--rope-scaling-factor": Limits(0, 1e30, whole=False, above=True),
+    "--rotary-percent": Limits(0, 1, whole=False, above=True),
+    **dict.fromkeys(("--adam-beta1", "--adam-beta2"), Limits(0, 1, whole=False, below=True)),
+    **dict.fromkeys(("--lr-warmup-fraction", "--hidden-dropout", "--attention-dropout"), _SHARE),
+    **dict.fromkeys(("--xielu-alpha-p-init", "--xielu-alpha-n-init", "--xielu-beta"), _ALPHA),
+}
+
+
+def out_of_range(arguments: Any) -> list[str]:
+    """One line for each of Megatron's arguments that is a number its flag does not take."""
+    found = []
+    for name, value in vars(arguments).items():
+        limits = NUMBERS.get(flag_of(name))
+        if limits is None:
+            is_nan = isinstance(value, float) and math.isnan(value)
+            fault = "must be a number" if is_nan else ""
+            if isinstance(value, int) and abs(value) > _COUNT.most:
+                fault = f"must be at most {_COUNT.most}"
+        else:
+            fault = "" if value is None else limits.fault(value)
+        if fault:
+            found.append(f"{flag_of(name)} {fault}, not {ascii(value)[:40]}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -190,6 +307,27 @@ WITH_OURS = (
         told=True,
     ),
 )
+
+UPCYCLING = "--moe-use-upcycling does not work with xIELU and xIPReLU; drop it"
+
+
+def also_not_with_ours(arguments: Any, flag: str) -> Iterator[str]:
+    """What of arguments does not go with one of our activations, beside `WITH_OURS`; a line each.
+
+    Args:
+        arguments: of a command line.
+        flag: that asks for the activation.
+    """
+    if arguments.transformer_impl == "inference_optimized":
+        yield f"{flag} does not work with --transformer-impl inference_optimized"
+    if arguments.spec and arguments.spec[0] != SPEC_MODULE:
+        yield (
+            f"{flag} does not work with --spec {' '.join(arguments.spec)}; put the activation into "
+            "that spec with megatron_xielu.layer_specs.with_activation"
+        )
+    if arguments.moe_use_upcycling:
+        yield UPCYCLING
+
 
 # By this package's entry, whose training step has no code for them.
 _STEP = "the entry has no code for it"

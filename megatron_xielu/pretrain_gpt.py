@@ -10,7 +10,9 @@ The training loop, the model and every other flag are Megatron's own. Without ``
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
+from collections.abc import Iterator
 
 from megatron_xielu import startup
 
@@ -20,12 +22,19 @@ def main() -> None:
     startup.start()
     from megatron_xielu import arguments
 
-    try:
+    with _errors_in_one_line():
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
         arguments.check_supported(args)
+        arguments.check_files(args)
+    _train(args)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
-    _train(args)
 
 
 def _train(args: Namespace) -> None:
@@ -34,9 +43,11 @@ def _train(args: Namespace) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_xielu import layer_specs, training_step
-    from megatron_xielu.arguments import activation_name
+    from megatron_xielu.arguments import activation_name, megatrons_checks
     from megatron_xielu.features import alpha_logging
 
+    with _errors_in_one_line(), megatrons_checks():
+        config = pretrain_cfg_container_from_args(args, layer_specs.model_config(args))
     if activation_name(args) and args.tensorboard_dir:
         alpha_logging.install()
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
@@ -44,7 +55,7 @@ def _train(args: Namespace) -> None:
     data_sets.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
-        pretrain_cfg_container_from_args(args, layer_specs.model_config(args)),
+        config,
         data_sets,
         ModelType.encoder_or_decoder,
         training_step.forward_step,

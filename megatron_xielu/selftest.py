@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from megatron_xielu.catalog import DEFAULT_BETA as BETA
 from megatron_xielu.catalog import TRAINABLE
-from megatron_xielu.common import text
+from megatron_xielu.common import text, torchrun
 
 if TYPE_CHECKING:  # imported by a check, so that a broken PyTorch or Megatron is reported by name
     import torch
@@ -382,6 +382,10 @@ def main() -> int:
         description="Check that this package computes the right numbers here.",
         epilog="With several ranks: torchrun --nproc-per-node N -m megatron_xielu.selftest",
     ).parse_args()
+    try:
+        torchrun.check(os.environ)
+    except ValueError as error:
+        raise SystemExit(f"selftest: error: {error}") from None
     warnings.simplefilter("ignore")
     # Compiler workers would take longer to start than there is to compile.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

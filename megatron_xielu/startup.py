@@ -11,6 +11,8 @@ import sys
 import torch
 
 from megatron_xielu import workarounds
+from megatron_xielu.common import torchrun
+from megatron_xielu.kernels import choose
 from megatron_xielu.workarounds import checkpoint_writer, megatron_wheel, releases
 
 # What torchrun would say to a group of one. Port 0 is one that is free when PyTorch opens it;
@@ -26,12 +28,18 @@ def start() -> None:
     """What comes before the flags: Megatron, imported, on a CPU where it has to be.
 
     Raises:
-        SystemExit: it is missing, or of another release.
+        SystemExit: it is missing, or of another release; or an environment variable is wrong.
     """
     _rendezvous_with_itself()
+    on_cpu = "--cpu" in sys.argv or not torch.cuda.is_available()
+    try:
+        torchrun.check(os.environ)
+        choose.check_forced("cpu" if on_cpu else "cuda")
+    except ValueError as error:
+        raise SystemExit(f"megatron_xielu: error: {error}") from None
     try:
         releases.check_entry()
-        _prepare_megatron()
+        _prepare_megatron(on_cpu=on_cpu)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "megatron":
             raise
@@ -40,13 +48,12 @@ def start() -> None:
         raise SystemExit(f"megatron_xielu: error: {error}") from None
 
 
-def _prepare_megatron() -> None:
+def _prepare_megatron(*, on_cpu: bool) -> None:
     """Import Megatron, redirected to the CPU where that is asked for or all there is."""
-    use_cpu = "--cpu" in sys.argv
-    if use_cpu or not torch.cuda.is_available():
+    if on_cpu:
         from megatron_xielu import cpu
 
-        if use_cpu:
+        if "--cpu" in sys.argv:
             cpu.hide_gpus()
         sys.argv[1:] = cpu.add_cpu_flags(sys.argv[1:])
         cpu.activate()

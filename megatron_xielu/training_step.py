@@ -5,10 +5,8 @@ Megatron must be ready to be imported (`megatron_xielu.startup`).
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_xielu import arguments
 from megatron_xielu.features.tp_sync import check_tp_sync
 
 # A loss this many times the largest seen so far is reported with --check-for-spiky-loss.
@@ -62,9 +61,6 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
             f"tokenizer's {tokenizer.vocab_size} entries; raise it or leave it out"
         )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences_per_dataset = None
-    if args.per_dataset_sequences_path is not None:
-        sequences_per_dataset = json.loads(Path(args.per_dataset_sequences_path).read_text())
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -86,7 +82,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=sequences_per_dataset,
+        sequences_per_dataset=arguments.sequences_per_dataset(args),
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 0,

@@ -27,7 +27,8 @@ def limits() -> str:
 
 # Limits: what is refused, and why
 
-Each of these ends a run before anything is allocated, with one line that names the flag.
+Each of these ends a run before anything is allocated, with one line that names the flag. So does a
+number out of its flag's range, of which `NUMBERS` in megatron_xielu/catalog.py has the usual ones.
 
 ## With `--xielu` and `--xiprelu`
 
@@ -79,8 +80,7 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 
 ## By the plan (`--dry-run`)
 
-The flags of the first four tables, but for `--moe-use-upcycling` and `--spec` of another module;
-and:
+The flags of the first four tables, and:
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan counts dense GPT models.
 

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from launcher_command import megatron_arguments
 
+from megatron_xielu.catalog import Limits
 from megatron_xielu.common import files, schema
-from megatron_xielu.common.schema import Count, Malformed, Positive
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
 MODELS = {
@@ -235,30 +235,24 @@ def _made_with(*, stock: bool) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Logged:
-    """A `Walked` in the log."""
+@dataclass
+class _Logged(Walked):
+    """As JSON has it."""
 
-    layout: tuple[str, str, Positive, Positive, Positive, str]
-    verdict: str
-    seconds: float
-    buckets: Count
-    failed: dict[str, str]
+    layout: tuple[str, str, int, int, int, str]  # type: ignore[assignment]
 
 
 def _read(log: Path, made_with: str) -> list[Walked]:
     if not log.exists():
         return []
     try:
-        content = schema.check(dict[str, Any], schema.read_json(log), log)
-        if (other := content.get("made with")) != made_with:
-            raise SystemExit(f"{log} is of {other!r}, not {made_with}; give another --log")
-        logged = schema.check(list[_Logged], content.get("walked"), log)
-    except OSError as error:
-        raise SystemExit(f"{log} cannot be read: {error.strerror}; give another --log") from None
-    except Malformed as error:
-        raise SystemExit(f"{error}; delete it, or give another --log") from None
-    return [Walked(**vars(one) | {"layout": Layout(*one.layout)}) for one in logged]
+        content = schema.load(dict[str, Any], log)
+        if content.get("made with") != made_with:
+            raise schema.Malformed(f"{log} is of {content.get('made with')!a}, not {made_with}")
+        walked = schema.check(list[_Logged], content.get("walked"), log)
+    except (OSError, schema.Malformed) as error:
+        raise SystemExit(f"{error}; give another --log") from None
+    return [Walked(**{**vars(one), "layout": Layout(*one.layout)}) for one in walked]
 
 
 def _write(log: Path, made_with: str, done: list[Walked]) -> None:
@@ -270,8 +264,13 @@ def main() -> int:
     """Walk until the time is up, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--minutes", type=float, default=20.0, help="start no layout after so many (20)")
-    add("--processes", type=int, default=2, help="that walk at a time (2)")
+    add(
+        "--minutes",
+        type=Limits(0, 1e6, whole=False).read,
+        default=20.0,
+        help="start no layout after so many (20)",
+    )
+    add("--processes", type=Limits(1, 1024).read, default=2, help="that walk at a time (2)")
     add("--stock", action="store_true", help="without this package's mends")
     add("--log", type=Path, help="what was walked, written as it goes")
     add(

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from megatron_xielu.catalog import GPUS
 from megatron_xielu.checkpoint_walk.proof import FORMATS
 from megatron_xielu.checkpoint_walk.walk import CannotWalk, Refused, prepare, walk
 
@@ -27,13 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit status 0: they do; 1: they do not; 2: refused arguments; 3: no proof of them.",
     )
     parser.add_argument(
-        "--gpus", type=int, required=True, metavar="N", help="GPUs of the whole job"
+        "--gpus", type=GPUS.read, required=True, metavar="N", help="GPUs of the whole job"
     )
     parser.add_argument("--both-formats", action="store_true", help="default: that of the training")
     parser.add_argument("--json", action="store_true", help="all that was found, for programs")
     options = parser.parse_args(words[:split])
-    if options.gpus < 1:
-        parser.error("--gpus must be 1 or more")
     if not words[split + 1 :]:
         parser.error("give the training's arguments after --")
     warnings.simplefilter("ignore")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
 
+from megatron_xielu.common import torchrun
 from megatron_xielu.cpu import activate, add_cpu_flags, hide_gpus
+from megatron_xielu.kernels import choose
 
 
 def main() -> None:
@@ -16,6 +19,11 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         raise SystemExit(f"megatron_xielu.cpu: no such script: {script}")
+    try:
+        torchrun.check(os.environ)
+        choose.check_forced("cpu")
+    except ValueError as error:
+        raise SystemExit(f"megatron_xielu.cpu: {error}") from None
     sys.argv = [str(script), *add_cpu_flags(sys.argv[2:])]
     # As for `python SCRIPT.py`: a Megatron-LM checkout beside the script is the one to import.
     sys.path.insert(0, str(script.resolve().parent))

@@ -50,30 +50,41 @@ def _triton() -> ModuleType | None:
     return gpu_triton
 
 
-def _forced(name: str, x: Tensor) -> ModuleType:
+def check_forced(device: str) -> None:
+    """Before anything is computed: whether a forced backend can compute on ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: it cannot, or there is none of that name; names the variable.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        _forced(forced, torch.device(device), torch.float32)
+
+
+def _forced(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend that the environment variable names.
 
     Raises:
-        ValueError: there is none of that name, or it cannot compute x.
+        ValueError: there is none of that name, or it cannot compute such tensors.
     """
     if name == "eager":
         return eager
     if name not in ("triton", "compiled"):
         raise ValueError(f"{VARIABLE} must be triton, compiled or eager, not {name!r}")
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         raise ValueError(f"{VARIABLE}={name} computes in float32; unset it for float64 tensors")
     if name == "compiled":
-        if x.device.type != "cpu":
-            raise ValueError(f"{VARIABLE}=compiled is for CPU tensors, and x is on {x.device}")
+        if device.type != "cpu":
+            raise ValueError(f"{VARIABLE}=compiled is for CPU tensors, and x is on {device}")
         from megatron_xielu.kernels import cpu_compiled
 
         return cpu_compiled
     triton = _triton()
     if triton is None:
         raise ValueError(f"{VARIABLE}=triton: the package triton is not installed")
-    if not x.is_cuda and not triton.is_interpreted():
+    if device.type != "cuda" and not triton.is_interpreted():
         raise ValueError(
-            f"{VARIABLE}=triton is for CUDA tensors, and x is on {x.device}; set "
+            f"{VARIABLE}=triton is for CUDA tensors, and x is on {device}; set "
             "TRITON_INTERPRET=1 to run the kernels on a CPU"
         )
     return triton
@@ -100,7 +111,7 @@ def _default(x: Tensor) -> ModuleType:
 def choose(x: Tensor) -> ModuleType:
     """The backend module for x; see the top of this file."""
     forced = os.environ.get(VARIABLE)
-    return _forced(forced, x) if forced else _default(x)
+    return _forced(forced, x.device, x.dtype) if forced else _default(x)
 
 
 @functools.cache

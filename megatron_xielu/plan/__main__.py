@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_xielu.catalog import ACTIVATIONS
+from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS, Limits
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.flags import PlanError
@@ -65,56 +65,44 @@ def _options() -> argparse.ArgumentParser:
     )
     default = Cluster()
     add = parser.add_argument
-    add("--nodes", type=_positive, default=default.nodes)
-    add("--gpus-per-node", type=_positive, default=default.gpus_per_node)
-    add("--gpu-memory", type=_above_0, default=default.gpu_memory_gib, metavar="GIB")
+    size = NUMBERS["--vocab-size"].read
+    speed = Limits(0.001, 1e6, whole=False).read
+    add("--nodes", type=GPUS.read, default=default.nodes)
+    add("--gpus-per-node", type=GPUS.read, default=default.gpus_per_node)
+    add("--gpu-memory", type=speed, default=default.gpu_memory_gib, metavar="GIB")
     add(
         "--peak-tflops",
-        type=_above_0,
+        type=speed,
         default=default.peak_tflops,
         help="of a GPU, bf16 without sparsity (default: %(default)s, H100 SXM)",
     )
     add(
         "--mfu",
-        type=_above_0,
+        type=Limits(0.001, 1, whole=False).read,
         default=default.mfu,
         help="share of the peak that the model's FLOPs reach; an assumption (default: %(default)s)",
     )
     add(
         "--node-network",
-        type=_above_0,
+        type=speed,
         default=default.node_network,
         metavar="GB/S",
         help="into a node (default: %(default)s, eight cards of 400 Gb/s)",
     )
     add(
         "--host-copy",
-        type=_above_0,
+        type=speed,
         default=default.host_copy,
         metavar="GB/S",
         help="that one thread copies in host memory; an assumption (default: %(default)s)",
     )
-    add("--vocab-size", type=_positive, help="entries of the tokenizer, where Megatron reads them")
-    add("--keep-checkpoints", type=_positive, metavar="K", help="the last K checkpoints are kept")
-    add("--keep-every", type=_positive, metavar="N", help="and those of every N-th iteration")
+    add("--vocab-size", type=size, help="entries of the tokenizer, where Megatron reads them")
+    add("--keep-checkpoints", type=size, metavar="K", help="the last K checkpoints are kept")
+    add("--keep-every", type=size, metavar="N", help="and those of every N-th iteration")
     add("--no-files", action="store_true", help="do not look whether files exist")
     add("--check", action="store_true", help="print nothing but problems")
     add("--json", action="store_true")
     return parser
-
-
-def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _above_0(word: str) -> float:
-    number = float(word)
-    if number <= 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return number
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

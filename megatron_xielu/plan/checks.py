@@ -7,15 +7,14 @@ do not.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from megatron_xielu import catalog
-from megatron_xielu.catalog import TRAINABLE, activations_of
+from megatron_xielu.catalog import TRAINABLE, activations_of, flag_of
 from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.common import data_lists
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
@@ -25,6 +24,8 @@ _WALKED = {"tensor": 8, "pipeline": 4, "data": 512}
 # TOKENIZER and TOKENS_… hold no secret.
 _SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZ|S)|SECRET|PASSWORD", re.IGNORECASE)
 _SECRET_LENGTH = 8
+
+_MOST_LISTED = 64  # of sizes that would work
 
 
 def problems(
@@ -101,8 +102,10 @@ def _flags(plan: Plan) -> Iterator[str]:
     if plan.model.activation in TRAINABLE:
         name = f"--{plan.model.activation}"
         excluded = [*catalog.WITH_OURS, *catalog.BY_ENTRY]
-        if args.transformer_impl == "inference_optimized":
-            yield f"{name} does not work with --transformer-impl inference_optimized"
+        yield from catalog.also_not_with_ours(args, name)
+        floor = catalog.alpha_n_floor(plan.model.activation, args.xielu_beta)
+        if args.xielu_alpha_n_init <= floor:
+            yield f"--xielu-alpha-n-init of {name} must be above {floor}"
     else:
         name, excluded = "this entry", [*catalog.BY_ENTRY]
         for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
@@ -175,7 +178,7 @@ def _layout(plan: Plan) -> Iterator[str]:
     }
     for what, size in split.items():
         if size % tensor:
-            yield f"{tp} does not divide {what}; use one of {_divisors(size, 64)}"
+            yield f"{tp} does not divide {what}; use one of {_divisors(size, _MOST_LISTED)}"
     if m.groups % tensor and tensor % m.groups:
         yield f"{tp} neither divides --num-query-groups {m.groups} nor is a multiple of it"
     if m.heads % m.groups:
@@ -208,7 +211,7 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     if layers % pipeline:
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide --num-layers {layers}; "
-            f"use one of {_divisors(layers, 64)}"
+            f"use one of {_divisors(layers, _MOST_LISTED)}"
         )
     elif per_chunk and layers // pipeline % per_chunk:
         yield (
@@ -242,16 +245,16 @@ def _batch(plan: Plan) -> Iterator[str]:
         f"--global-batch-size {n}" for n in (batch // unit * unit, (batch // unit + 1) * unit) if n
     ]
     if batch % data == 0:
-        sizes = [size for size in range(1, batch // data + 1) if batch // data % size == 0]
-        works.append(f"--micro-batch-size {_one_of(sizes)}")
-    nodes = [
+        works.append(f"--micro-batch-size {_divisors(batch // data, _MOST_LISTED)}")
+    fewer = range(plan.cluster.nodes - 1, 0, -1)
+    nodes = (
         n
-        for n in range(1, plan.cluster.nodes)
+        for n in fewer
         if n * plan.cluster.gpus_per_node % parts == 0
         and batch % (micro * (n * plan.cluster.gpus_per_node // parts)) == 0
-    ]
-    if nodes:
-        works.append(f"--nodes {nodes[-1]}")
+    )
+    if most := next(nodes, None):
+        works.append(f"--nodes {most}")
     reason = (
         f"has fewer samples than the {data} data-parallel ranks"
         if batch < data
@@ -303,7 +306,7 @@ def _fixes(plan: Plan) -> str:
         ways.append(["--recompute-activations"])
     if m.activation in TRAINABLE and not args.xielu_recompute_output:
         ways.append(["--xielu-recompute-output"])
-    smaller = range(plan.micro_batch - 1, 0, -1)
+    smaller = range(min(plan.micro_batch - 1, _MOST_LISTED), 0, -1)
     ways.append([f"--micro-batch-size {micro}" for micro in smaller])
     doubled = [plan.tensor * 2**n for n in range(1, 4)]
     ways.append(
@@ -351,33 +354,23 @@ def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _files(plan: Plan) -> Iterator[str]:
+    """Files by absolute path; others may be meant where the run starts."""
     args = plan.args
-    for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model"):
-        path = getattr(args, name)
-        if _is_local(path) and not Path(path).exists():
-            yield f"--{name.replace('_', '-')} {path} does not exist"
-    prefixes = {
-        "--data-path": args.data_path,
-        "--train-data-path": args.train_data_path,
-        "--valid-data-path": args.valid_data_path,
-        "--test-data-path": args.test_data_path,
-    }
-    if _is_local(args.data_args_path) and Path(args.data_args_path).is_file():
-        prefixes["--data-args-path"] = Path(args.data_args_path).read_text().split()
-    splits = args.per_split_data_args_path
-    if _is_local(splits) and Path(splits).is_file():
+    if _is_local(args.tokenizer_model) and not os.path.exists(args.tokenizer_model):
+        yield f"--tokenizer-model {args.tokenizer_model} does not exist"
+    for argument in data_lists.ARGUMENTS:
+        value = getattr(args, argument)
+        if value is None or (argument in data_lists.FILES and not _is_local(value)):
+            continue
         try:
-            listed = json.loads(Path(splits).read_text())
-            prefixes["--per-split-data-args-path"] = [
-                x for each in listed.values() for x in each or ()
-            ]
-        except (ValueError, AttributeError, TypeError):
-            yield f"--per-split-data-args-path {splits} is not a JSON object of lists"
-    for flag, words in prefixes.items():
+            words = data_lists.words(argument, value)
+        except ValueError as error:
+            yield str(error)
+            continue
         for prefix in filter(_is_local, words):
             for suffix in (".bin", ".idx"):
-                if not Path(prefix + suffix).is_file():
-                    yield f"{flag} {prefix}: {prefix}{suffix} does not exist"
+                if not os.path.isfile(prefix + suffix):
+                    yield f"{flag_of(argument)} {prefix}: {prefix}{suffix} does not exist"
 
 
 def _is_local(path: str | None) -> bool:

@@ -8,21 +8,21 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-_INTEGERS = (
-    "num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels seq-length "
-    "max-position-embeddings micro-batch-size global-batch-size train-iters train-samples "
-    "lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples lr-wsd-decay-iters "
-    "lr-wsd-decay-samples save-interval save-retain-interval vocab-size padded-vocab-size "
-    "num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank "
-    "recompute-num-layers ddp-bucket-size ddp-num-buckets"
-).split()
-_INTEGERS_WITH_DEFAULTS = {
-    "tensor-model-parallel-size": 1,
-    "pipeline-model-parallel-size": 1,
-    "context-parallel-size": 1,
-    "num-query-groups": 1,
-    "make-vocab-size-divisible-by": 128,
-    "num-distributed-optimizer-instances": 1,
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, NUMBERS, out_of_range
+
+# Of `catalog.NUMBERS`; the others are None.
+_DEFAULTS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "num_query_groups": 1,
+    "make_vocab_size_divisible_by": 128,
+    "num_distributed_optimizer_instances": 1,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "xielu_alpha_p_init": DEFAULT_ALPHA_INIT,
+    "xielu_alpha_n_init": DEFAULT_ALPHA_INIT,
+    "xielu_beta": DEFAULT_BETA,
 }
 _SWITCHES = (
     "xielu xiprelu xielu-recompute-output xielu-frozen-alphas xielu-shared-alphas "
@@ -32,7 +32,7 @@ _SWITCHES = (
     "use-rotary-position-embeddings recompute-activations distribute-saved-activations "
     "cross-entropy-loss-fusion no-save-optim no-load-optim finetune no-pad-vocab-size "
     "no-overlap-p2p-communication overlap-grad-reduce dist-ckpt-optim-fully-reshardable "
-    "ckpt-fully-parallel-load"
+    "ckpt-fully-parallel-load moe-use-upcycling"
 ).split()
 _STRINGS = {
     "normalization": "LayerNorm",
@@ -52,7 +52,14 @@ _STRINGS = {
     "data-args-path": None,
     "per-split-data-args-path": None,
 }
-_LISTS = "recompute-modules data-path train-data-path valid-data-path test-data-path spec".split()
+_LISTS: dict[str, list[str] | None] = {
+    "recompute-modules": [],
+    "spec": [],
+    "data-path": None,
+    "train-data-path": None,
+    "valid-data-path": None,
+    "test-data-path": None,
+}
 
 
 class PlanError(ValueError):
@@ -72,25 +79,21 @@ def parse(argv: Sequence[str]) -> Namespace:
     """Parse the flags that a plan needs, with Megatron's defaults; others are passed over.
 
     Raises:
-        PlanError: a value has the wrong type; the message names the flag.
+        PlanError: values have the wrong type, or are out of range; names their flags.
     """
     parser = _Parser(allow_abbrev=False, add_help=False)
-    for flag in _INTEGERS:
-        parser.add_argument(f"--{flag}", type=int)
-    for flag, integer in _INTEGERS_WITH_DEFAULTS.items():
-        parser.add_argument(f"--{flag}", type=int, default=integer)
+    for flag, limits in NUMBERS.items():
+        parser.add_argument(flag, type=int if limits.whole else float)
     for flag in _SWITCHES:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--disable-bias-linear", dest="add_bias_linear", action="store_false")
     for flag, default in _STRINGS.items():
         parser.add_argument(f"--{flag}", default=default)
-    for flag in _LISTS:
-        parser.add_argument(f"--{flag}", nargs="*", default=[])
-    for flag in ("--hidden-dropout", "--attention-dropout"):
-        parser.add_argument(flag, type=float, default=0.1)
-    parser.add_argument("--lr-warmup-fraction", type=float)
+    for flag, words in _LISTS.items():
+        parser.add_argument(f"--{flag}", nargs="*", default=words)
+    parser.set_defaults(**_DEFAULTS)
     args, _ = parser.parse_known_args(list(argv))
-    for size in ("tensor_model", "pipeline_model", "context"):
-        if getattr(args, f"{size}_parallel_size") < 1:
-            raise PlanError([f"--{size.replace('_', '-')}-parallel-size must be 1 or more"])
+    problems = out_of_range(args)
+    if problems:
+        raise PlanError(problems)
     return args

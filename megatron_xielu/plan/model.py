@@ -11,9 +11,16 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_xielu.catalog import ACTIVATIONS, TRAINABLE, activation_of
+from megatron_xielu.catalog import ACTIVATIONS, TRAINABLE, activation_of, flag_of, out_of_range
 from megatron_xielu.plan import flags
 from megatron_xielu.plan.flags import PlanError
+
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+_SIZES = (
+    *("ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings"),
+    *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by"),
+    "tensor_model_parallel_size",
+)
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,13 @@ class Model:
             vocab_size: entries of the tokenizer, where ``arguments`` do not say.
 
         Raises:
-            PlanError: an argument is missing.
+            PlanError: arguments are missing, or no sizes.
         """
         given = {name: value for name, value in vars(arguments).items() if value is not None}
         args = Namespace(**{**vars(flags.parse([])), **given})
-        required = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
-        problems = [
-            f"--{name.replace('_', '-')} is required, and must be 1 or more"
-            for name in required
-            if (getattr(args, name) or 0) < 1
-        ]
+        sizes = {name: getattr(args, name) for name in (*_REQUIRED, *_SIZES)}
+        problems = out_of_range(Namespace(**sizes))
+        problems += [f"{flag_of(name)} is required" for name in _REQUIRED if sizes[name] is None]
         if not problems and not args.kv_channels and args.hidden_size % args.num_attention_heads:
             problems.append(
                 f"--num-attention-heads {args.num_attention_heads} does not divide --hidden-size "

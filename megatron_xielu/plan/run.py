@@ -140,8 +140,8 @@ class Plan:
         self.keep_checkpoints = keep_checkpoints
         self.keep_every = keep_every
         self.model = Model.of(args, vocab_size=vocab_size)
-        if not args.micro_batch_size or args.micro_batch_size < 1:
-            raise PlanError(["--micro-batch-size is required, and must be 1 or more"])
+        if args.micro_batch_size is None:
+            raise PlanError(["--micro-batch-size is required"])
         self.tensor: int = args.tensor_model_parallel_size
         self.pipeline: int = args.pipeline_model_parallel_size
         self.context: int = args.context_parallel_size
@@ -329,15 +329,15 @@ class Plan:
         if not args.save or not every:
             return None
         per_parameter = sum(self._saved_bytes())
-        saved = [*range(every, steps + 1, every)] + ([steps] if steps % every else [])
+        written = -(-steps // every)  # multiples of `every`, and the end of the run
         last, forever = self.keep_checkpoints, self.keep_every
         if last is None and args.save_retain_interval:
             last, forever = 1, args.save_retain_interval
-        kept = len(saved)
+        kept = written
         if last is not None:
-            old = saved[: max(0, len(saved) - last)]
-            kept -= sum(1 for iteration in old if not forever or iteration % forever)
-        return Checkpoints(math.ceil(per_parameter * self.model.parameters()), len(saved), kept)
+            old = max(0, written - last)
+            kept -= old - (old * every // math.lcm(every, forever) if forever else 0)
+        return Checkpoints(math.ceil(per_parameter * self.model.parameters()), written, kept)
 
     def _saved_bytes(self) -> tuple[int, int]:
         """(of weights, of optimizer state) a parameter in a checkpoint."""

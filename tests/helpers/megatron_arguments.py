@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 @functools.cache
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """Megatron's, with this package's flags."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_xielu.arguments import add_arguments
@@ -16,7 +17,7 @@ def _parser() -> ArgumentParser:
 
 def parse(words: Sequence[str]) -> Namespace:
     """What the parser makes of them; nothing is derived or checked yet."""
-    return _parser().parse_args(words)
+    return parser().parse_args(words)
 
 
 def validated(words: Sequence[str], *, gpus: int) -> Namespace:

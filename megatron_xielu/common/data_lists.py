@@ -1,0 +1,82 @@
+"""Which data Megatron's arguments list, in the command line or in a file.
+
+Standard library of Python 3.9 only: the plan reads them on a login node.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_xielu.common.text import is_number
+
+FILES = ("data_args_path", "per_split_data_args_path")
+ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", *FILES)
+
+_SPLITS = ("train", "valid", "test")
+
+
+def words(argument: str, value: Any) -> list[str]:
+    """Weights and prefixes.
+
+    Args:
+        argument: one of `ARGUMENTS`.
+        value: its own: words, or the path of a file of `FILES`.
+
+    Raises:
+        ValueError: a file cannot be read, or a list makes no sense; one line that names the flag.
+    """
+    where = f"--{argument.replace('_', '-')}"
+    if argument not in FILES:
+        return _blend(value, where)
+    where = f"{where} {value}"
+    text = _read(value, where)
+    if argument == "data_args_path":
+        return _blend(text.split(), where)
+    try:
+        splits = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits
+        raise ValueError(f"{where} is no JSON: {error}") from None
+    if not isinstance(splits, dict):
+        raise ValueError(f"{where} is not a JSON object of lists")
+    found = []
+    for split in _SPLITS:
+        if split not in splits:
+            raise ValueError(f"{where} has no {split!r}; where there is none, write null")
+        found += [] if splits[split] is None else _blend(splits[split], f"{where}: {split!r}")
+    return found
+
+
+def _blend(listed: Any, where: str) -> list[str]:
+    """`get_blend_from_list` of Megatron (megatron/core/datasets/utils.py) takes it."""
+    listed = listed.split() if isinstance(listed, str) else listed
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ValueError(f"{where} is {ascii(listed)[:40]}, not a list of prefixes of files")
+    weights: Sequence[Any] = listed[::2] if len(listed) % 2 == 0 else ()
+    if not any(is_number(str(weight)) for weight in weights):
+        weights = ()
+    prefixes = listed[1::2] if weights else listed
+    for weight in weights:
+        # A weight may be a number of JSON, too.
+        if not (is_number(str(weight)) and 0 <= float(weight) < float("inf")):
+            raise ValueError(
+                f"{where}: {ascii(weight)[:40]} is no weight; one must stand before each prefix, "
+                "or before none"
+            )
+    for prefix in prefixes:
+        if not isinstance(prefix, str) or "\0" in prefix:
+            raise ValueError(f"{where}: {ascii(prefix)[:40]} is no prefix of files")
+    return [str(word) for word in listed]
+
+
+def _read(path: str, where: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is no text: not UTF-8") from None
+    except FileNotFoundError:
+        raise ValueError(f"{where} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}") from None

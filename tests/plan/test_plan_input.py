@@ -1,0 +1,221 @@
+"""The plan's command refuses what makes no sense, in lines that name the flag."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+from hostile import damaged, damaged_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_xielu.catalog import NUMBERS
+from megatron_xielu.common import data_lists
+from megatron_xielu.plan import __main__ as plan
+
+COMMAND = """
+    --xielu --num-layers 24 --hidden-size 1536 --num-attention-heads 16 --ffn-hidden-size 9216
+    --seq-length 4096 --max-position-embeddings 4096 --vocab-size 131072 --bf16
+    --use-distributed-optimizer --micro-batch-size 5 --global-batch-size 440
+    --train-samples 30800000 --save out --save-interval 1000
+"""
+
+
+def run(flags: str, options: str = "--nodes 11") -> list[str]:
+    """What the command writes to standard error; nothing if it succeeds."""
+    error = io.StringIO()
+    words = [*options.split(), "--", *COMMAND.split(), *flags.split()]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
+        try:
+            plan.main(words)
+        except SystemExit as end:
+            assert end.code == 2
+            return error.getvalue().splitlines()
+    assert not error.getvalue()
+    return []
+
+
+def test_the_command_itself_is_good():
+    assert run("") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--make-vocab-size-divisible-by 0", "must be 1 or more, not 0"),
+        ("--num-query-groups 0", "must be 1 or more, not 0"),
+        ("--num-query-groups 0 --group-query-attention", "must be 1 or more, not 0"),
+        ("--ffn-hidden-size 0", "must be 1 or more, not 0"),
+        ("--micro-batch-size -1", "must be 1 or more, not -1"),
+        (f"--micro-batch-size {10**29}", f"must be at most 2147483647, not {10**29}"),
+        (f"--train-samples {10**29}", "must be at most 9223372036854775807"),
+        ("--save-interval -1", "must be 0 or more, not -1"),
+        ("--save-retain-interval 0", "must be 1 or more, not 0"),
+        ("--lr-warmup-samples -5", "must be 0 or more, not -5"),
+        ("--lr-warmup-fraction 2", "must be at most 1, not 2.0"),
+        ("--lr-warmup-fraction nan", "must be a number, not nan"),
+        ("--hidden-dropout inf", "must be at most 1, not inf"),
+        ("--lr nan", "must be a number, not nan"),
+        ("--lr inf", "must be at most 1e+30, not inf"),
+        ("--adam-beta2 1", "must be below 1, not 1.0"),
+        ("--xielu-alpha-p-init 1e4", "must be at most 1000, not 10000.0"),
+        ("--xielu-alpha-n-init 0.5", "of --xielu must be above 0.5"),
+        ("--xielu-beta 0", "must be above 0, not 0.0"),
+        ("--xielu-check-tp-sync -1", "must be 0 or more, not -1"),
+        ("--moe-use-upcycling", "does not work with xIELU and xIPReLU; drop it"),
+    ],
+)
+def test_number(flags, message):
+    [line] = run(flags)
+    assert line.startswith(f"megatron_xielu: error: {flags.split()[0]} {message}")
+
+
+def test_wrong_types_and_missing_values():
+    error = "megatron_xielu: error: argument"
+    for word in ("0.5", "many", "nan"):
+        [line] = run(f"--lr-warmup-samples {word}")
+        assert line == f"{error} --lr-warmup-samples: invalid int value: '{word}'"
+    assert run("--num-layers") == [f"{error} --num-layers: expected one argument"]
+
+
+def test_all_problems_are_said():
+    lines = run("--num-layers 0 --seq-length 0 --spec other spec --data-path 1 x y z")
+    assert [line.split()[2] for line in lines] == ["--num-layers", "--seq-length"]
+    lines = run("--spec other spec --xielu-alpha-n-init 0.1 --data-path 1 x y z")
+    assert [line.split()[2] for line in lines] == [
+        "--xielu",
+        "--xielu-alpha-n-init",
+        "--data-path:",
+    ]
+    assert "does not work with --spec other spec; put" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--nodes 0", "must be 1 or more, not '0'"),
+        ("--nodes 1.5", "must be a whole number, not '1.5'"),
+        (f"--nodes {10**29}", "must be at most 100000"),
+        ("--gpus-per-node x", "must be a whole number, not 'x'"),
+        ("--gpu-memory nan", "must be a number, not 'nan'"),
+        ("--gpu-memory 0", "must be 0.001 or more"),
+        ("--peak-tflops inf", "must be at most 1000000.0"),
+        ("--mfu 40", "must be at most 1, not '40'"),
+        ("--host-copy -1", "must be 0.001 or more"),
+        ("--node-network text", "must be a number, not 'text'"),
+        ("--vocab-size -1", "must be 1 or more"),
+        ("--keep-checkpoints 0", "must be 1 or more"),
+        ("--keep-every nan", "must be a whole number, not 'nan'"),
+        ("--nodes", "expected one argument"),
+    ],
+)
+def test_own_options(option, message):
+    usage, line = run("", option)
+    assert usage.startswith("usage: ")
+    assert f"error: argument {option.split()[0]}: {message}" in line
+
+
+_WORDS = st.sampled_from(
+    ["0", "1", "-1", "7", "64", "0.5", "nan", "inf", "-inf", str(10**29), str(2**31 - 1), "x", ""]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(sorted(NUMBERS)), _WORDS, max_size=3),
+    st.dictionaries(
+        st.sampled_from(["nodes", "gpus-per-node", "gpu-memory", "mfu", "host-copy", "keep-every"]),
+        _WORDS,
+        max_size=1,
+    ),
+)
+def test_any_number_is_planned_or_refused(flags, options):
+    lines = run(
+        " ".join(f"{flag}={word}" for flag, word in flags.items()),
+        "--nodes 11 --keep-checkpoints 2 --json "
+        + " ".join(f"--{option}={word}" for option, word in options.items()),
+    )
+    assert all("error: " in line or line.startswith("usage: ") for line in lines)
+
+
+# Files
+
+
+GOOD = {"train": ["0.7", "/data/a", 0.3, "/data/b"], "valid": "/data/c", "test": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("folder", "cannot be read: Is a directory"),
+        (b"\xff\xfe", "is no text: not UTF-8"),
+        (b"", "is no JSON: Expecting value"),
+        (b"[" * 100_000, "is no JSON: maximum recursion depth"),
+        (b"[]", "is not a JSON object of lists"),
+        (b"{}", "has no 'train'; where there is none, write null"),
+        (b'{"train": [], "valid": null, "test": null}', ": 'train' is [], not a list of prefixes"),
+        (b'{"train": [1], "valid": null, "test": null}', ": 'train': 1 is no prefix of files"),
+        (b'{"train": 1, "valid": null, "test": null}', ": 'train' is 1, not a list of prefixes"),
+    ],
+)
+def test_data_by_split(tmp_path, content, message):
+    path = tmp_path / "splits.json"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    [line] = run(f"--per-split-data-args-path {path}")
+    assert f"error: --per-split-data-args-path {path}" in line and message in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("folder", "cannot be read: Is a directory"),
+        (b"\xff\xfe", "is no text: not UTF-8"),
+        (b" \n", "is [], not a list of prefixes of files"),
+        (b"0.5 a b c", "'b' is no weight; one must stand before each prefix, or before none"),
+        (b"nan a", "'nan' is no weight"),
+        (b"-1 a", "'-1' is no weight"),
+    ],
+)
+def test_data_of_a_list(tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    [line] = run(f"--data-args-path {path}")
+    assert f"error: --data-args-path {path}" in line and message in line
+
+
+def test_paths_that_are_too_long(tmp_path):
+    lines = run(f"--data-path /{'x' * 5000} --tokenizer-model /{'x' * 5000}")
+    assert len(lines) == 3 and all(line.endswith("does not exist") for line in lines)
+
+
+def test_what_megatron_takes_is_read(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps(GOOD))
+    found = data_lists.words("per_split_data_args_path", str(path))
+    assert found == ["0.7", "/data/a", "0.3", "/data/b", "/data/c"]
+    assert data_lists.words("data_path", ["a", "b"]) == ["a", "b"]
+    assert data_lists.words("data_path", ["1", "a"]) == ["1", "a"]
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(damaged_bytes(json.dumps(GOOD).encode()) | damaged(GOOD).map(json.dumps).map(str.encode))
+def test_any_damage_is_refused_in_a_line(tmp_path, content):
+    path = tmp_path / "splits.json"
+    path.write_bytes(content)
+    for argument in data_lists.FILES:
+        try:
+            data_lists.words(argument, str(path))
+        except ValueError as error:
+            assert str(error).startswith("--") and len(str(error).splitlines()) == 1

@@ -1,0 +1,264 @@
+"""The entry refuses numbers, files and an environment that make no sense, in a line, before
+anything is built."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+from hostile import damaged, damaged_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from launch import TINY_LLAMA, train
+from megatron_arguments import parse, parser
+
+from megatron_xielu import arguments, selftest, startup
+from megatron_xielu.catalog import NUMBERS, flag_of
+from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
+from megatron_xielu.cpu import __main__ as cpu_command
+from megatron_xielu.plan import flags as plan_flags
+
+
+def check(flags: str, ranks: int = 1) -> Namespace:
+    """The entry's checks and Megatron's, in its order."""
+    args = parse([*TINY_LLAMA, "--transformer-impl", "local", "--xielu", *flags.split()])
+    args.rank, args.world_size = 0, ranks
+    arguments.validate(args)
+    arguments.check_layout(args)
+    with arguments.megatrons_checks(), contextlib.redirect_stdout(io.StringIO()):
+        from megatron.training.arguments import validate_args
+
+        validate_args(args)
+    return args
+
+
+@pytest.fixture(autouse=True)
+def connections(monkeypatch):
+    """Megatron asks for it with tensor parallelism."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def test_ranges_are_of_megatrons_flags():
+    """Of the same type, and its defaults are within them; the plan has the same defaults."""
+    actions = {flag: action for action in parser()._actions for flag in action.option_strings}
+    planned = vars(plan_flags.parse([]))
+    for flag, limits in NUMBERS.items():
+        action = actions[flag]
+        assert action.type is (int if limits.whole else float) and flag_of(action.dest) == flag
+        assert action.nargs is None
+        assert action.default is None or limits.fault(action.default) == ""
+        if planned[action.dest] is not None:
+            assert planned[action.dest] == action.default
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num-layers 0", "must be 1 or more, not 0"),
+        ("--hidden-size 0", "must be 1 or more, not 0"),
+        ("--ffn-hidden-size 0", "must be 1 or more, not 0"),
+        ("--num-attention-heads 0", "must be 1 or more, not 0"),
+        ("--num-query-groups 0", "must be 1 or more, not 0"),
+        ("--seq-length 0", "must be 1 or more, not 0"),
+        ("--micro-batch-size 0", "must be 1 or more, not 0"),
+        ("--global-batch-size 0", "must be 1 or more, not 0"),
+        ("--tensor-model-parallel-size 0", "must be 1 or more, not 0"),
+        ("--make-vocab-size-divisible-by 0", "must be 1 or more, not 0"),
+        ("--train-iters -1", "must be 0 or more, not -1"),
+        ("--log-interval 0", "must be 1 or more, not 0"),
+        ("--eval-interval 0", "must be 1 or more, not 0"),
+        ("--seed 0", "must be 1 or more, not 0"),
+        (f"--num-layers {10**29}", "must be at most 2147483647"),
+        (f"--exit-duration-in-mins {10**29}", "must be at most 9223372036854775807"),
+        ("--lr nan", "must be a number, not nan"),
+        ("--lr -1", "must be 0 or more, not -1.0"),
+        ("--weight-decay inf", "must be at most 1e+30, not inf"),
+        ("--clip-grad -1", "must be 0 or more, not -1.0"),
+        ("--qk-clip-threshold nan", "must be a number, not nan"),
+        ("--adam-beta1 1", "must be below 1, not 1.0"),
+        ("--lr-warmup-fraction 2", "must be at most 1, not 2.0"),
+        ("--xielu-alpha-p-init 1e4", "must be at most 1000, not 10000.0"),
+        ("--xielu-alpha-n-init 1e4", "must be at most 1000, not 10000.0"),
+        ("--xielu-alpha-n-init inf", "of XIELU must be a finite number above 0.5, got inf"),
+        ("--xielu-beta nan", "must be a finite number above 0, got nan"),
+    ],
+)
+def test_number(flags, message):
+    with pytest.raises(ValueError) as error:
+        check(flags)
+    assert str(error.value).startswith(f"{flags.split()[0]} {message}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "message"),
+    [
+        ("--tensor-model-parallel-size 3", 2, "2 ranks are not a multiple of --tensor-model-par"),
+        ("--pipeline-model-parallel-size 2", 1, "1 ranks are not a multiple of --tensor-model-pa"),
+        ("--tensor-model-parallel-size 3", 3, "does not divide --num-attention-heads 4"),
+        (
+            "--tensor-model-parallel-size 2 --ffn-hidden-size 33",
+            2,
+            "does not divide --ffn-hidden-size 33",
+        ),
+        ("--group-query-attention --num-query-groups 3", 1, "--num-query-groups 3 does not divide"),
+        # Of Megatron's own checks.
+        ("--seq-length 64", 1, r"max_position_embeddings \(32\) must be greater"),
+        (
+            "--num-attention-heads 3",
+            1,
+            r"AssertionError at assert args\.hidden_size % args\.num_",
+        ),
+        ("--min-lr 1", 1, r"AssertionError at assert args\.min_lr <= args\.lr \(arguments\.py"),
+        ("--attention-backend local", 1, r"TypeError .* at assert args\.spec\[0\] == 'local'"),
+    ],
+)
+def test_what_does_not_go_together(flags, ranks, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check(flags, ranks)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_flags_with_types_of_their_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *TINY_LLAMA, "--exit-signal", "x"])
+    with pytest.raises(ValueError, match="KeyError 'x' at return"):
+        arguments.parse_and_validate_args({})
+
+
+_WORDS = st.sampled_from(
+    ["0", "1", "-1", "3", "32", "0.5", "nan", "inf", str(10**29), str(2**31 - 1), "x", ""]
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.dictionaries(st.sampled_from(sorted(NUMBERS)), _WORDS, min_size=1, max_size=3))
+def test_any_number_is_taken_or_refused(flags):
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            check(" ".join(f"{flag}={word}" for flag, word in flags.items()), ranks=2)
+        except SystemExit as end:  # of argparse
+            assert end.code == 2
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+# Files
+
+SEQUENCES = {"/data/a": [10, 11], "/data/b": [3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "content", "message"),
+    [
+        ("--per-dataset-sequences-path", None, "No such file or directory"),
+        ("--per-dataset-sequences-path", b"\xff", "it is no JSON: not UTF-8"),
+        ("--per-dataset-sequences-path", b"[]", "it is [], not an object"),
+        ("--per-dataset-sequences-path", b'{"a": 3}', "a is 3, not a list"),
+        ("--per-dataset-sequences-path", b'{"a": [3, -1]}', "a[1] is -1, not 0 or more"),
+        ("--data-args-path", None, "does not exist"),
+        ("--data-args-path", b"", "is [], not a list of prefixes"),
+        ("--per-split-data-args-path", b"[]", "is not a JSON object of lists"),
+        ("--per-split-data-args-path", b'{"train": ["a"]}', "has no 'valid'"),
+    ],
+)
+def test_file(tmp_path, flags, content, message):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        arguments.check_files(parse([*TINY_LLAMA, flags, str(path)]))
+    assert str(error.value).startswith(f"{flags} {path}") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path", "--data-path is [], not a list of prefixes"),
+        ("--data-path 1 a b c", "--data-path: 'b' is no weight"),
+        ("--split x", "--split must be three shares, such as 969,30,1, not 'x'"),
+        ("--split 1,2,3,4", "--split must be three shares"),
+    ],
+)
+def test_data_flags(flags, message):
+    with pytest.raises(ValueError) as error:
+        arguments.check_files(parse([*TINY_LLAMA, *flags.split()]))
+    assert str(error.value).startswith(message)
+
+
+def test_good_files(tmp_path):
+    path = tmp_path / "sequences.json"
+    path.write_text(json.dumps(SEQUENCES))
+    args = parse([*TINY_LLAMA, "--per-dataset-sequences-path", str(path), "--split", "99,1,0"])
+    args.data_args_path = "s3://bucket/list"  # Megatron's to read
+    arguments.check_files(args)
+    found = arguments.sequences_per_dataset(args)
+    assert found == {"/data/a": (10, 11), "/data/b": (3, 4)}
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    damaged_bytes(json.dumps(SEQUENCES).encode())
+    | damaged(SEQUENCES).map(json.dumps).map(str.encode)
+)
+def test_any_damage_is_refused_in_a_line(tmp_path, content):
+    path = tmp_path / "sequences.json"
+    path.write_bytes(content)
+    try:
+        arguments.sequences_per_dataset(Namespace(per_dataset_sequences_path=str(path)))
+    except ValueError as error:
+        assert str(error).startswith("--per-dataset-sequences-path ")
+        assert len(str(error).splitlines()) == 1
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "x", "RANK must be a whole number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE must be a whole number from 1"),
+        ("LOCAL_RANK", "5", "LOCAL_RANK 5 must be less than LOCAL_WORLD_SIZE 1"),
+        ("MASTER_PORT", "http", "MASTER_PORT must be a whole number"),
+        ("MEGATRON_XIELU_BACKEND", "cuda", "MEGATRON_XIELU_BACKEND must be triton, compiled or"),
+    ],
+)
+def test_environment(monkeypatch, name, value, message):
+    for variable, good in startup.ALONE.items():
+        monkeypatch.setenv(variable, good)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(startup, "_prepare_megatron", lambda **_: pytest.fail("it went on"))
+    with pytest.raises(SystemExit, match=f"^megatron_xielu: error: {message}"):
+        startup.start()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [(selftest.main, []), (cpu_command.main, [__file__])],
+)
+def test_other_commands_look_at_the_environment(monkeypatch, command, words):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    with pytest.raises(SystemExit, match="RANK must be a whole number"):
+        command()
+
+
+@pytest.mark.parametrize("gpus", ["0", "-1", "nan", str(10**29), "many"])
+def test_gpus_of_a_walk(capsys, gpus):
+    with pytest.raises(SystemExit):
+        checkpoint_walk.main([f"--gpus={gpus}", "--", "--xielu"])
+    assert "error: argument --gpus: must be " in capsys.readouterr().err
+
+
+def test_the_entry_ends_with_megatrons_words_in_one_line(tmp_path):
+    run = train(tmp_path, "--xielu --num-attention-heads 3", succeeds=False)
+    last = run.output.rstrip().splitlines()[-1]
+    assert last.startswith("megatron_xielu: error: Megatron does not take these arguments: ")
+    assert "args.num_attention_heads" in last and "Traceback" not in run.output
