@@ -7,12 +7,12 @@ Every other file asks here. Standard library only, and of Python 3.9: a plan run
 
 from __future__ import annotations
 
-import contextlib
 import math
-from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_xielu.common.flags import COUNT, Limits
 
 DEFAULT_ALPHA_INIT = 0.8  # effective, of both sides
 DEFAULT_BETA = 0.5
@@ -92,51 +92,9 @@ def alpha_n_floor(name: str, beta: float) -> float:
     return beta if name == "xielu" else 0.0
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Which numbers a flag takes: from ``least`` to ``most``.
-
-    Attributes:
-        whole: no fractions.
-        above, below: ``least`` or ``most`` itself is not allowed.
-    """
-
-    least: float
-    most: float = math.inf
-    whole: bool = True
-    above: bool = False
-    below: bool = False
-
-    def fault(self, value: Any) -> str:
-        """What a value must be instead; "" if it is within."""
-        known = int if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, known) or math.isnan(value):
-            return f"must be a {'whole ' * self.whole}number"
-        if value < self.least or (self.above and value == self.least):
-            return f"must be {f'above {self.least}' if self.above else f'{self.least} or more'}"
-        if value > self.most or (self.below and value == self.most):
-            return f"must be {'below' if self.below else 'at most'} {self.most}"
-        return ""
-
-    def read(self, word: str) -> Any:
-        """The ``type`` of an option of argparse.
-
-        Raises:
-            ArgumentTypeError: not such a number.
-        """
-        value: Any = word
-        with contextlib.suppress(ValueError):
-            value = int(word) if self.whole else float(word)
-        fault = self.fault(value)
-        if fault:
-            raise ArgumentTypeError(f"{fault}, not {ascii(word)[:40]}")
-        return value
-
-
 GPUS = Limits(1, 100_000)  # of a job, or its nodes: beyond any cluster that there is
 
 _SIZE = Limits(1, 2**31 - 1)
-_COUNT = Limits(0, 2**63 - 1)
 _FROM_0 = Limits(0, 1e30, whole=False)
 _SHARE = Limits(0, 1, whole=False)
 # The largest that has been learned is 174, in a released model; 16 bits end at 65504.
@@ -168,7 +126,7 @@ NUMBERS = {
             "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
             "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync"
         ).split(),
-        _COUNT,
+        COUNT,
     ),
     "--seed": Limits(1, 2**32 - 1),  # NumPy's
     **dict.fromkeys(
@@ -195,8 +153,8 @@ def out_of_range(arguments: Any) -> list[str]:
         if limits is None:
             is_nan = isinstance(value, float) and math.isnan(value)
             fault = "must be a number" if is_nan else ""
-            if isinstance(value, int) and abs(value) > _COUNT.most:
-                fault = f"must be at most {_COUNT.most}"
+            if isinstance(value, int) and abs(value) > COUNT.most:
+                fault = f"must be at most {COUNT.most}"
         else:
             fault = "" if value is None else limits.fault(value)
         if fault:

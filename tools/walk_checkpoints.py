@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from launcher_command import megatron_arguments
 
-from megatron_xielu.catalog import Limits
 from megatron_xielu.common import files, schema
+from megatron_xielu.common.flags import Limits
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
 MODELS = {

@@ -36,7 +36,8 @@ from megatron_xielu.checkpoints.folder import (
 )
 from megatron_xielu.checkpoints.ledger import Record, kept
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
-from megatron_xielu.common import event_log, flags, text
+from megatron_xielu.common import event_log, text
+from megatron_xielu.common.flags import COUNT, POSITIVE, Limits
 
 
 def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> bool:
@@ -81,15 +82,14 @@ def main() -> None:
     parser.add_argument("save_dir", type=Path, metavar="SAVE_DIR", help="Megatron's --save folder")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="check them all, newest first")
-    command.add_argument("--last", type=flags.whole(1), metavar="N", help="only the N newest")
+    command.add_argument("--last", type=POSITIVE.read, metavar="N", help="only the N newest")
     command.add_argument("--quick", action="store_true", help="no checksums")
     commands.add_parser("repair", help="before a start: set damaged ones aside")
     command = commands.add_parser("watch", help="verify new ones, delete old ones")
-    command.add_argument("--keep-last", type=flags.whole(1), required=True, metavar="K")
-    command.add_argument(
-        "--keep-every", type=flags.whole(0), default=0, metavar="E", help="0: none"
-    )
-    command.add_argument("--interval", type=flags.real(1e-3, 86400), default=5.0, metavar="SECONDS")
+    command.add_argument("--keep-last", type=POSITIVE.read, required=True, metavar="K")
+    command.add_argument("--keep-every", type=COUNT.read, default=0, metavar="E", help="0: none")
+    seconds = Limits(1e-3, 86400, whole=False).read
+    command.add_argument("--interval", type=seconds, default=5.0, metavar="SECONDS")
     command.add_argument("--events", metavar="FILE", help="event log, for MEGATRON_XIELU_EVENTS")
     commands.add_parser("status", help="a table")
     args = parser.parse_args()

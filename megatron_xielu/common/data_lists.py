@@ -15,7 +15,7 @@ from megatron_xielu.common.text import is_number
 FILES = ("data_args_path", "per_split_data_args_path")
 ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", *FILES)
 
-_SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test")
 
 
 def words(argument: str, value: Any) -> list[str]:
@@ -31,22 +31,35 @@ def words(argument: str, value: Any) -> list[str]:
     where = f"--{argument.replace('_', '-')}"
     if argument not in FILES:
         return _blend(value, where)
-    where = f"{where} {value}"
-    text = _read(value, where)
     if argument == "data_args_path":
-        return _blend(text.split(), where)
+        where = f"{where} {value}"
+        return _blend(_read(value, where).split(), where)
+    splits = of_splits(value)
+    for split in SPLITS:
+        if split not in splits:  # which Megatron asks for
+            raise ValueError(f"{where} {value} has no {split!r}; where there is none, write null")
+    return [word for listed in splits.values() for word in listed]
+
+
+def of_splits(path: str) -> dict[str, list[str]]:
+    """Weights and prefixes of the splits that are there, in a file for ``--per-split-data-args-path``.
+
+    Raises:
+        ValueError: as `words`.
+    """
+    where = f"--per-split-data-args-path {path}"
+    text = _read(path, where)
     try:
         splits = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of numbers with too many digits
         raise ValueError(f"{where} is no JSON: {error}") from None
     if not isinstance(splits, dict):
         raise ValueError(f"{where} is not a JSON object of lists")
-    found = []
-    for split in _SPLITS:
-        if split not in splits:
-            raise ValueError(f"{where} has no {split!r}; where there is none, write null")
-        found += [] if splits[split] is None else _blend(splits[split], f"{where}: {split!r}")
-    return found
+    return {
+        split: [] if splits[split] is None else _blend(splits[split], f"{where}: {split!r}")
+        for split in SPLITS
+        if split in splits
+    }
 
 
 def _blend(listed: Any, where: str) -> list[str]:

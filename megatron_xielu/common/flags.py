@@ -1,33 +1,53 @@
-"""Types for argparse: numbers within limits. A senseless one is refused in one line."""
+"""Which numbers a flag takes. Of Python 3.9, as `catalog` is."""
 
 from __future__ import annotations
 
-import argparse
-import re
-from collections.abc import Callable
-from contextlib import suppress
-
-_DIGITS = 18  # 64 bits
-
-
-def whole(least: int = 0) -> Callable[[str], int]:
-    """A whole number of so much or more."""
-
-    def parse(word: str) -> int:
-        if not re.fullmatch(f"[0-9]{{1,{_DIGITS}}}", word) or int(word) < least:
-            raise argparse.ArgumentTypeError(f"{word} is no whole number of {least} or more")
-        return int(word)
-
-    return parse
+import contextlib
+import math
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
+from typing import Any
 
 
-def real(least: float, most: float) -> Callable[[str], float]:
-    """A number within limits, both allowed."""
+@dataclass(frozen=True)
+class Limits:
+    """Which numbers a flag takes: from ``least`` to ``most``.
 
-    def parse(word: str) -> float:
-        with suppress(ValueError):
-            if least <= float(word) <= most:
-                return float(word)
-        raise argparse.ArgumentTypeError(f"{word} is no number from {least:g} to {most:g}")
+    Attributes:
+        whole: no fractions.
+        above, below: ``least`` or ``most`` itself is not allowed.
+    """
 
-    return parse
+    least: float
+    most: float = math.inf
+    whole: bool = True
+    above: bool = False
+    below: bool = False
+
+    def fault(self, value: Any) -> str:
+        """What a value must be instead; "" if it is within."""
+        known = int if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, known) or math.isnan(value):
+            return f"must be a {'whole ' * self.whole}number"
+        if value < self.least or (self.above and value == self.least):
+            return f"must be {f'above {self.least}' if self.above else f'{self.least} or more'}"
+        if value > self.most or (self.below and value == self.most):
+            return f"must be {'below' if self.below else 'at most'} {self.most}"
+        return ""
+
+    def read(self, word: str) -> Any:
+        """The ``type`` of an option of argparse.
+
+        Raises:
+            ArgumentTypeError: not such a number.
+        """
+        value: Any = word
+        with contextlib.suppress(ValueError):
+            value = int(word) if self.whole else float(word)
+        fault = self.fault(value)
+        if fault:
+            raise ArgumentTypeError(f"{fault}, not {ascii(word)[:40]}")
+        return value
+
+
+COUNT, POSITIVE = Limits(0, 2**63 - 1), Limits(1, 2**63 - 1)

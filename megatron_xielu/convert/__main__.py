@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.flags import Limits
 from megatron_xielu.common.text import reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+_ROWS = Limits(1, 9_999_999)  # of a vocabulary
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--trim-vocab",
-        type=_rows,
+        type=_ROWS.read,
         metavar="N",
         help="keep the first N rows of the vocabulary (default: all, with Megatron's padding)",
     )
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--download", action="store_true", help="fetch MODEL from the hub")
     back.add_argument(
         "--make-vocab-size-divisible-by",
-        type=_rows,
+        type=_ROWS.read,
         default=1,
         metavar="N",
         help="pad the vocabulary, so that the tensor-parallel size divides it (default: 1)",
@@ -138,12 +140,6 @@ def _size(text: str) -> int:
     if not match or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
     return max(1, int(float(match[1]) * _UNITS[match[2]]))
-
-
-def _rows(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,7}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 9999999")
-    return int(text)
 
 
 def _path(text: str) -> Path:

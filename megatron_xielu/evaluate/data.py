@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_xielu.common import indexed_dataset, schema
+from megatron_xielu.common import data_lists, indexed_dataset, schema
 from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.common.text import is_number
 
@@ -31,10 +31,6 @@ class _Shard:
 @dataclass(frozen=True)
 class _Manifest:
     shards: list[_Shard]
-
-
-# Of --per-split-data-args-path, by split: weights and prefixes.
-_Parts = dict[str, str | list[str | float] | None]
 
 
 def find(request: Namespace) -> list[Path]:
@@ -58,15 +54,19 @@ def find(request: Namespace) -> list[Path]:
         )
     if len(flags) > 1:
         raise ValueError(f"give one of {' and '.join(flags)}")
+    split = request.data_split or "valid"
     if request.per_split_data_args_path is not None:
-        words = _of_split(request.per_split_data_args_path, request.data_split or "valid")
+        splits = data_lists.of_splits(str(request.per_split_data_args_path))
+        words = [
+            word for name, listed in splits.items() if split in ("all", name) for word in listed
+        ]
     elif request.data_args_path is not None:
-        words = _read(flags[0], request.data_args_path).split()
+        words = data_lists.words("data_args_path", str(request.data_args_path))
     else:
         words = request.data_path
     whole = request.data_path is not None and len(words) == 1 and _manifest_of(Path(words[0]))
     if whole:
-        words = _of_manifest(whole, request.data_split or "valid")
+        words = _of_manifest(whole, split)
     elif request.data_split and request.per_split_data_args_path is None:
         raise ValueError("--data-split needs data that has parts; name the prefixes of one instead")
     prefixes = [Path(word) for word in words if not is_number(word)]
@@ -81,27 +81,6 @@ def find(request: Namespace) -> list[Path]:
     if not prefixes:
         raise ValueError(f"{flags[0]}: no data in it, or not in this --data-split")
     return list(dict.fromkeys(prefixes))
-
-
-def _read(flag: str, path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {error}") from None
-
-
-def _of_split(path: Path, split: str) -> list[str]:
-    flag = "--per-split-data-args-path"
-    try:
-        parts = schema.check(_Parts, schema.read_json(path), path)
-    except (OSError, Malformed) as error:
-        raise ValueError(f"{flag}: {error}") from None
-    if split != "all" and split not in parts:
-        raise ValueError(f"{flag} {path}: it has no {split}, only {', '.join(parts) or 'nothing'}")
-    chosen = [parts[name] or [] for name in (parts if split == "all" else [split])]
-    return [
-        str(word) for part in chosen for word in (part.split() if isinstance(part, str) else part)
-    ]
 
 
 def _manifest_of(path: Path) -> Path | None:

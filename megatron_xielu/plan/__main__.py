@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS, Limits
+from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
+from megatron_xielu.common.flags import Limits
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan

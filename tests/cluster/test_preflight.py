@@ -29,6 +29,7 @@ from launch import TINY_LLAMA, free_port, python
 
 from megatron_xielu.cluster.preflight import __main__ as preflight
 from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
+from megatron_xielu.common import indexed_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -226,7 +227,10 @@ def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
     assert shared.startswith(f"n2 (rank 1): {tmp_path}/run_n2 here is not the directory of n1:")
     damaged = lines(output, "FAIL", "data")
     assert any(f"n2 (rank 1): {index} is damaged: it starts with b'GARBAGE" in d for d in damaged)
-    assert any("n2 (rank 1)" in d and "short.bin is damaged: 10 bytes of 28" in d for d in damaged)
+    assert any(
+        "n2 (rank 1)" in d and "short.bin is damaged: it has 10 bytes where its .idx says 28" in d
+        for d in damaged
+    )
     assert sum("absent.bin" in d for d in damaged) == 2  # on either node
     assert lines(output, "ok", "collectives")  # all checks run
     assert lines(output, "ok", "alphas")
@@ -380,7 +384,7 @@ def test_dataset_written_by_megatron_is_whole(tmp_path):
     assert data_files.dataset_sizes(str(tmp_path / "real"))[0] == 22
     index = tmp_path / "real.idx"
     index.write_bytes(index.read_bytes()[:-8])
-    with pytest.raises(exchange.Problem, match="is damaged"):
+    with pytest.raises(indexed_dataset.Damaged, match="is damaged"):
         data_files.dataset_sizes(str(tmp_path / "real"))
 
 
@@ -432,7 +436,7 @@ def test_damaged_indices(tmp_path):
     for place, value in ((9, 2), (17, 99), (41, 0x80), (57, 0x80)):
         # The version, the type of tokens; length and offset of the last sequence are negative.
         index.write_bytes(good[:place] + bytes([value]) + good[place + 1 :])
-        with pytest.raises(exchange.Problem, match=f"{index} is damaged"):
+        with pytest.raises(indexed_dataset.Damaged, match=f"{index} is damaged"):
             data_files.dataset_sizes(str(tmp_path / "corpus"))
 
 

@@ -300,8 +300,8 @@ def test_which_data(prepared):
         ({"data_path": ["a"]}, "--data-path: no a.idx"),
         ({"data_path": [str(valid[0])], "data_split": "valid"}, "--data-split needs data"),
         ({"data_path": [str(prepared)], "data_split": "test"}, "--data-path: no data in it"),
-        ({"data_args_path": Path("b")}, "--data-args-path b cannot be read"),
-        ({"per_split_data_args_path": prepared / "data_args.txt"}, "data_args.txt: it is no JSON"),
+        ({"data_args_path": Path("b")}, "--data-args-path b does not exist"),
+        ({"per_split_data_args_path": prepared / "data_args.txt"}, "data_args.txt is no JSON"),
     ):
         with pytest.raises(ValueError, match=message):
             data.find(_request(**flags))

@@ -49,15 +49,15 @@ def find(**flags) -> list[Path]:
 @pytest.mark.parametrize(
     ("content", "split", "message"),
     [
-        ("", "valid", "--per-split-data-args-path: {path}: it is no JSON"),
-        ("[]", "valid", "{path}: it is [], not an object"),
-        ('{"valid": 3}', "valid", "{path}: valid is 3, not a list"),
-        ('{"valid": [["a"]]}', "all", "{path}: valid[0] is ['a'], not a number"),
-        ('{"train": "a"}', "valid", "{path}: it has no valid, only train"),
-        ("{}", "valid", "{path}: it has no valid, only nothing"),
-        ('{"valid": null}', "valid", "--per-split-data-args-path: no data in it"),
-        ('{"valid": ""}', "valid", "--per-split-data-args-path: no data in it"),
-        ('{"valid": "a\\u0000b"}', "valid", "{path}: valid is 'a\\x00b', not a list"),
+        ("", "valid", "{path} is no JSON"),
+        ("[]", "valid", "{path} is not a JSON object of lists"),
+        ('{"valid": 3}', "valid", "{path}: 'valid' is 3, not a list"),
+        ('{"valid": [["a"]]}', "all", "{path}: 'valid': ['a'] is no prefix of files"),
+        ('{"train": "a"}', "valid", "no data in it, or not in this --data-split"),
+        ("{}", "valid", "no data in it, or not in this --data-split"),
+        ('{"valid": null}', "valid", "no data in it, or not in this --data-split"),
+        ('{"valid": ""}', "valid", "{path}: 'valid' is [], not a list"),
+        ('{"valid": "a\\u0000b"}', "valid", "{path}: 'valid': 'a\\x00b' is no prefix of files"),
     ],
 )
 def test_files_by_split(tmp_path, content, split, message):
@@ -65,6 +65,7 @@ def test_files_by_split(tmp_path, content, split, message):
     path.write_text(content)
     with pytest.raises(ValueError) as error:
         find(per_split_data_args_path=path, data_split=split)
+    assert str(error.value).startswith("--per-split-data-args-path")
     assert message.format(path=path) in str(error.value)
 
 

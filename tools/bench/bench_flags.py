@@ -18,13 +18,6 @@ def need_cuda(fix: str) -> None:
         raise SystemExit(f"{name}: error: PyTorch sees no CUDA device here; {fix}")
 
 
-def positive(word: str) -> int:
-    """A whole number of 1 or more, for ``type=``."""
-    if not re.fullmatch("[1-9][0-9]{0,8}", word):
-        raise ArgumentTypeError(f"{word[:40]!r} is not a whole number of 1 or more")
-    return int(word)
-
-
 def joined_sizes(dimensions: int) -> Callable[[str], str]:
     """Positive sizes joined by x, for ``type=``."""
 

@@ -23,11 +23,12 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from bench_flags import need_cuda, positive
+from bench_flags import need_cuda
 from bench_providers import BETA
 from torch import Tensor
 
 from megatron_xielu import functional
+from megatron_xielu.common.flags import POSITIVE
 from megatron_xielu.common.text import table
 from megatron_xielu.kernels import choose
 
@@ -88,7 +89,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=positive, default=20)
+    parser.add_argument("--rounds", type=POSITIVE.read, default=20)
     options = parser.parse_args()
     if options.device == "cuda":
         need_cuda("give another --device")

@@ -32,13 +32,14 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from bench_flags import joined_sizes, need_cuda, positive
+from bench_flags import joined_sizes, need_cuda
 from bench_measure import CudaTimer, rotating, sets_needed, time_on_cpu
 from bench_providers import BETA, bytes_moved
 from inspect_kernels import compile_for_sm90, programs_that_fit, read
 from torch import Tensor
 
 from megatron_xielu.common import files
+from megatron_xielu.common.flags import POSITIVE
 from megatron_xielu.common.text import table
 from megatron_xielu.kernels import gpu_triton
 from megatron_xielu.kernels.gpu_triton import _effective, _xielu, _xielu_slope
@@ -358,7 +359,7 @@ def main() -> None:
     add("--shapes", nargs="+", type=joined_sizes(2), default=["8192x9216"], metavar="TxF")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--bias", action="store_true", help="with a bias; the plain loop only")
-    add("--rounds", type=positive, default=30)
+    add("--rounds", type=POSITIVE.read, default=30)
     options = parser.parse_args()
     found = candidates(options.bias)
     if options.compile:

@@ -32,13 +32,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 
-from megatron_xielu.common import event_log, flags
+from megatron_xielu.common import event_log, torchrun
+from megatron_xielu.common.flags import POSITIVE, Limits
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,8 +48,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Check nodes before a training run.",
         allow_abbrev=False,
     )
-    add, count = parser.add_argument, flags.whole(1)
-    seconds, amount = flags.real(1e-3, 86400), flags.real(0, 1e12)
+    add, count = parser.add_argument, POSITIVE.read
+    seconds = Limits(1e-3, 86400, whole=False).read
+    amount = Limits(0, 1e12, whole=False).read
     add("--cpu", action="store_true", help="no GPUs: gloo, and no check of GPUs")
     add("--tensor-model-parallel-size", type=count, default=1, metavar="N")
     add("--limit", type=seconds, default=60.0, metavar="S", help="seconds for one check (60)")
@@ -69,9 +70,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:end])
     args.training = words[end + 1 :]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        if not re.fullmatch("[0-9]{1,9}", os.environ.get(name, "")):
-            parser.error(f"{name} is no number: run it with torchrun (examples/preflight.sh does)")
+    try:
+        torchrun.check(os.environ)
+    except ValueError as error:
+        parser.error(str(error))
+    if "RANK" not in os.environ:
+        parser.error("run it with torchrun (examples/preflight.sh does)")
     size, ranks = args.tensor_model_parallel_size, int(os.environ["WORLD_SIZE"])
     if ranks % size:
         parser.error(f"--tensor-model-parallel-size {size} does not divide {ranks} ranks")

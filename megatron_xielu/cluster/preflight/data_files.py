@@ -6,58 +6,28 @@ See `megatron_xielu.cluster.preflight`.
 from __future__ import annotations
 
 import os
-import struct
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_xielu.cluster.preflight.exchange import MIB, Board, Problem, most_common
-from megatron_xielu.common import schema, text
-
-# Of Megatron's .idx files (megatron/core/datasets/indexed_dataset.py): after the magic, version,
-# dtype code, sequences, documents; then int32 lengths and int64 offsets of all sequences, and int64
-# document ends; a multimodal one has an int8 for each sequence, too.
-_IDX_MAGIC, _IDX_HEADER = b"MMIDIDX\x00\x00", "<QBQQ"
-_IDX_ELEMENT_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-
-
-@dataclass(frozen=True)
-class _Splits:
-    """A file for ``--per-split-data-args-path``: prefixes of each split, weights may precede."""
-
-    train: list[str | float] | str | None
-    valid: list[str | float] | str | None
-    test: list[str | float] | str | None
+from megatron_xielu.common import data_lists, indexed_dataset, text
 
 
 def prefixes(args: Namespace) -> list[str]:
     """The data prefixes of Megatron's arguments, without weights, each once.
 
     Raises:
-        Problem: a file of arguments cannot be read.
+        Problem: a file of arguments cannot be read, or says nothing of use.
     """
-    words = [*args.data_path, *args.train_data_path, *args.valid_data_path, *args.test_data_path]
+    words = []
     try:
-        if args.data_args_path:
-            words += _text(Path(args.data_args_path)).split()
-        if args.per_split_data_args_path:
-            splits = schema.load(_Splits, Path(args.per_split_data_args_path))
-            for value in (splits.train, splits.valid, splits.test):
-                words += value.split() if isinstance(value, str) else map(str, value or [])
-    except (OSError, ValueError) as error:
-        raise Problem(
-            f"cannot read the list of the data: {error}; write it as Megatron's --data-args-path "
-            'or --per-split-data-args-path: "0.5 prefix 0.5 prefix", of train, valid and test'
-        ) from error
+        for argument in data_lists.ARGUMENTS:
+            if value := getattr(args, argument):
+                words += data_lists.words(argument, value)
+    except ValueError as error:
+        raise Problem(str(error)) from error
     return [word for word in dict.fromkeys(words) if not text.is_number(word)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text") from None
 
 
 def data(board: Board, args: Namespace) -> None:
@@ -104,7 +74,7 @@ def _data_here(args: Namespace) -> dict[str, Any]:
             continue
         try:
             result["sizes"][prefix] = dataset_sizes(prefix)
-        except (OSError, ValueError, Problem) as error:  # ValueError: a NUL in the name
+        except (OSError, ValueError) as error:
             why = str(error)
             result["problems"].append(why if prefix in why else f"{prefix!a}: {why}")
     if args.tokenizer_model:
@@ -122,42 +92,13 @@ def dataset_sizes(prefix: str) -> tuple[int, int]:
 
     Raises:
         OSError: one cannot be read.
-        Problem: one is damaged.
+        ValueError: one is damaged.
     """
     data_file, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    data_size, index_size = data_file.stat().st_size, index.stat().st_size
     with data_file.open("rb") as file:
         file.read(MIB)
-    again = "copy it again, or preprocess the data again"
-    with index.open("rb") as file:
-        magic = file.read(len(_IDX_MAGIC))
-        if magic != _IDX_MAGIC:
-            raise Problem(
-                f"{index} is damaged: it starts with {magic!r}, not {_IDX_MAGIC!r}; {again}"
-            )
-        header = file.read(struct.calcsize(_IDX_HEADER))
-        if len(header) < struct.calcsize(_IDX_HEADER):
-            raise Problem(f"{index} is damaged: it ends in its header; {again}")
-        version, code, sequences, documents = struct.unpack(_IDX_HEADER, header)
-        if version != 1 or code not in _IDX_ELEMENT_SIZES:
-            raise Problem(f"{index} is damaged: version {version}, type {code}; {again}")
-        start = file.tell()
-        expected = start + 12 * sequences + 8 * documents
-        if index_size not in (expected, expected + sequences):
-            raise Problem(f"{index} is damaged: {index_size} bytes instead of {expected}; {again}")
-        if sequences:
-            file.seek(start + 4 * (sequences - 1))
-            (length,) = struct.unpack("<i", file.read(4))
-            file.seek(start + 4 * sequences + 8 * (sequences - 1))
-            (offset,) = struct.unpack("<q", file.read(8))
-            if offset < 0 or length < 0:
-                raise Problem(
-                    f"{index} is damaged: it ends with {length} tokens at byte {offset}; {again}"
-                )
-            expected = offset + length * _IDX_ELEMENT_SIZES[code]
-            if data_size < expected:
-                raise Problem(f"{data_file} is damaged: {data_size} bytes of {expected}; {again}")
-    return data_size, index_size
+    indexed_dataset.read(Path(prefix))
+    return data_file.stat().st_size, index.stat().st_size
 
 
 def tokenizer_warning(name: str) -> str:
