@@ -21,6 +21,7 @@ from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.common import data_lists, schema
 from megatron_xielu.common.schema import Count, Malformed
+from megatron_xielu.common.text import one_line
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -289,7 +290,7 @@ def megatrons_checks() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         in_words = isinstance(error, (AssertionError, ValueError, RuntimeError, OSError))
         if not (said and in_words):
             place = traceback.extract_tb(error.__traceback__)[-1]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from megatron_xielu.catalog import GPUS
 from megatron_xielu.checkpoint_walk.proof import FORMATS
 from megatron_xielu.checkpoint_walk.walk import CannotWalk, Refused, prepare, walk
+from megatron_xielu.common import text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare()
         result = walk(words[split + 1 :], options.gpus, FORMATS if options.both_formats else None)
     except Refused as error:
-        print(f"FAIL: {' '.join(str(error).split())}")
+        print(f"FAIL: {text.one_line(error)}")
         return 2
     except Exception as error:  # of Megatron, too, on something that it does not do without a GPU
-        text = " ".join(str(error).split()) or type(error).__name__
+        said = text.one_line(error) or type(error).__name__
         kind = "" if isinstance(error, CannotWalk) else f"{type(error).__name__}: "
-        print(f"FAIL: {options.gpus} GPUs: no proof that checkpoints keep the state: {kind}{text}")
+        print(f"FAIL: {options.gpus} GPUs: no proof that checkpoints keep the state: {kind}{said}")
         return 3
     if options.json:
         shown = {**vars(result), "faults": [str(fault) for fault in result.faults]}

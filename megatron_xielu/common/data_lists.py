@@ -42,7 +42,7 @@ def words(argument: str, value: Any) -> list[str]:
 
 
 def of_splits(path: str) -> dict[str, list[str]]:
-    """Weights and prefixes of the splits that are there, in a file for ``--per-split-data-args-path``.
+    """Weights and prefixes by split, of those in a file for ``--per-split-data-args-path``.
 
     Raises:
         ValueError: as `words`.

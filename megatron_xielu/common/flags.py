@@ -27,7 +27,7 @@ class Limits:
     def fault(self, value: Any) -> str:
         """What a value must be instead; "" if it is within."""
         known = int if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, known) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, known) or value != value:
             return f"must be a {'whole ' * self.whole}number"
         if value < self.least or (self.above and value == self.least):
             return f"must be {f'above {self.least}' if self.above else f'{self.least} or more'}"

@@ -16,7 +16,7 @@ def first_line(text: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """All that an exception says, in one line; a path in it may have line ends."""
-    return " ".join(str(error).splitlines())
+    return " ".join(filter(None, map(str.strip, str(error).splitlines())))
 
 
 def describe(error: BaseException) -> str:

@@ -19,16 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_xielu.checkpoints.source import Refused
-from megatron_xielu.common import schema
+from megatron_xielu.common import safetensors_index
 from megatron_xielu.common.schema import Malformed
 
-INDEX = "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-@dataclass(frozen=True)
-class _Index:
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Writer:
         self._folder = folder
         count = len(files)
         self._names = (
-            ["model.safetensors"]
+            [safetensors_index.ALONE]
             if count == 1
             else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
@@ -102,7 +96,7 @@ class Writer:
                 for entry in entries
             },
         }
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (self._folder / safetensors_index.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _begin(self, number: int):  # type: ignore[no-untyped-def]
         header: dict = {"__metadata__": {"format": "pt"}}
@@ -132,20 +126,13 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        index = folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(schema.load(_Index, index).weight_map.values()))
-            except Malformed as error:
-                raise Refused(str(error)) from None
-            if any(Path(name).name != name for name in names):
-                raise Refused(f"{index} names files outside its folder")
-        else:
-            names = ["model.safetensors"]
+        try:
+            paths = safetensors_index.files(folder)
+        except Malformed as error:
+            raise Refused(str(error)) from None
         self._entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
         dtypes = {name: dtype for dtype, name in _NAMES.items()}
-        for name in names:
-            path = folder / name
+        for path in paths:
             if not path.is_file():
                 raise Refused(f"{path} is missing; weights are read from safetensors only")
             try:

@@ -18,7 +18,7 @@ from typing import Any
 from datatrove.io import DataFolder
 from fsspec.implementations.local import LocalFileSystem
 
-from megatron_xielu.common import schema
+from megatron_xielu.common import schema, text
 from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.data.errors import BadInputError, DataError
 
@@ -278,4 +278,4 @@ def _order(path: str) -> bytes:
 
 
 def _say(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return f"{type(error).__name__}: {text.one_line(error)}"[:300]

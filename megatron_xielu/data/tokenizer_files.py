@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from megatron_xielu.common import files, pretrained_tokenizer
 from megatron_xielu.common.schema import Count, Malformed, Positive
+from megatron_xielu.common.text import one_line
 from megatron_xielu.data.errors import DataError
 
 _MOST_ENTRIES = {"uint16": 2**16, "int32": 2**31}
@@ -85,7 +86,7 @@ def _from_hub(name: str) -> Path:
         with suppress(EntryNotFoundError):  # fine: --eod-token then says what it would have
             hf_hub_download(name, "tokenizer_config.json")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise DataError(
             f"--tokenizer {name}: no such file or folder, and the Hub says: {reason}"
         ) from error
@@ -109,7 +110,7 @@ def inspect(
             vocabulary = tokenizer.get_vocab()
             entries = max(vocabulary.values(), default=-1) + 1
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"--tokenizer {name}: {path} is no tokenizer.json: {reason}") from error
     try:
         config = pretrained_tokenizer.read_config(config_path)

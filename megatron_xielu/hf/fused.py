@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import XIELUActivation
 
 from megatron_xielu import functional
-from megatron_xielu.common import schema
+from megatron_xielu.common import safetensors_index
 from megatron_xielu.hf.modeling_xiprelu import Float32Module, XIPReLUActivation
 
 _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -130,29 +129,13 @@ def _check(name: str, module: nn.Module, in_ddp: bool) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Index:
-    """``model.safetensors.index.json``"""
-
-    weight_map: dict[str, str]
-
-    def __post_init__(self) -> None:
-        for file in self.weight_map.values():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"weight_map names {file!r}, no safetensors file beside it")
-
-
 def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The stored tensors of every module that has a tensor alpha_p or alpha_n."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = set(schema.load(_Index, index).weight_map.values())
-    elif (folder / "model.safetensors").exists():
-        files = {"model.safetensors"}
-    else:
+    files = safetensors_index.files(folder)
+    if files == [folder / safetensors_index.ALONE] and not files[0].exists():
         raise FileNotFoundError(f"{folder} holds no model.safetensors and no index of several")
     modules: dict[str, dict[str, Tensor]] = {}
-    for path in sorted(folder / file for file in files):
+    for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a dictionary)

@@ -19,10 +19,11 @@ from transformers import ApertusConfig, ArceeConfig, LlamaConfig
 
 from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common.safetensors_index import INDEX
 from megatron_xielu.convert import __main__ as cli
 from megatron_xielu.convert import from_hf, hf_config, to_hf
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
-from megatron_xielu.convert.safetensors_files import INDEX, Reader
+from megatron_xielu.convert.safetensors_files import Reader
 
 SCALING = {"rope_type": "llama3", "factor": 4.0, **LLAMA3_ROPE}
 V4 = {"transformers_version": "4.57.6"}
@@ -152,7 +153,10 @@ def test_any_damage_to_the_configuration(content, scratch):
         assert "\n" not in str(error)
 
 
-INDEXED = {"metadata": {"total_size": 4}, "weight_map": {"a": "1.safetensors", "b": "2"}}
+INDEXED = {
+    "metadata": {"total_size": 4},
+    "weight_map": {"a": "1.safetensors", "b": "2.safetensors"},
+}
 
 
 @given(content=damaged(INDEXED))
@@ -190,10 +194,12 @@ def test_any_damage_to_weights(safetensors, scratch):
 
 
 def test_a_tensor_in_two_files(tmp_path):
-    for name in ("1", "2"):
+    for name in ("1.safetensors", "2.safetensors"):
         save_file({"a": torch.ones(1)}, tmp_path / name)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "1", "b": "2"}}))
-    with pytest.raises(Refused, match="a is in 1, too"):
+    (tmp_path / INDEX).write_text(
+        json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
+    )
+    with pytest.raises(Refused, match=r"a is in 1\.safetensors, too"):
         Reader(tmp_path)
 
 

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from torch.distributed import TCPStore
 
 from megatron_xielu.common import event_log
+from megatron_xielu.common.text import one_line
 
 _GRACE = 5.0  # seconds that an answer may take to arrive after the time limit of its check
 _LAST = 3.0  # seconds that node 0 stays after a failure
@@ -191,8 +192,7 @@ class Board:
             except Problem as problem:
                 result["error"] = str(problem)
             except BaseException as error:  # in a thread, SystemExit and all must come out here
-                text = " ".join(str(error).split())
-                result["error"] = f"{type(error).__name__}: {text}"[:500]
+                result["error"] = f"{type(error).__name__}: {one_line(error)}"[:500]
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
