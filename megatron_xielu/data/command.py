@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_xielu.common.flags import Limits
 from megatron_xielu.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
 _FEW_DOCUMENTS = 200
 # Of what nobody has more, and what Slurm or Ray would wait for without end.
-_MOST = {"workers": 1e6, "tasks": 1e6, "max_tokens": 1e18, "memory_gb": 1e5}
+_TASKS, _GIGABYTES = Limits(1, 10**6), Limits(1, 10**5)
+_TOKENS = Limits(1, 10**18, whole=False)
+_SHARE = Limits(0, 1, whole=False, below=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,9 +60,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="a text's own <|endoftext|> is text, not the end of a document",
     )
-    group.add_argument("--max-tokens", type=float, help="stop at so many training tokens: 125e9")
     group.add_argument(
-        "--valid-fraction", type=float, default=0.01, help="documents held out [0.01]"
+        "--max-tokens", type=_TOKENS.read, help="stop at so many training tokens: 125e9"
+    )
+    group.add_argument(
+        "--valid-fraction", type=_SHARE.read, default=0.01, help="documents held out [0.01]"
     )
     group.add_argument(
         "--split-sentences", action="store_true", help="a sequence a sentence: BERT, T5"
@@ -67,9 +72,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--language", default="english", help="of --split-sentences [english]")
     group = parser.add_argument_group("work")
     group.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
-    group.add_argument("--workers", type=int, default=os.cpu_count(), help="tasks at a time")
-    group.add_argument("--tasks", type=int, help="shards [one per 512 MB of input]")
-    group.add_argument("--memory-gb", type=int, default=2, help="of a Slurm or Ray task [2]")
+    group.add_argument(
+        "--workers", type=_TASKS.read, default=os.cpu_count(), help="tasks at a time"
+    )
+    group.add_argument("--tasks", type=_TASKS.read, help="shards [one per 512 MB of input]")
+    group.add_argument(
+        "--memory-gb", type=_GIGABYTES.read, default=2, help="of a Slurm or Ray task [2]"
+    )
     group.add_argument("--ray-address", help="[a Ray of its own on this machine]")
     group.add_argument("--slurm-partition", default="")
     group.add_argument("--slurm-time", default="24:00:00", help="limit of a task [24:00:00]")
@@ -87,12 +96,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name.replace('_', '-')} {word!a} is not UTF-8")
     if not options.verify and not (options.source and options.tokenizer):
         parser.error("--source and --tokenizer are needed, but for --verify")
-    if not 0 <= options.valid_fraction < 1:
-        parser.error(f"--valid-fraction {options.valid_fraction} must be from 0 to below 1")
-    for name, most in _MOST.items():
-        value = getattr(options, name)
-        if value is not None and not 1 <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} must be from 1 to {most:g}")
     if any("=" not in option for option in options.slurm_option):
         parser.error("--slurm-option takes NAME=VALUE, account=me for example")
     return options

@@ -10,9 +10,8 @@ from argparse import ArgumentParser, Namespace
 
 import torch
 
-from megatron_xielu import arguments
-from megatron_xielu.catalog import TRAINABLE
-from megatron_xielu.common.text import first_line, reason
+from megatron_xielu import arguments, catalog
+from megatron_xielu.common.text import first_line
 from megatron_xielu.workarounds import checkpoint_arguments
 
 # Taken from the checkpoint unless given. Not trust_remote_code: that is for the user to say.
@@ -35,15 +34,6 @@ _WHICH_SAMPLES = (
     *("train_iters", "train_samples", "eval_interval", "start_eval_at_iter"),
     *("phase_transition_iterations",),
 )
-# Whole numbers that are divided by, or that memory is allocated for.
-_SIZES = (
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-    *("expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
-    *("micro_batch_size", "seq_length", "make_vocab_size_divisible_by"),
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-    "distributed_timeout_minutes",
-)
-_LARGEST_SIZE = 2**31 - 1
 
 
 def complete(request: Namespace) -> tuple[Namespace, Namespace]:
@@ -64,7 +54,7 @@ def complete(request: Namespace) -> tuple[Namespace, Namespace]:
     if checkpoint is None:
         raise ValueError(f"--load {request.load}: the checkpoint holds no arguments of its model")
     saved, folder = checkpoint
-    if asked := given & set(TRAINABLE):
+    if asked := given & set(catalog.TRAINABLE):
         raise ValueError(f"the activation is that of the checkpoint; drop --{' --'.join(asked)}")
     arguments.restore(args, saved, folder)
     checkpoint_arguments.restore(args, saved)
@@ -76,11 +66,8 @@ def complete(request: Namespace) -> tuple[Namespace, Namespace]:
         args.tokenizer_type, args.vocab_size = "NullTokenizer", args.padded_vocab_size
     arguments.validate(args)
     arguments.check_supported(args)
-    try:
+    with arguments.megatrons_checks():
         validate_args(args)
-    except Exception as error:  # it asserts, divides and compares
-        why = reason(error)
-        raise ValueError(f"Megatron does not take these arguments: {why}") from error
     try:
         set_global_variables(args)
     except Exception as error:
@@ -166,21 +153,14 @@ def _set_batches(args: Namespace, saved: Namespace, given: set[str], request: Na
     validation takes."""
     if "micro_batch_size" not in given:
         args.micro_batch_size = getattr(saved, "micro_batch_size", 1)
-    for name in _SIZES:
-        size = getattr(args, name)
-        if size is not None and not 1 <= size <= _LARGEST_SIZE:
-            raise ValueError(f"--{name.replace('_', '-')} {size} must be from 1 to {_LARGEST_SIZE}")
-    model_ranks = (
+    for problem in catalog.out_of_range(args):
+        raise ValueError(problem)
+    arguments.check_layout(args)
+    data_parallel = args.world_size // (
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
         * args.context_parallel_size
     )
-    if args.world_size % model_ranks:
-        raise ValueError(
-            f"{args.world_size} ranks cannot hold a model of {model_ranks}: tensor × pipeline × "
-            "context parallel size must divide their number"
-        )
-    data_parallel = args.world_size // model_ranks
     args.eval_micro_batch_size = args.micro_batch_size
     args.global_batch_size = args.micro_batch_size * data_parallel
     args.eval_global_batch_size = args.global_batch_size

@@ -230,13 +230,13 @@ def test_refused_in_one_line(swiglu, prepared, tmp_path):
     messages = {
         f"--data-path {prepared} --ckpt-step 9": "--ckpt-step 9: no checkpoints/iter_0000009; ",
         f"--data-path {prepared} --xielu": "the activation is that of the checkpoint; drop --xielu",
-        f"--data-path {prepared} --tensor-model-parallel-size 2": "1 ranks cannot hold a model of "
-        "2: tensor × pipeline × context parallel size must divide their number",
-        f"--data-path {prepared} --tensor-model-parallel-size 0": "--tensor-model-parallel-size 0 ",
-        f"--data-path {prepared} --num-layers 0": "--num-layers 0 must be from 1 to 2147483647",
+        f"--data-path {prepared} --tensor-model-parallel-size 2": "1 ranks are not a multiple of "
+        "--tensor-model-parallel-size 2 × --pipeline",
+        f"--data-path {prepared} --tensor-model-parallel-size 0": "--tensor-model-parallel-siz",
+        f"--data-path {prepared} --num-layers 0": "--num-layers must be 1 or more, not 0",
         f"--data-path {prepared} --distributed-timeout-minutes -1": "--distributed-timeout-minut",
-        f"--data-path {prepared} --micro-batch-size -1": "--micro-batch-size -1 must be from 1 to ",
-        f"--data-path {prepared} --seq-length {10**29}": f"--seq-length {10**29} must be from 1 ",
+        f"--data-path {prepared} --micro-batch-size -1": "--micro-batch-size must be 1 or more",
+        f"--data-path {prepared} --seq-length {10**29}": "--seq-length must be at most 2147483647",
         f"--data-path {prepared} --make-vocab-size-divisible-by 0": "--make-vocab-size-divisible-",
         f"--data-path {tmp_path}/empty": f"--data-path: {tmp_path}/empty.idx is damaged: it ends ",
         f"--data-path {'x' * 300}": "[Errno 36] File name too long: ",
