@@ -131,7 +131,7 @@ def free_port() -> int:
 
 def _environment() -> dict[str, str]:
     """Of every process, but for what one run sets."""
-    paths = f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}"
+    paths = f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}:{REPOSITORY / 'tools/bench'}"
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 

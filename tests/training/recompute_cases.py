@@ -8,10 +8,10 @@ from functools import partial
 
 import one_rank
 import torch
+from measure_activation_memory import build_mlp, saved_bytes
 from torch.nn.functional import rms_norm
 
 from megatron_xielu import cpu
-from tools.bench.measure_activation_memory import build_mlp, saved_bytes
 
 HIDDEN, FFN = 32, 96
 SHAPE = (4, 2, HIDDEN)
