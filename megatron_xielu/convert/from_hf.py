@@ -57,7 +57,7 @@ def convert(
     Raises:
         Refused: it cannot be expressed, or may not be written; nothing is left behind.
     """
-    output.check(out, force=options.force, marker=MARKER)
+    output.check(out, folder, force=options.force, marker=MARKER)
     config = hf_config.read(folder)
     reader = Reader(folder)
     stored = hf_config.architecture_of(config, _beta(reader))
