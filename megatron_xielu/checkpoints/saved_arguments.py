@@ -31,8 +31,8 @@ _SIZES_OR_NONE = (
     *("micro_batch_size", "global_batch_size", "eval_global_batch_size"),
 )
 _COUNTS_OR_NONE = (
-    *("num_experts", "mtp_num_layers", "train_iters", "train_samples", "eval_iters"),
-    *("eval_interval", "start_eval_at_iter", "consumed_valid_samples", "vocab_extra_ids"),
+    *("num_experts", "mtp_num_layers", "train_iters", "train_samples", "eval_interval"),
+    *("start_eval_at_iter", "consumed_valid_samples", "vocab_extra_ids"),
     *("tiktoken_num_special_tokens", "num_dataset_builder_threads"),
 )
 _NUMBERS = ("xielu_beta", "xielu_alpha_p_init", "xielu_alpha_n_init", "glu_linear_offset")
@@ -77,6 +77,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(_TEXTS_OR_NONE, str | None),
     **dict.fromkeys(_LISTS_OR_NONE, list[str] | None),
     "spec": list[str] | None,
+    "eval_iters": list[Count] | Count | None,  # of --full-validation, one a validation set
     "norm_epsilon": Annotated[float, Range(0, 1)],
     "layernorm_epsilon": Annotated[float, Range(0, 1)],
     "init_method_std": Annotated[float, Range(0)],

@@ -21,13 +21,14 @@ class _Index:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files that the index of a model's folder names; where it has none, the only file.
+    """The files that the index of a model's folder names; the one beside or without an index, as
+    transformers has it.
 
     Raises:
         Malformed: the index is damaged, or names files elsewhere.
         OSError: it cannot be read.
     """
     index = folder / INDEX
-    if not index.exists():
+    if (folder / ALONE).exists() or not index.exists():
         return [folder / ALONE]
     return [folder / name for name in sorted(set(schema.load(_Index, index).weight_map.values()))]

@@ -26,6 +26,7 @@ from megatron_xielu.convert.safetensors_files import Reader
 from megatron_xielu.convert.tensors import Part, check_finite, constants, parts
 
 MARKER = TRACKER
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def convert(
     Raises:
         Refused: it cannot be expressed, or may not be written; nothing is left behind.
     """
-    output.check(out, force=options.force, marker=MARKER)
+    output.check(out, folder, force=options.force, marker=MARKER)
     config = hf_config.read(folder)
     reader = Reader(folder)
     stored = hf_config.architecture_of(config, _beta(reader))
@@ -120,15 +121,21 @@ def _check_tensors(reader: Reader, architecture: Architecture) -> None:
                 raise Refused(f"{name} is {reader.shape(name)}, but config.json says {shape}")
             used.add(name)
     used |= constants(architecture).keys()
-    if architecture.tied:
-        used.add("lm_head.weight")
+    if architecture.tied and _HEAD in names:
+        # Transformers 4 would drop it, 5 keep it.
+        if not torch.equal(reader.read(_HEAD), reader.read(_EMBEDDING)):
+            raise Refused(
+                f"config.json: tie_word_embeddings is set, and {_HEAD} is another matrix than "
+                f"{_EMBEDDING}; write false, or leave that tensor out"
+            )
+        used.add(_HEAD)
     left = sorted(name for name in names - used if not name.endswith("rotary_emb.inv_freq"))
     if left:
         raise Refused(f"the model has {left[0]}, for which config.json has no place")
 
 
 def _dtype(reader: Reader, options: Options) -> torch.dtype:
-    return options.dtype or reader.dtype("model.embed_tokens.weight")
+    return options.dtype or reader.dtype(_EMBEDDING)
 
 
 def _chunk(

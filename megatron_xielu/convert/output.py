@@ -20,16 +20,17 @@ from megatron_xielu.common import files
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 
 
-def check(out: Path, *, force: bool, marker: str) -> None:
+def check(out: Path, source: Path, *, force: bool, marker: str) -> None:
     """Refuse an output that may not be written.
 
     Args:
         out: the folder to be.
+        source: what is converted.
         force: replace an old one.
         marker: a file that an old one must have to be replaced, lest ``--force`` remove a home.
 
     Raises:
-        Refused: it exists and may not be replaced, or cannot be made.
+        Refused: it exists and may not be replaced, or holds the source.
     """
     replaced = _beside(out, "replaced")
     if (replaced / marker).is_file() and not out.exists():
@@ -38,6 +39,8 @@ def check(out: Path, *, force: bool, marker: str) -> None:
         return
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
+    if source.resolve().is_relative_to(out.resolve()):
+        raise Refused(f"{out} holds {source}, which would be lost; choose another folder")
     if not force:
         raise Refused(f"{out} exists; choose another folder, or replace it with --force")
     if out.is_symlink() or not (out / marker).is_file():

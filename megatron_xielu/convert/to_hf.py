@@ -55,7 +55,7 @@ def export(
     Raises:
         Refused: it cannot be expressed, or may not be written; nothing is left behind.
     """
-    output.check(out, force=options.force, marker=MARKER)
+    output.check(out, source.folder, force=options.force, marker=MARKER)
     full = architecture_of(source)
     _check_tensors(source, full)
     words = tokenizer.load(options.tokenizer, source.arguments, full.vocabulary, report)

@@ -120,14 +120,25 @@ def _load(name: str, vocabulary: int, report: Callable[[str], None]) -> Words:
             for path in kept.glob(pattern)
         }
         config = pretrained_tokenizer.read_config(kept / _CONFIG)
-    files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     words = _words(name, files)
     if words.entries > vocabulary:
         raise Refused(
             f"--tokenizer {name} has {words.entries} tokens, the model {vocabulary} rows; it is "
             "not the one that the model was trained with"
         )
-    _compare_with_megatron(words, folder, kept == folder, report)
+    try:
+        loaded = _open(folder, name)
+    except Refused:  # so that Megatron has not read it either
+        pass
+    else:
+        _compare_with_megatron(loaded, words, kept == folder, report)
+        config = _special_tokens(loaded, words) | config
+    if not config.get("eos_token"):
+        report(
+            f"note: {name} names no eos_token, so that generation does not end by itself; the "
+            "folder that tools/prepare_data.py keeps beside the data names it"
+        )
+    files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return words
 
 
@@ -193,15 +204,18 @@ def _different(tokenizer: Any, words: Words) -> list[str]:
     ]
 
 
+def _special_tokens(loaded: Any, words: Words) -> dict[str, str]:
+    """Those of tokenizer.json, by use: GPT-2's folder names none, its class does, and that is not
+    the class of the export."""
+    named = loaded.special_tokens_map.items()
+    return {use: x for use, x in named if loaded.convert_tokens_to_ids(x) < words.entries}
+
+
 def _compare_with_megatron(
-    words: Words, folder: Path, has_file: bool, report: Callable[[str], None]
+    loaded: Any, words: Words, has_file: bool, report: Callable[[str], None]
 ) -> None:
     """Data that Megatron's own tool tokenised is as transformers loads the folder."""
-    try:
-        loaded = _open(folder, words.name)
-        different = _different(loaded, words)
-    except Refused:  # so that Megatron has not read it either
-        return
+    different = _different(loaded, words)
     if not different:
         return
     what = (

@@ -92,6 +92,10 @@ def test_a_wrong_argument_is_named(name, value, save, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_full_validation_leaves_a_number_for_each_set(save):
+    assert TorchDist(save(eval_iters=[3, 5])).arguments.eval_iters == [3, 5]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("num_layers", "4.5"), ("num_layers", "(" * 9999), ("hidden_size", "nan"), ("spec", "3")],

@@ -449,18 +449,22 @@ def test_an_interrupted_export_leaves_no_half_model(trained, tmp_path):
 
 
 def test_force_replaces_nothing_but_a_model(tmp_path):
+    source = tmp_path / "checkpoint"
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
     with pytest.raises(Refused, match="not a conversion's output"):
-        output.check(tmp_path / "home", force=True, marker=to_hf.MARKER)
+        output.check(tmp_path / "home", source, force=True, marker=to_hf.MARKER)
     (tmp_path / "empty").mkdir()
-    output.check(tmp_path / "empty", force=False, marker=to_hf.MARKER)
+    output.check(tmp_path / "empty", source, force=False, marker=to_hf.MARKER)
     # Killed between its two renames, a replacement is undone by the next run.
     (tmp_path / "out.replaced").mkdir()
     (tmp_path / "out.replaced" / to_hf.MARKER).touch()
     with pytest.raises(Refused, match="--force"):
-        output.check(tmp_path / "out", force=False, marker=to_hf.MARKER)
+        output.check(tmp_path / "out", source, force=False, marker=to_hf.MARKER)
     assert (tmp_path / "out" / to_hf.MARKER).exists()
+    for inside in (tmp_path / "out", tmp_path / "out" / "megatron"):
+        with pytest.raises(Refused, match="would be lost"):
+            output.check(tmp_path / "out", inside, force=True, marker=to_hf.MARKER)
     first, second = (output.written(tmp_path / "new") for _ in range(2))
     with first, pytest.raises(Refused, match="another conversion"), second:
         pass

@@ -203,6 +203,25 @@ def test_a_tensor_in_two_files(tmp_path):
         Reader(tmp_path)
 
 
+def test_the_only_file_comes_before_an_index(tmp_path):
+    """As in transformers."""
+    folder = write_hf(tmp_path / "hf", small())
+    save_file({"a": torch.ones(1)}, folder / "1.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "1.safetensors"}}))
+    assert "model.norm.weight" in Reader(folder).names
+
+
+def test_a_head_in_the_files_of_a_tied_model_is_its_embedding(tmp_path):
+    folder = write_hf(tmp_path / "hf", small())
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    from_hf.convert(folder, tmp_path / "tied", from_hf.Options())
+    save_file(tensors | {"lm_head.weight": head + 1}, folder / "model.safetensors")
+    with pytest.raises(Refused, match="tie_word_embeddings is set"):
+        from_hf.convert(folder, tmp_path / "out", from_hf.Options())
+
+
 def test_a_tensor_that_is_no_weight_is_called_by_its_dtype(tmp_path):
     folder = write_hf(tmp_path / "hf", small())
     tensors = load_file(folder / "model.safetensors")

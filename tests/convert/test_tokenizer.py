@@ -87,6 +87,7 @@ def test_encodes_as_tokenizer_json_does_whatever_the_class(name, checkpoint, tmp
         "chat_template": "{{ messages }}",
         "model_max_length": 77,
         "pad_token": {"content": EOD, "special": True, "__type": "AddedToken"},
+        "bos_token": None,  # GPT2Tokenizer would have one
         "auto_map": {"AutoTokenizer": ["tokenization.Mine", None]},
     }
     source, out = folder_of(tmp_path / "source", **config), tmp_path / "out"
@@ -105,6 +106,21 @@ def test_encodes_as_tokenizer_json_does_whatever_the_class(name, checkpoint, tmp
     assert tuple(config[f"{x}_token_id"] for x in ("eos", "pad", "bos")) == ids
     rebuilt = name in ("GPT2Tokenizer", "Qwen2Tokenizer")
     assert (f"loads {source} as {name}, which encodes" in capsys.readouterr().out) == rebuilt
+
+
+def test_special_tokens_that_only_the_class_names(checkpoint, tmp_path, capsys):
+    """As in GPT-2's own folder."""
+    source, out = folder_of(tmp_path / "source"), tmp_path / "out"
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 9, "bos_token": null}')
+    export(checkpoint, out, source)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (0, None)
+    assert "eos_token" not in capsys.readouterr().out
+
+    (source / "config.json").unlink()
+    export(checkpoint, tmp_path / "none", source)
+    assert f"note: {source} names no eos_token" in capsys.readouterr().out
 
 
 def test_files_that_users_know_come_along(checkpoint, tmp_path, capsys):
