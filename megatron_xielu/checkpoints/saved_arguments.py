@@ -31,7 +31,7 @@ _SIZES_OR_NONE = (
     *("micro_batch_size", "global_batch_size", "eval_global_batch_size"),
 )
 _COUNTS_OR_NONE = (
-    *("num_experts", "mtp_num_layers", "train_iters", "train_samples", "eval_iters"),
+    *("num_experts", "mtp_num_layers", "train_iters", "train_samples"),
     *("eval_interval", "start_eval_at_iter", "consumed_valid_samples", "vocab_extra_ids"),
     *("tiktoken_num_special_tokens", "num_dataset_builder_threads"),
 )
@@ -84,6 +84,7 @@ _KINDS: dict[str, Any] = {
     "rotary_percent": Annotated[float, Range(0, 1)],
     "rope_scaling_factor": Annotated[float, Range(1)],
     "input_embeddings_multiplier": float,
+    "eval_iters": Count | list[Count | None] | None,  # a list: of several validation sets in full
     "onnx_safe": bool | None,
     "no_rope_freq": int | list[int] | str | None,
     "linear_attention_freq": int | list[int] | str | None,
