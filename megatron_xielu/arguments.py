@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
+import os
 import re
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -197,11 +199,26 @@ def check_supported(args: Namespace) -> None:
                 "pretrain_gpt.py with --spec megatron_xielu.layer_specs xielu_layer_spec "
                 "--use-te-activation-func"
             )
+    if args.spec is not None:
+        _check_spec(args.spec)
     if args.mtp_num_layers and args.pipeline_model_parallel_layout:
         raise ValueError(
             "--mtp-num-layers with --pipeline-model-parallel-layout is not supported by this "
             "entry, which feeds prediction layers on the last stage only; drop one of them"
         )
+
+
+def _check_spec(words: list[str]) -> None:
+    """Megatron logs that a module is missing, and trains its default layers instead."""
+    where = f"--spec {' '.join(words)}"
+    if len(words) != 2:
+        raise ValueError(f"{where}: it takes a module and a name in it")
+    try:
+        module = importlib.import_module(words[0])
+    except Exception as error:
+        raise ValueError(f"{where}: {words[0]} cannot be imported: {one_line(error)}") from error
+    if words[1] not in vars(module):
+        raise ValueError(f"{where}: {words[0]} has no {words[1]}")
 
 
 def check_layout(args: Namespace) -> None:
@@ -234,6 +251,27 @@ def check_layout(args: Namespace) -> None:
                 f"--tensor-model-parallel-size {tensor} does not divide "
                 f"{catalog.flag_of(argument)} {size}"
             )
+
+
+def check_run(args: Namespace) -> None:
+    """Refuse what would end a training after its model is built, or when it first saves.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):
+        raise ValueError(
+            "--eval-interval is missing: Megatron counts validations with it even where there are "
+            "none; give one, and --eval-iters 0 for none"
+        )
+    if args.save and "://" not in args.save:  # an object store has no folders
+        try:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            writable = os.access(args.save, os.W_OK | os.X_OK)
+        except OSError as error:
+            raise ValueError(f"--save {args.save} cannot be made: {error.strerror}") from None
+        if not writable:
+            raise ValueError(f"--save {args.save} cannot be written to")
 
 
 def check_files(args: Namespace) -> None:
@@ -293,7 +331,9 @@ def megatrons_checks() -> Iterator[None]:
         said = one_line(error)
         in_words = isinstance(error, (AssertionError, ValueError, RuntimeError, OSError))
         if not (said and in_words):
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            # The innermost that has a line: modules frozen into Python have none.
+            frames = traceback.extract_tb(error.__traceback__)
+            place = next(frame for frame in reversed(frames) if frame.line)
             said = (
                 f"{type(error).__name__} {said}".rstrip()
                 + f" at {place.line} ({Path(place.filename).name}, line {place.lineno})"

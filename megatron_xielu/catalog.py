@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_xielu.common.flags import COUNT, Limits
+from megatron_xielu.common.flags import COUNT, POSITIVE, Limits
 
 DEFAULT_ALPHA_INIT = 0.8  # effective, of both sides
 DEFAULT_BETA = 0.5
@@ -108,17 +108,24 @@ NUMBERS = {
             "--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups "
             "--kv-channels --seq-length --encoder-seq-length --decoder-seq-length "
             "--max-position-embeddings --vocab-size --padded-vocab-size "
-            "--make-vocab-size-divisible-by --rotary-base --micro-batch-size --global-batch-size "
+            "--make-vocab-size-divisible-by --micro-batch-size --global-batch-size "
             "--eval-micro-batch-size --eval-global-batch-size --tensor-model-parallel-size "
             "--pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size "
             "--expert-tensor-parallel-size --num-layers-per-virtual-pipeline-stage "
             "--num-virtual-stages-per-pipeline-rank --decoder-first-pipeline-num-layers "
             "--decoder-last-pipeline-num-layers --recompute-num-layers "
-            "--num-distributed-optimizer-instances --ddp-num-buckets --ddp-bucket-size "
-            "--num-dataset-builder-threads --log-interval --tensorboard-log-interval "
-            "--eval-interval --save-retain-interval --distributed-timeout-minutes"
+            "--num-distributed-optimizer-instances --num-dataset-builder-threads "
+            "--distributed-timeout-minutes"
         ).split(),
         _SIZE,
+    ),
+    # Models have a base of 3,580,165,449; a huge bucket is one bucket, a huge interval is never.
+    **dict.fromkeys(
+        (
+            "--rotary-base --ddp-num-buckets --ddp-bucket-size --log-interval "
+            "--tensorboard-log-interval --eval-interval --save-retain-interval"
+        ).split(),
+        POSITIVE,
     ),
     **dict.fromkeys(
         (
@@ -136,7 +143,8 @@ NUMBERS = {
         ).split(),
         _FROM_0,
     ),
-    "--clip-grad": Limits(0, whole=False),  # infinity: measured, and not clipped
+    # Infinity: measured, and not clipped. 0 and less: neither.
+    "--clip-grad": Limits(-math.inf, whole=False),
     "--rope-scaling-factor": Limits(0, 1e30, whole=False, above=True),
     "--rotary-percent": Limits(0, 1, whole=False, above=True),
     **dict.fromkeys(("--adam-beta1", "--adam-beta2"), Limits(0, 1, whole=False, below=True)),

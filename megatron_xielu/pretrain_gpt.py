@@ -26,6 +26,7 @@ def main() -> None:
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
         arguments.check_supported(args)
         arguments.check_files(args)
+        arguments.check_run(args)
     _train(args)
 
 

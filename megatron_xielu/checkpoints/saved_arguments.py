@@ -77,7 +77,6 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(_TEXTS_OR_NONE, str | None),
     **dict.fromkeys(_LISTS_OR_NONE, list[str] | None),
     "spec": list[str] | None,
-    "eval_iters": list[Count] | Count | None,  # of --full-validation, one a validation set
     "norm_epsilon": Annotated[float, Range(0, 1)],
     "layernorm_epsilon": Annotated[float, Range(0, 1)],
     "init_method_std": Annotated[float, Range(0)],
@@ -85,6 +84,7 @@ _KINDS: dict[str, Any] = {
     "rotary_percent": Annotated[float, Range(0, 1)],
     "rope_scaling_factor": Annotated[float, Range(1)],
     "input_embeddings_multiplier": float,
+    "eval_iters": Count | list[Count | None] | None,  # a list: of several validation sets in full
     "onnx_safe": bool | None,
     "no_rope_freq": int | list[int] | str | None,
     "linear_attention_freq": int | list[int] | str | None,

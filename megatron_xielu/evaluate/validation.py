@@ -28,6 +28,8 @@ def check(args: Namespace, saved: Namespace) -> None:
             raise ValueError(f"--eval-iters does not work with {flag}, which it was trained with")
     if args.dataloader_type == "external":
         raise ValueError("--eval-iters does not work with --dataloader-type external")
+    if isinstance(getattr(saved, "eval_iters", 0), list):
+        raise ValueError("--eval-iters: its training validated on several sets; leave it out")
     if not (getattr(saved, "eval_iters", 0) and getattr(saved, "eval_interval", 0)):
         raise ValueError("--eval-iters: its training had no validation; leave it out")
 

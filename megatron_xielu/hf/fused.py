@@ -51,7 +51,9 @@ class FusedActivation(Float32Module):
             value = stored.get(name, parameter.detach())
             # A copy: what is offloaded to a disk may be a read-only map of it.
             value = value.to(parameter.device, torch.float32, copy=True)
+            grad, parameter.grad = parameter.grad, None
             parameter.data = value.view(parameter.shape)
+            parameter.grad = None if grad is None else grad.to(value.dtype)
             self.register_parameter(name, parameter)
         for name, buffer in original.named_buffers():
             self.register_buffer(name, stored.get(name, buffer).to(buffer.device))
@@ -97,11 +99,13 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
         for name, module in found.items():
             _check(name, module, in_ddp)
         fused = {
-            name: FusedActivation(module, _FUNCTIONS[type(module)], of_module[name])
+            module: FusedActivation(module, _FUNCTIONS[type(module)], of_module[name])
             for name, module in found.items()
         }
-    for name, module in fused.items():
-        model.set_submodule(name, module)
+    # MLPs may share one.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in fused:
+            model.set_submodule(name, fused[module])
     return len(fused)
 
 

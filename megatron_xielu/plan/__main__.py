@@ -99,7 +99,8 @@ def _options() -> argparse.ArgumentParser:
     )
     add("--vocab-size", type=size, help="entries of the tokenizer, where Megatron reads them")
     add("--keep-checkpoints", type=size, metavar="K", help="the last K checkpoints are kept")
-    add("--keep-every", type=size, metavar="N", help="and those of every N-th iteration")
+    every = Limits(0, 2**31 - 1).read
+    add("--keep-every", type=every, metavar="N", help="and those of every N-th iteration; 0: none")
     add("--no-files", action="store_true", help="do not look whether files exist")
     add("--check", action="store_true", help="print nothing but problems")
     add("--json", action="store_true")

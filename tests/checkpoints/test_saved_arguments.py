@@ -22,6 +22,7 @@ from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.convert.megatron_arguments import architecture_of, arguments_of
 from megatron_xielu.evaluate import checkpoint as evaluated
+from megatron_xielu.evaluate import validation
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report.load import load
@@ -211,3 +212,10 @@ def test_any_damage_to_the_files(name, whole):
 
     check()
     (whole / name).write_bytes(good)
+
+
+def test_full_validation_of_several_sets_is_saved_as_a_list():
+    arguments = Namespace(eval_iters=[3, None], full_validation=True)
+    assert saved_arguments.check(arguments, "here") is arguments
+    with pytest.raises(ValueError, match="validated on several sets"):
+        validation.check(Namespace(dataloader_type="single"), Namespace(eval_iters=[3]))

@@ -28,6 +28,7 @@ from transformers import (
 
 from megatron_xielu import hf
 from megatron_xielu.hf import modeling_xiprelu, remote_code
+from megatron_xielu.hf.fused import FusedActivation
 from megatron_xielu.kernels import reference
 
 TINY = {
@@ -282,6 +283,16 @@ class TestFusedActivation:
         model(TOKENS).logits.square().mean().backward()
         optimizer.step()
         assert not {alpha.item() for alpha in alphas(model).values()} & STORED
+
+    def test_a_module_of_two_mlps_and_gradients_that_are_there(self, xielu_folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(xielu_folder, dtype=torch.bfloat16)
+        mlps = [layer.mlp for layer in model.model.layers]
+        mlps[1].act_fn = mlps[0].act_fn
+        model(TOKENS).logits.square().mean().backward()
+        assert hf.use_fused_activation(model) == 1
+        assert mlps[0].act_fn is mlps[1].act_fn
+        assert isinstance(mlps[0].act_fn, FusedActivation)
+        assert mlps[0].act_fn.alpha_p.grad.dtype == torch.float32
 
     @pytest.mark.parametrize("offload", ["cpu", "disk", "map"])
     @pytest.mark.parametrize("from_files", [False, True])

@@ -39,6 +39,8 @@ def run(flags: str, options: str = "--nodes 11") -> list[str]:
 
 def test_the_command_itself_is_good():
     assert run("") == []
+    # As `checkpoints watch` takes it.
+    assert run("", "--nodes 11 --keep-checkpoints 3 --keep-every 0") == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from argparse import Namespace
 
@@ -77,7 +78,6 @@ def test_ranges_are_of_megatrons_flags():
         ("--lr nan", "must be a number, not nan"),
         ("--lr -1", "must be 0 or more, not -1.0"),
         ("--weight-decay inf", "must be at most 1e+30, not inf"),
-        ("--clip-grad -1", "must be 0 or more, not -1.0"),
         ("--qk-clip-threshold nan", "must be a number, not nan"),
         ("--adam-beta1 1", "must be below 1, not 1.0"),
         ("--lr-warmup-fraction 2", "must be at most 1, not 2.0"),
@@ -91,6 +91,19 @@ def test_number(flags, message):
     with pytest.raises(ValueError) as error:
         check(flags)
     assert str(error.value).startswith(f"{flags.split()[0]} {message}")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--rotary-base 3580165449",  # of a released model
+        "--clip-grad -1",  # not clipped
+        f"--ddp-bucket-size {10**10}",
+        f"--eval-interval {10**10} --log-interval {10**10}",
+    ],
+)
+def test_large_and_negative_numbers_that_mean_something(flags):
+    check(flags)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +133,26 @@ def test_what_does_not_go_together(flags, ranks, message):
     with pytest.raises(ValueError, match=message) as error:
         check(flags, ranks)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("no_such_module layer_spec", "no_such_module cannot be imported: No module named"),
+        ("megatron_xielu.layer_specs typo", "megatron_xielu.layer_specs has no typo"),
+        ("megatron_xielu.layer_specs", "it takes a module and a name in it"),
+    ],
+)
+def test_a_spec_that_is_not_there(words, message):
+    """Megatron would train its default layers, which are others."""
+    with pytest.raises(ValueError, match=f"^--spec {words}: {message}"):
+        arguments.check_supported(parse([*TINY_LLAMA, "--spec", *words.split()]))
+
+
+def test_a_fault_in_a_frozen_module_is_placed_in_a_file():
+    at_join = r"os\.path\.join\(None\) .* \(test_entry_input\.py"
+    with pytest.raises(ValueError, match=at_join), arguments.megatrons_checks():
+        os.path.join(None)  # type: ignore[call-overload]
 
 
 def test_flags_with_types_of_their_own(monkeypatch):
@@ -188,6 +221,23 @@ def test_data_flags(flags, message):
     with pytest.raises(ValueError) as error:
         arguments.check_files(parse([*TINY_LLAMA, *flags.split()]))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("save", ["file", "file/below"])
+def test_a_save_folder_that_cannot_be(tmp_path, save):
+    """Else Megatron says so at the first save, and what was trained is lost."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^--save .*{save} cannot be made"):
+        arguments.check_run(parse([*TINY_LLAMA, "--save", str(tmp_path / save)]))
+
+
+def test_a_missing_interval():
+    args = parse(TINY_LLAMA)
+    args.eval_interval = None
+    with pytest.raises(ValueError, match=r"^--eval-interval is missing"):
+        arguments.check_run(args)
+    args.skip_train = True
+    arguments.check_run(args)
 
 
 def test_good_files(tmp_path):
