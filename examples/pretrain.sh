@@ -103,7 +103,7 @@ for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ
     # Of 64 bits, and decimal to the shell as well.
     [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
 done
-for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE; do
+for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE PREFLIGHT LAYOUT_CHECK MOCK_DATA; do
     [[ ${!name:-0} == [01] ]] || die 2 "$name=${!name}: choose 0 or 1"
 done
 
@@ -125,7 +125,9 @@ case $ACTIVATION in
 esac
 ((GATED_FFN_SIZE % 2 == 0)) || die 2 "GATED_FFN_SIZE=$GATED_FFN_SIZE must be even for equal parameters"
 
-((BUCKET_SIZE > 0)) || die 2 "BUCKET_SIZE=$BUCKET_SIZE must be above 0"
+for name in BUCKET_SIZE GLOBAL_BATCH SEQ_LENGTH STEPS; do
+    ((${!name} > 0)) || die 2 "$name=${!name} must be above 0"
+done
 
 samples() { # tokens, numerator, denominator: in whole batches, rounded up
     awk -v tokens="$1" -v top="$2" -v bottom="$3" -v sequence="$SEQ_LENGTH" -v batch="$GLOBAL_BATCH" '
