@@ -24,7 +24,8 @@
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
 # Where
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
-#   MASTER_ADDR   node 0   [localhost]    MASTER_PORT   [29500]    LOCAL_ADDR  this node's own address
+#   MASTER_ADDR   node 0   [localhost]    LOCAL_ADDR  this node's own address
+#   MASTER_PORT   the preflight takes the next; another for each run on one node   [29500]
 #   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
 #   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
 #   TIMEOUT_MINUTES     a collective that takes longer ends the ranks   [10]

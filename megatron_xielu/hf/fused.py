@@ -84,10 +84,10 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
     """
     found = {name: module for name, module in model.named_modules() if type(module) in _FUNCTIONS}
     if not found:
-        fused = any(isinstance(module, FusedActivation) for module in model.modules())
+        done = any(isinstance(module, FusedActivation) for module in model.modules())
         raise ValueError(
             f"{type(model).__name__} has no xIELU and no xIPReLU activation"
-            + (" but fused ones: load the model again to take other alphas" if fused else "")
+            + (" but fused ones: load the model again to take other alphas" if done else "")
         )
     stored = {} if alphas_from is None else _read(Path(alphas_from))
     of_module = {
