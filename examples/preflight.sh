@@ -102,10 +102,11 @@ launcher=(
 [[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
 
 # The launcher's own report of a failed rank is forty lines that hide ours: dropped, but for the rank
-# that a signal ended. Status 3: the nodes did not find each other.
+# that a signal ended. Status 3: the nodes did not find each other; 4: the port is taken.
 # shellcheck disable=SC2016 # awk's own variables
 filter='
     /^preflight: .* has joined$/ { joined = 1; next }
+    /EADDRINUSE/ { taken = 1 }
     /failed \(exitcode: / { if (/exitcode: -/) print; quiet = 1 }
     /^torch\.distributed\..*(Rendezvous(Timeout|Connection|Closed)Error|DistNetworkError)/ { lost = 1 }
     /Sending process .* closing signal|has failed to (shutdown the|send a keep-alive heartbeat to the) rendezvous|^\*+$|OMP_NUM_THREADS|No CUDA runtime is found|^\[?W.*(TCPStore|socket)/ { next }
@@ -113,7 +114,7 @@ filter='
     /^Traceback/ { held = $0; next }
     held != "" { if (/runpy|torch.distributed/) quiet = 1; else if (!quiet) print held; held = "" }
     !quiet { print; fflush() }
-    END { exit lost && !joined ? 3 : 0 }'
+    END { exit joined || !lost ? 0 : taken ? 4 : 3 }'
 # Node 0 may start later than the others, but does not go away later: found here, the store is then
 # given up soon (read_timeout).
 if ((NODE_RANK)); then
@@ -132,4 +133,6 @@ filter_pid=$!
 exec 3>&-
 wait "$filter_pid" && reason=0 || reason=$?
 ((reason == 3 && code)) && name_the_missing
+((reason == 4 && code)) &&
+    echo "FAIL join         $MEGATRON_XIELU_NODE: port $((MASTER_PORT + 1)) is taken by another program; choose another MASTER_PORT" >&2
 ((code == 0)) || exit 1

@@ -24,7 +24,8 @@
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
 # Where
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
-#   MASTER_ADDR   node 0   [localhost]    MASTER_PORT   [29500]    LOCAL_ADDR  this node's own address
+#   MASTER_ADDR   node 0   [localhost]    LOCAL_ADDR  this node's own address
+#   MASTER_PORT   the preflight takes the next; another for each run on one node   [29500]
 #   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
 #   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
 #   TIMEOUT_MINUTES     a collective that takes longer ends the ranks   [10]
@@ -103,7 +104,7 @@ for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ
     # Of 64 bits, and decimal to the shell as well.
     [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
 done
-for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE; do
+for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE PREFLIGHT LAYOUT_CHECK MOCK_DATA; do
     [[ ${!name:-0} == [01] ]] || die 2 "$name=${!name}: choose 0 or 1"
 done
 
@@ -125,7 +126,9 @@ case $ACTIVATION in
 esac
 ((GATED_FFN_SIZE % 2 == 0)) || die 2 "GATED_FFN_SIZE=$GATED_FFN_SIZE must be even for equal parameters"
 
-((BUCKET_SIZE > 0)) || die 2 "BUCKET_SIZE=$BUCKET_SIZE must be above 0"
+for name in BUCKET_SIZE GLOBAL_BATCH SEQ_LENGTH STEPS; do
+    ((${!name} > 0)) || die 2 "$name=${!name} must be above 0"
+done
 
 samples() { # tokens, numerator, denominator: in whole batches, rounded up
     awk -v tokens="$1" -v top="$2" -v bottom="$3" -v sequence="$SEQ_LENGTH" -v batch="$GLOBAL_BATCH" '

@@ -452,8 +452,13 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
         setattr(args, found, True)
 
 
-def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
+def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = True) -> Namespace:
     """Megatron's function of this name, with our flags added, checked and restored.
+
+    Args:
+        args_defaults: Megatron's.
+        resumes: whether the checkpoint of ``--load`` must fit; else nothing of it is read, but for
+            ``--use-checkpoint-args``.
 
     Raises:
         ValueError: naming the flag to change.
@@ -476,7 +481,8 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Namespace:
     optimizer_format.check_optimizer(args)
     validate(args)
     check_layout(args)
-    check_checkpoint(args)
+    if resumes:
+        check_checkpoint(args)
     with megatrons_checks():
         validate_args(args, args_defaults)
         set_global_variables(args)

@@ -141,7 +141,8 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            args = parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
+            # No checkpoint: the preflight walks before damaged ones are set aside.
+            args = parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"}, resumes=False)
             if args.padded_vocab_size is None:
                 global_vars._GLOBAL_TOKENIZER = None  # of arguments parsed before
                 global_vars._build_tokenizer(args)

@@ -169,8 +169,10 @@ def architecture_of(stored: dict[str, Any], beta: float | None) -> Architecture:
         if stored.get(name):
             raise Refused(f"config.json: {name} is set, which an import does not support")
     theta, factor = rope_of(stored)
-    # A stock class's, without code of the model's.
-    defaults = getattr(transformers, _CLASSES[family].replace("ForCausalLM", "Config"))()
+    # A stock class's, without code of the model's. Arcee's ids lie beyond its vocabulary, of which
+    # transformers 5 warns.
+    of_class = getattr(transformers, _CLASSES[family].replace("ForCausalLM", "Config"))
+    defaults = of_class(bos_token_id=None, eos_token_id=None)
     config = Namespace(**{name: stored.get(name, getattr(defaults, name)) for name in _DEFAULTED})
     activation = config.hidden_act
     if family == "llama":

@@ -274,5 +274,6 @@ def _report(result: dict, output: Path) -> None:
             f"  the smallest shard has {least} documents; with --split, Megatron loops forever on "
             "one that has none for a part of it: use the next line's, or fewer --tasks"
         )
-    print(f"--per-split-data-args-path {output / 'per_split_data_args.json'}   (both)")
+    both = "both" if result["valid"]["documents"] else "training documents; none is held out"
+    print(f"--per-split-data-args-path {output / 'per_split_data_args.json'}   ({both})")
     print(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output / 'tokenizer'}")

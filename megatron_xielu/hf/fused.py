@@ -86,7 +86,11 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
     """
     found = {name: module for name, module in model.named_modules() if type(module) in _FUNCTIONS}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no xIELU and no xIPReLU activation")
+        done = any(isinstance(module, FusedActivation) for module in model.modules())
+        raise ValueError(
+            f"{type(model).__name__} has no xIELU and no xIPReLU activation"
+            + (" but fused ones: load the model again to take other alphas" if done else "")
+        )
     stored = {} if alphas_from is None else _read(Path(alphas_from))
     of_module = {
         name: {} if alphas_from is None else _stored_for(name, stored, alphas_from)

@@ -122,3 +122,10 @@ def test_buckets_can_be_loaded_at_other_data_parallel_sizes(walked):
     assert here["content"] == there["content"]
     assert here["buckets"] == there["buckets"]
     assert len(here["buckets"][0]) > 1
+
+
+def test_a_damaged_checkpoint_is_not_in_the_way(walked, tmp_path):
+    """The ranks set it aside, and they start only once the preflight has passed."""
+    (tmp_path / "latest_checkpointed_iteration.txt").touch()  # so Megatron leaves it on a full disk
+    layout = Layout("tiny", "xielu", 1, 1, 2, f"--load {tmp_path}")
+    assert walked((layout,), "")[layout]["faults"] == []

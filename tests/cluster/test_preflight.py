@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import tempfile
@@ -299,6 +300,14 @@ def test_node_that_does_not_join_is_named(checkout, tmp_path, port, present, abs
     assert f"{present}: not all of 2 nodes joined within 4 s; did not answer: {absent};" in output
     assert "Traceback" not in output
     assert time.monotonic() - begin < 90  # most of it to start, on a busy machine
+
+
+def test_a_port_that_is_taken_is_named(checkout, tmp_path, port):
+    with socket.create_server(("127.0.0.1", port + 1)):
+        code, output = start(checkout, tmp_path, port, "n1").wait()
+    assert code == 1
+    assert f"n1: port {port + 1} is taken by another program; choose another MASTER_PORT" in output
+    assert "did not answer" not in output and "Traceback" not in output
 
 
 def test_rank_0_may_publish_and_end_between_two_questions():

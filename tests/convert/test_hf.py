@@ -259,6 +259,9 @@ class TestFusedActivation:
         relu2.save_pretrained(tmp_path)
         with pytest.raises(KeyError, match=r"act_fn\.alpha_p is not in the safetensors"):
             hf.use_fused_activation(model, alphas_from=tmp_path)
+        hf.use_fused_activation(model)
+        with pytest.raises(ValueError, match="no xIPReLU activation but fused ones"):
+            hf.use_fused_activation(model, alphas_from=xielu_folder)
         with torch.device("meta"):
             meta = AutoModelForCausalLM.from_config(model.config)
         for alphas_from in (None, xielu_folder):

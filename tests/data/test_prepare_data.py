@@ -538,6 +538,7 @@ class TestBadInput:
         (texts / "1.txt").write_text("something else")
         printed = corpus.prepare(output, "--tasks", "3", "--valid-fraction", "0", source=texts)
         assert printed.count("its input was replaced") == 1
+        assert "per_split_data_args.json   (training documents; none is held out)" in printed
         found = {corpus.tokenizer.decode(document) for document in documents(output, "train")}
         assert found == {corpus.texts[0], corpus.texts[2], "something else"}
 
