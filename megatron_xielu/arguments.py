@@ -294,6 +294,8 @@ def check_files(args: Namespace) -> None:
                 f"--split must be three shares, such as 969,30,1, not {ascii(args.split)[:40]}"
             )
     sequences_per_dataset(args)
+    if fault := data_lists.fault_of_validation(args):
+        raise ValueError(fault)
     for argument in data_lists.ARGUMENTS:
         value = getattr(args, argument)
         # Megatron reads those of an object store itself.

@@ -6,6 +6,8 @@ Standard library of Python 3.9 only: the plan reads them on a login node.
 from __future__ import annotations
 
 import json
+import re
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from megatron_xielu.common.text import is_number
 FILES = ("data_args_path", "per_split_data_args_path")
 ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", *FILES)
 
+_FLAG = "--per-split-data-args-path"
 SPLITS = ("train", "valid", "test")
 
 
@@ -47,7 +50,7 @@ def of_splits(path: str) -> dict[str, list[str]]:
     Raises:
         ValueError: as `words`.
     """
-    where = f"--per-split-data-args-path {path}"
+    where = f"{_FLAG} {path}"
     text = _read(path, where)
     try:
         splits = json.loads(text)
@@ -60,6 +63,26 @@ def of_splits(path: str) -> dict[str, list[str]]:
         for split in SPLITS
         if split in splits
     }
+
+
+def fault_of_validation(args: Namespace) -> str:
+    """What to change where nothing is left to validate on, at which Megatron 0.19 fails when it
+    first does; else "".
+
+    Raises:
+        ValueError: as `of_splits`.
+    """
+    if not (args.eval_iters or getattr(args, "full_validation", False)):
+        return ""
+    path, shares = args.per_split_data_args_path, args.split or "969,30,1"
+    if path is not None:
+        there, flag = "://" in path or bool(of_splits(path).get("valid", True)), f"{_FLAG} {path}"
+    elif args.train_data_path is not None:
+        there, flag = bool(args.valid_data_path), "--train-data-path without --valid-data-path"
+    else:
+        numbers = re.findall("[.0-9]+", shares)  # as Megatron reads them
+        there, flag = len(numbers) > 1 and float(numbers[1]) > 0, f"--split {shares}"
+    return "" if there else f"{flag}: there is nothing to validate on; add --eval-iters 0"
 
 
 def _blend(listed: Any, where: str) -> list[str]:

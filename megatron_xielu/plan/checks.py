@@ -42,7 +42,7 @@ def problems(
     # Of a layout that cannot run there is no memory to speak of.
     found += [] if found else [*_memory(plan)]
     found += [*_secrets(plan, os.environ if environment is None else environment)]
-    return found + ([*_files(plan)] if check_files else [])
+    return found + ([*_files(plan), *_validation(plan)] if check_files else [])
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -371,6 +371,12 @@ def _files(plan: Plan) -> Iterator[str]:
             for suffix in (".bin", ".idx"):
                 if not os.path.isfile(prefix + suffix):
                     yield f"{flag_of(argument)} {prefix}: {prefix}{suffix} does not exist"
+
+
+def _validation(plan: Plan) -> Iterator[str]:
+    with contextlib.suppress(ValueError):  # `_files` says what is wrong with a file
+        if fault := data_lists.fault_of_validation(plan.args):
+            yield fault
 
 
 def _is_local(path: str | None) -> bool:

@@ -18,6 +18,7 @@ _DEFAULTS = {
     "num_query_groups": 1,
     "make_vocab_size_divisible_by": 128,
     "num_distributed_optimizer_instances": 1,
+    "eval_iters": 100,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     "xielu_alpha_p_init": DEFAULT_ALPHA_INIT,
@@ -51,6 +52,7 @@ _STRINGS = {
     "tokenizer-model": None,
     "data-args-path": None,
     "per-split-data-args-path": None,
+    "split": None,
 }
 _LISTS: dict[str, list[str] | None] = {
     "recompute-modules": [],

@@ -231,13 +231,13 @@ def test_the_optimizer_state_is_gathered_only_on_request():
 
 
 def test_data_in_one_list_or_by_split(tmp_path):
-    splits = '{"train": ["s3://bucket/text"], "valid": null, "test": null}'
+    splits = '{"train": ["s3://bucket/text"], "valid": ["s3://bucket/some"], "test": null}'
     for name, flags, content in (
-        ("list.txt", "--data-args-path {} --split 7", "s3://bucket/text"),
+        ("list.txt", "--data-args-path {} --split 9/1", "s3://bucket/text"),
         ("splits.json", "--per-split-data-args-path {}", splits),
     ):
         (tmp_path / name).write_text(content)
-        text = output(LAUNCHER, DATA_ARGS=str(tmp_path / name), SPLIT="7")
+        text = output(LAUNCHER, DATA_ARGS=str(tmp_path / name), SPLIT="9/1")
         text = re.sub(r"[\\\s]+", " ", text)
         assert flags.format(tmp_path / name) in text
         assert ("--split" in text) == (name == "list.txt")

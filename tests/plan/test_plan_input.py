@@ -195,6 +195,12 @@ def test_data_of_a_list(tmp_path, content, message):
     assert f"error: --data-args-path {path}" in line and message in line
 
 
+def test_nothing_to_validate_on():
+    (line,) = run("--split 100,0,0")
+    assert line.endswith("--split 100,0,0: there is nothing to validate on; add --eval-iters 0")
+    assert run("--split 100,0,0 --eval-iters 0") == []
+
+
 def test_paths_that_are_too_long(tmp_path):
     lines = run(f"--data-path /{'x' * 5000} --tokenizer-model /{'x' * 5000}")
     assert len(lines) == 3 and all(line.endswith("does not exist") for line in lines)

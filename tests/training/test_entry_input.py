@@ -196,7 +196,12 @@ SEQUENCES = {"/data/a": [10, 11], "/data/b": [3, 4]}
         ("--data-args-path", None, "does not exist"),
         ("--data-args-path", b"", "is [], not a list of prefixes"),
         ("--per-split-data-args-path", b"[]", "is not a JSON object of lists"),
-        ("--per-split-data-args-path", b'{"train": ["a"]}', "has no 'valid'"),
+        ("--per-split-data-args-path", b'{"train": ["a"], "valid": ["a"]}', "has no 'test'"),
+        (
+            "--per-split-data-args-path",
+            b'{"train": ["a"], "valid": null, "test": null}',
+            "there is nothing to validate on; add --eval-iters 0",
+        ),
     ],
 )
 def test_file(tmp_path, flags, content, message):
@@ -204,7 +209,7 @@ def test_file(tmp_path, flags, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        arguments.check_files(parse([*TINY_LLAMA, flags, str(path)]))
+        arguments.check_files(parse([*TINY_LLAMA, "--eval-iters", "1", flags, str(path)]))
     assert str(error.value).startswith(f"{flags} {path}") and message in str(error.value)
 
 
@@ -215,11 +220,13 @@ def test_file(tmp_path, flags, content, message):
         ("--data-path 1 a b c", "--data-path: 'b' is no weight"),
         ("--split x", "--split must be three shares, such as 969,30,1, not 'x'"),
         ("--split 1,2,3,4", "--split must be three shares"),
+        ("--split 100,0,0", "--split 100,0,0: there is nothing to validate on; add --eval-iters 0"),
+        ("--train-data-path a", "--train-data-path without --valid-data-path: there is nothing to"),
     ],
 )
 def test_data_flags(flags, message):
     with pytest.raises(ValueError) as error:
-        arguments.check_files(parse([*TINY_LLAMA, *flags.split()]))
+        arguments.check_files(parse([*TINY_LLAMA, "--eval-iters", "1", *flags.split()]))
     assert str(error.value).startswith(message)
 
 
