@@ -21,6 +21,7 @@ from megatron_xielu import catalog
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common import data_lists, schema
 from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.common.text import one_line
@@ -354,8 +355,13 @@ def check_upcycling(args: Namespace) -> None:
 
 
 def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
-    """The arguments saved in the checkpoint that ``args`` would load, and where; None if none."""
+    """The arguments saved in the checkpoint that ``args`` would load, and where; None if none.
+
+    Raises:
+        ValueError: it is damaged; names flag and folder.
+    """
     from megatron.training.checkpointing import load_args_from_checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
 
     ours = copy.copy(args)
     ours.exit_on_missing_checkpoint = False  # Megatron's to do, and to say
@@ -363,8 +369,15 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
         folder = getattr(ours, load_arg, None)
         if not folder:
             continue
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints each argument it would set
-            result: Any = load_args_from_checkpoint(ours, load_arg=load_arg)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints each argument it would set
+                result: Any = load_args_from_checkpoint(ours, load_arg=load_arg)
+        except (Exception, CheckpointException, SystemExit) as error:  # the last: of the tracker
+            said = (str(error).strip() or f"its {TRACKER} names no iteration").splitlines()[-1]
+            raise ValueError(
+                f"{catalog.flag_of(load_arg)} {folder} cannot be read: {said}; python -m "
+                f"megatron_xielu.checkpoints {folder} repair sets damaged checkpoints aside"
+            ) from error
         if isinstance(result, tuple):
             return result[1], folder
     return None

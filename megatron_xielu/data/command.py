@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
 _FEW_DOCUMENTS = 200
-# Of what nobody has more, and what Slurm or Ray would wait for without end.
+# More than anybody has; Slurm and Ray would wait for it without end.
 _TASKS, _GIGABYTES = Limits(1, 10**6), Limits(1, 10**5)
 _TOKENS = Limits(1, 10**18, whole=False)
 _SHARE = Limits(0, 1, whole=False, below=True)

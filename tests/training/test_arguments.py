@@ -1,6 +1,7 @@
 """The flags: every refused combination, before anything is allocated and naming the flag."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -159,6 +160,23 @@ def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
     arguments.check_checkpoint(parse(f"--xielu --load {start_checkpoint}"))
     spec = "--spec megatron_xielu.layer_specs xielu_layer_spec"
     arguments.check_checkpoint(parse(f"{spec} --load {start_checkpoint}"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["latest_checkpointed_iteration.txt", "*/.metadata", "*/metadata.json"],
+)
+@pytest.mark.parametrize("content", [b"", b"no"])
+def test_a_damaged_checkpoint(parse, tmp_path, start_checkpoint, name, content):
+    folder = tmp_path / "damaged"
+    shutil.copytree(start_checkpoint, folder)
+    (file,) = folder.glob(name)
+    file.write_bytes(content)
+    for flags in ("--xielu", "--xielu --use-checkpoint-args"):
+        with pytest.raises(ValueError) as error:
+            arguments.check_checkpoint(parse(f"{flags} --load {folder}"))
+        assert str(error.value).startswith(f"--load {folder} cannot be read: ")
+        assert "\n" not in str(error.value)
 
 
 def test_no_checkpoint_yet(parse, tmp_path, start_checkpoint):
