@@ -523,7 +523,8 @@ def test_full_disk(trained, small_disk, tmp_path, monkeypatch):
     (half / "__0_0.distcp").write_bytes(b"half")
     os.truncate(small_disk / TRACKER, 0)
     # Megatron itself takes an empty tracker for a reason to end, with success.
-    assert train(tmp_path, SAVES).losses == []
+    refused = train(tmp_path, SAVES, succeeds=False)
+    assert refused.losses == [] and "its latest_checkpointed_iteration.txt names" in refused.output
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     assert repair(small_disk) == 4
     resumed = train(tmp_path, SAVES)
