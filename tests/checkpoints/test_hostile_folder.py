@@ -163,7 +163,7 @@ def test_senseless_numbers(save_dir, monkeypatch, capsys, arguments):
     assert code == 2
     last = told.splitlines()[-1]
     assert f"error: argument {arguments[-2]}: must be " in last
-    assert last.endswith(f", not {ascii(str(arguments[-1]))}")
+    assert last.endswith(f", not {str(arguments[-1])!a}")
 
 
 @pytest.mark.parametrize(
