@@ -116,8 +116,8 @@ def _check_tokenizer(output: Path, manifest: Manifest) -> None:
     path = output / "tokenizer" / "tokenizer.json"
     if not path.is_file() or files.sha256(path) != manifest.tokenizer.sha256:
         raise DataError(
-            f"{path} is not the tokeniser of this data ({manifest.tokenizer.name}, sha256 "
-            f"{manifest.tokenizer.sha256[:12]}); copy that one back"
+            f"{path} is not the tokeniser of {manifests.NAME} ({manifest.tokenizer.name!r}, sha256 "
+            f"{manifest.tokenizer.sha256[:12]!r}); copy that one back, or {manifests.FIX}"
         )
 
 
