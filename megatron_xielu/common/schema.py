@@ -27,6 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_xielu.common.text import is_utf8
+
 _LARGEST = 2**63 - 1
 _SHOWN = 40  # characters of a wrong value
 
@@ -176,7 +178,7 @@ def _check_plain(kind: type, value: Any, file: str, field: str) -> Any:
         return int(value)
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is str and isinstance(value, str) and _is_text(value):
+    if kind is str and isinstance(value, str) and is_utf8(value) and "\0" not in value:
         return value
     words = {
         bool: "true or false",
@@ -185,15 +187,6 @@ def _check_plain(kind: type, value: Any, file: str, field: str) -> Any:
         str: "text",
     }
     raise _wrong(value, file, field, words[kind])
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be printed, and a path be made of it."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can hold
-        return False
-    return "\0" not in value
 
 
 def _wrong(value: Any, file: str, field: str, wanted: object) -> Malformed:

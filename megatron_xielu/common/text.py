@@ -67,6 +67,15 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it, as it cannot half of a pair of surrogates (of JSON, of a name)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_number(word: str) -> bool:
     """Whether a word is a number: a weight, in a list of data, and not a prefix of files."""
     try:

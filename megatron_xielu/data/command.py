@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.text import is_utf8
 from megatron_xielu.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
         for word in value if isinstance(value, list) else [str(value)]:
-            if any("\ud800" <= letter <= "\udfff" for letter in word):
+            if not is_utf8(word):
                 parser.error(f"--{name.replace('_', '-')} {word!a} is not UTF-8")
     if not options.verify and not (options.source and options.tokenizer):
         parser.error("--source and --tokenizer are needed, but for --verify")

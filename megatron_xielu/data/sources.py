@@ -244,7 +244,7 @@ def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) ->
         )
         for file in files:
             name = f"{folder}/{file.path}"
-            if name.splitlines() != [name] or not _is_utf8(name):
+            if name.splitlines() != [name] or not text.is_utf8(name):
                 raise BadInputError(
                     f"{name!a}: the name has line breaks or is not UTF-8: rename it"
                 )
@@ -255,14 +255,6 @@ def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) ->
                 raise BadInputError(f"{name}: row 1: the file is empty")
         if files:
             yield Group(folder, known, files)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _stamp(info: dict[str, Any]) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 from hostile import damaged, damaged_bytes
@@ -145,6 +146,17 @@ def test_any_number_is_planned_or_refused(flags, options):
 # Files
 
 
+def refusal(flag: str, path: Path, content: bytes | str | None) -> str:
+    """The one line about a flag's file, which has this content: none is no file, or a folder."""
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    [line] = run(f"{flag} {path}")
+    assert f"error: {flag} {path}" in line
+    return line
+
+
 GOOD = {"train": ["0.7", "/data/a", 0.3, "/data/b"], "valid": "/data/c", "test": None}
 
 
@@ -165,12 +177,7 @@ GOOD = {"train": ["0.7", "/data/a", 0.3, "/data/b"], "valid": "/data/c", "test":
 )
 def test_data_by_split(tmp_path, content, message):
     path = tmp_path / "splits.json"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    [line] = run(f"--per-split-data-args-path {path}")
-    assert f"error: --per-split-data-args-path {path}" in line and message in line
+    assert message in refusal("--per-split-data-args-path", path, content)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +194,7 @@ def test_data_by_split(tmp_path, content, message):
 )
 def test_data_of_a_list(tmp_path, content, message):
     path = tmp_path / "list.txt"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    [line] = run(f"--data-args-path {path}")
-    assert f"error: --data-args-path {path}" in line and message in line
+    assert message in refusal("--data-args-path", path, content)
 
 
 def test_nothing_to_validate_on():
