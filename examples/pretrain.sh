@@ -327,7 +327,8 @@ if ((NODE_RANK == 0)); then
         --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY" &
     watch=$!
 fi
-trap '[[ -z $watch ]] || kill "$watch" 2>/dev/null || true' EXIT
+# Waited for: the next start repairs this folder, and nobody else may be at work in it.
+trap '[[ -z $watch ]] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true' EXIT
 
 code=75
 if [[ -z $stopping ]]; then

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import suppress
 
 from megatron_xielu.common.text import LONGEST_LINE, first_line, now
 
@@ -36,12 +37,17 @@ def write(event: str, reason: str = "", **fields: object) -> None:
     text = first_line(reason)
     if text:
         line += f" reason={json.dumps(text[:LONGEST_LINE], ensure_ascii=False)}"
-    # One write: many processes share the log, and print() may write the line end apart.
-    print(f"[event] {line}\n", end="", file=sys.stderr, flush=True)
+    _say(line)
     path = os.environ.get("MEGATRON_XIELU_EVENTS")
     if path:
         try:
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(line + "\n")
         except OSError as error:  # a full disk must not end a training that could go on
-            print(f"[event] {path}: {error}", file=sys.stderr, flush=True)
+            _say(f"{path}: {error}")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # nor must an output that nobody reads any more
+        # One write: many processes share the log, and print() may write the line end apart.
+        print(f"[event] {line}\n", end="", file=sys.stderr, flush=True)

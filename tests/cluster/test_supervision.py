@@ -3,6 +3,7 @@
 The whole of it, with Megatron and several nodes, is tested in tests/slurm.
 """
 
+import io
 import os
 import re
 import signal
@@ -41,6 +42,18 @@ def test_a_log_that_cannot_be_written_ends_nothing(log, monkeypatch, capsys):
     monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(log / "absent"))
     event_log.write("start")
     assert "event=start" in capsys.readouterr().err
+
+
+def test_an_output_that_nobody_reads_ends_nothing(log, tmp_path, monkeypatch):
+    class Unread(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Unread())
+    event_log.write("start")
+    assert log.read_text().endswith("event=start\n")
+    monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(tmp_path / "absent/n1.log"))
+    event_log.write("lost")
 
 
 def test_a_file_name_that_is_no_text(log):

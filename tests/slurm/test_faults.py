@@ -60,4 +60,5 @@ def test_stopped_when_nobody_reads_its_output(tmp_path):
         job.kill()
         reader.kill()
     assert latest(run) > 10
-    assert not subprocess.run(["pgrep", "-f", run], capture_output=True).stdout
+    left = subprocess.run(["pgrep", "-af", run], capture_output=True, text=True).stdout
+    assert not left
