@@ -16,9 +16,10 @@ from typing import Annotated, Any
 
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import schema
-from megatron_xielu.common.schema import Count, Malformed, Range
+from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.schema import Count, Malformed
 
-Size = Annotated[int, Range(1, 2**31 - 1)]
+Size = Annotated[int, Limits(1, 2**31 - 1)]
 
 # Of these, Megatron's checks leave none unset.
 _SIZES = (
@@ -77,12 +78,12 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(_TEXTS_OR_NONE, str | None),
     **dict.fromkeys(_LISTS_OR_NONE, list[str] | None),
     "spec": list[str] | None,
-    "norm_epsilon": Annotated[float, Range(0, 1)],
-    "layernorm_epsilon": Annotated[float, Range(0, 1)],
-    "init_method_std": Annotated[float, Range(0)],
-    "rotary_base": Annotated[float, Range(1)],
-    "rotary_percent": Annotated[float, Range(0, 1)],
-    "rope_scaling_factor": Annotated[float, Range(1)],
+    "norm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
+    "layernorm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
+    "init_method_std": Annotated[float, Limits(0, whole=False)],
+    "rotary_base": Annotated[float, Limits(1, whole=False)],
+    "rotary_percent": Annotated[float, Limits(0, 1, whole=False)],
+    "rope_scaling_factor": Annotated[float, Limits(1, whole=False)],
     "input_embeddings_multiplier": float,
     "eval_iters": Count | list[Count | None] | None,  # a list: of several validation sets in full
     "onnx_safe": bool | None,

@@ -12,8 +12,9 @@ at any place. A reader names what it needs as a data class, and asks for it here
     Shard(tokens=3, …) == load(Shard, path)
 
 Known are data classes, ``Literal``, ``X | None``, list, tuple, dict[str, X], bool, int (64 bits),
-float (finite; also a whole number) and str; ``Any`` is taken as it is. What a data class does not
-name is passed over. Its ``__post_init__`` may raise a ValueError about what belongs together.
+float (finite; also a whole number), numbers ``Annotated`` with their `Limits`, and str; ``Any`` is
+taken as it is. What a data class does not name is passed over. Its ``__post_init__`` may raise a
+ValueError about what belongs together.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_xielu.common.flags import COUNT, POSITIVE
 from megatron_xielu.common.text import is_utf8
 
 _LARGEST = 2**63 - 1
@@ -37,21 +39,8 @@ class Malformed(ValueError):
     """What a file holds is not what its reader needs; one line that names file and field."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """Limits of a number, both allowed: ``Annotated[int, Range(1, 8)]``."""
-
-    least: float = -math.inf
-    most: float = math.inf
-
-    def __str__(self) -> str:
-        if self.most == math.inf:
-            return f"{self.least} or more"
-        return f"from {self.least} to {self.most}"
-
-
-Count = Annotated[int, Range(0)]
-Positive = Annotated[int, Range(1)]
+Count = Annotated[int, COUNT]
+Positive = Annotated[int, POSITIVE]
 
 
 def load[T](kind: type[T], path: Path) -> T:
@@ -105,8 +94,8 @@ def _check(kind: Any, value: Any, file: str, field: str) -> Any:
         return value
     if origin is Annotated:
         number = _check(inner[0], value, file, field)
-        if number is not None and not inner[1].least <= number <= inner[1].most:
-            raise _wrong(value, file, field, inner[1])
+        if number is not None and (fault := inner[1].fault(number)):
+            raise Malformed(f"{file}: {field or 'it'} {fault}, not {_short(value)}")
         return number
     if origin in (Union, types.UnionType):
         return _check_union(inner, value, file, field)
@@ -190,9 +179,12 @@ def _check_plain(kind: type, value: Any, file: str, field: str) -> Any:
 
 
 def _wrong(value: Any, file: str, field: str, wanted: object) -> Malformed:
+    return Malformed(f"{file}: {field or 'it'} is {_short(value)}, not {wanted}")
+
+
+def _short(value: Any) -> str:
     shown = ascii(value)
-    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
-    return Malformed(f"{file}: {field or 'it'} is {shown}, not {wanted}")
+    return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
 
 
 def _below(field: str, name: str) -> str:

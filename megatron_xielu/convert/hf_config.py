@@ -13,7 +13,8 @@ from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.checkpoints.saved_arguments import Size
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import schema
-from megatron_xielu.common.schema import Malformed, Range
+from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.schema import Malformed
 from megatron_xielu.convert.architecture import LLAMA3_ROPE, Architecture
 
 _CLASSES = {
@@ -24,7 +25,7 @@ _CLASSES = {
 _REMOTE = "_xiprelu"  # suffix of the model types that megatron_xielu.hf adds
 _ACTS = {"swiglu": "silu"}  # hidden_act, where it has another name than ours
 
-_Theta = Annotated[float, Range(1, 1e18)]  # a whole number of 64 bits in Megatron
+_Theta = Annotated[float, Limits(1, 1e18, whole=False)]  # a whole number of 64 bits in Megatron
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class _Rope:
     type: str | None = None
     rope_theta: _Theta | None = None
     partial_rotary_factor: float | None = None
-    factor: Annotated[float, Range(1)] | None = None
+    factor: Annotated[float, Limits(1, whole=False)] | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: Size | None = None
@@ -47,8 +48,8 @@ _DEFAULTED: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), Size),
     "max_position_embeddings": Size,
     "hidden_act": str,
-    "rms_norm_eps": Annotated[float, Range(0, 1)],
-    "initializer_range": Annotated[float, Range(0)],
+    "rms_norm_eps": Annotated[float, Limits(0, 1, whole=False)],
+    "initializer_range": Annotated[float, Limits(0, whole=False)],
     "tie_word_embeddings": bool,
 }
 _DTYPES = Literal["float32", "bfloat16", "float16", "auto"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_xielu.common.schema import Count, Range
+from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.schema import Count
 from megatron_xielu.report.nonlinearity import Inputs
 
 _WIDEST = 1e6  # of pre-activations; their squares are still far from infinity
@@ -15,8 +16,8 @@ _WIDEST = 1e6  # of pre-activations; their squares are still far from infinity
 class Histogram:
     """Of pre-activations: n + 1 rising edges and n counts."""
 
-    edges: list[Annotated[float, Range(-_WIDEST, _WIDEST)]]
-    counts: list[Annotated[float, Range(0, 2**63)]]
+    edges: list[Annotated[float, Limits(-_WIDEST, _WIDEST, whole=False)]]
+    counts: list[Annotated[float, Limits(0, 2**63, whole=False)]]
 
     def __post_init__(self) -> None:
         self.inputs()
@@ -34,8 +35,8 @@ class Histogram:
 class MeasuredLayer:
     """Pre-activations of a layer's MLP (``--activation-statistics``)."""
 
-    layer: Annotated[int, Range(1, 10**6)]
-    negative_share: Annotated[float, Range(0, 1)]
+    layer: Annotated[int, Limits(1, 10**6)]
+    negative_share: Annotated[float, Limits(0, 1, whole=False)]
     histogram: Histogram | None = None
 
     @property

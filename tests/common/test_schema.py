@@ -11,12 +11,13 @@ from hostile import damaged
 from hypothesis import given
 
 from megatron_xielu.common import schema
-from megatron_xielu.common.schema import Count, Malformed, Positive, Range
+from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.schema import Count, Malformed, Positive
 
 
 @dataclass(frozen=True)
 class Inner:
-    share: Annotated[float, Range(0, 1)]
+    share: Annotated[float, Limits(0, 1, whole=False)]
     kind: Literal["a", "b"] = "a"
 
 
@@ -62,18 +63,18 @@ def test_load(tmp_path):
         ({"name": 1}, "f: name is 1, not text"),
         ({"name": "\ud800"}, "f: name is '\\ud800', not text"),
         ({"name": "a\0"}, "f: name is 'a\\x00', not text"),
-        ({"count": -1}, "f: count is -1, not 0 or more"),
+        ({"count": -1}, "f: count must be 0 or more, not -1"),
         ({"count": True}, "f: count is True, not a whole number"),
         ({"count": 10**29}, "f: count is 100000000000000000000000000000, not a whole number"),
         ({"count": 101}, "f: count is above 100"),
         ({"inner": []}, "f: inner is [], not an object"),
         ({"inner": {}}, "f: it has no inner.share"),
         ({"inner": {"share": float("nan")}}, "f: inner.share is nan, not a number"),
-        ({"inner": {"share": 2}}, "f: inner.share is 2, not from 0 to 1"),
+        ({"inner": {"share": 2}}, "f: inner.share must be at most 1, not 2"),
         ({"inner": {"share": 1, "kind": "c"}}, "f: inner.kind is 'c', not 'a' or 'b'"),
         ({"sizes": [1]}, "f: sizes is [1], not 2 values"),
         ({"by_name": {"x": None}}, "f: by_name.x is None, not an object"),
-        ({"rows": [1, 0]}, "f: rows[1] is 0, not 1 or more"),
+        ({"rows": [1, 0]}, "f: rows[1] must be 1 or more, not 0"),
     ],
 )
 def test_wrong_field(change, message):

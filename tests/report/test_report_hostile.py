@@ -161,10 +161,16 @@ def test_alphas_of_another_shape(tmp_path, shape):
     [
         ([], "it is [], not an object"),
         ({"loss": "2"}, "loss is '2', not a number"),
-        ({"iteration": -1}, "iteration is -1, not 0 or more"),
+        ({"iteration": -1}, "iteration must be 0 or more, not -1"),
         ({"layers": {"layer": 1}}, "layers is {'layer': 1}, not a list"),
-        ({"layers": [{"layer": 0, "negative_share": 0.5}]}, "layers[0].layer is 0"),
-        ({"layers": [{"layer": 1, "negative_share": 5}]}, "layers[0].negative_share is 5"),
+        (
+            {"layers": [{"layer": 0, "negative_share": 0.5}]},
+            "layers[0].layer must be 1 or more, not 0",
+        ),
+        (
+            {"layers": [{"layer": 1, "negative_share": 5}]},
+            "layers[0].negative_share must be at most 1, not 5",
+        ),
         (
             {
                 "layers": [

@@ -192,7 +192,7 @@ SEQUENCES = {"/data/a": [10, 11], "/data/b": [3, 4]}
         ("--per-dataset-sequences-path", b"\xff", "it is no JSON: not UTF-8"),
         ("--per-dataset-sequences-path", b"[]", "it is [], not an object"),
         ("--per-dataset-sequences-path", b'{"a": 3}', "a is 3, not a list"),
-        ("--per-dataset-sequences-path", b'{"a": [3, -1]}', "a[1] is -1, not 0 or more"),
+        ("--per-dataset-sequences-path", b'{"a": [3, -1]}', "a[1] must be 0 or more, not -1"),
         ("--data-args-path", None, "does not exist"),
         ("--data-args-path", b"", "is [], not a list of prefixes"),
         ("--per-split-data-args-path", b"[]", "is not a JSON object of lists"),
