@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -162,31 +162,37 @@ def _open(folder: Path, name: str) -> Any:
     """What transformers makes of a folder, and Megatron with it."""
     from transformers import AutoTokenizer
 
+    with _refused(f"--tokenizer {name} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _refused(message: str) -> Iterator[None]:
+    """At a wrong file, transformers and tokenizers raise whatever comes first."""
     try:
         with pretrained_tokenizer.panics_as_errors():
-            return AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # a wrong folder makes it raise whatever comes first
-        raise Refused(f"--tokenizer {name} cannot be loaded: {reason(error)}") from None
+            yield
+    except Exception as error:
+        raise Refused(f"{message}: {reason(error)}") from None
+
+
+def _encode(tokenizer: Any, texts: list[str], name: str, **options: Any) -> list[list[int]]:
+    """By a tokenizer of transformers."""
+    with _refused(f"--tokenizer {name} is loaded, and cannot encode"):
+        return tokenizer(texts, **options)["input_ids"]
 
 
 def _words(name: str, files: dict[str, bytes]) -> Words:
     from tokenizers import Tokenizer
 
-    try:
-        with pretrained_tokenizer.panics_as_errors():
-            tokenizer = Tokenizer.from_str(files[_TOKENIZER].decode())
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            entries = max(tokenizer.get_vocab().values(), default=-1) + 1
-            if not entries:
-                raise ValueError("its vocabulary is empty")
-            added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    except Exception as error:
-        raise Refused(
-            f"--tokenizer {name}: its {_TOKENIZER} cannot be used: {reason(error)}"
-        ) from None
+    with _refused(f"--tokenizer {name}: its {_TOKENIZER} cannot be used"):
+        tokenizer = Tokenizer.from_str(files[_TOKENIZER].decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        entries = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if not entries:
+            raise ValueError("its vocabulary is empty")
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     sample = {}
     for text in [*_SAMPLE, *added, *(f"a{token} B{token}{token}" for token in added)]:
         with suppress(Exception), pretrained_tokenizer.panics_as_errors():  # unknown to it
@@ -196,7 +202,7 @@ def _words(name: str, files: dict[str, bytes]) -> Words:
 
 def _different(tokenizer: Any, words: Words) -> list[str]:
     """Texts of the sample that a tokenizer of transformers encodes otherwise."""
-    found = tokenizer(list(words.sample), add_special_tokens=False)["input_ids"]
+    found = _encode(tokenizer, list(words.sample), words.name, add_special_tokens=False)
     return [
         text
         for (text, expected), ids in zip(words.sample.items(), found, strict=True)
@@ -207,8 +213,9 @@ def _different(tokenizer: Any, words: Words) -> list[str]:
 def _special_tokens(loaded: Any, words: Words) -> dict[str, str]:
     """Those of tokenizer.json, by use: GPT-2's folder names none, its class does, and that is not
     the class of the export."""
+    ids = loaded.get_vocab()
     named = loaded.special_tokens_map.items()
-    return {use: x for use, x in named if loaded.convert_tokens_to_ids(x) < words.entries}
+    return {use: x for use, x in named if ids.get(x, words.entries) < words.entries}
 
 
 def _compare_with_megatron(
@@ -270,7 +277,7 @@ def write(
             )
         if padding := list(range(entries, vocabulary)):
             config["suppress_tokens"] = padding
-        if added := loaded("")["input_ids"]:
+        if added := _encode(loaded, [""], words.name)[0]:
             shown = " ".join(loaded.convert_ids_to_tokens(added))
             report(
                 f"note: the tokenizer adds {shown} to every text, which tools/prepare_data.py does "

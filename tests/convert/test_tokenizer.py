@@ -195,6 +195,21 @@ def test_a_damaged_config_is_refused_by_its_field(name, checkpoint, tmp_path):
     assert f"{source / 'tokenizer_config.json'}: {message}" in found
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": ""}, ""),  # which is no token, and as if it were not there
+        ({"model_max_length": "512"}, "is loaded, and cannot encode"),
+    ],
+)
+def test_a_senseless_config_is_refused_or_harmless(config, message, checkpoint, tmp_path):
+    source = folder_of(tmp_path / "source", **config)
+    if message:
+        assert message in refusal(checkpoint, tmp_path / "out", source)
+    else:
+        export(checkpoint, tmp_path / "out", source)
+
+
 def test_a_byte_order_mark_is_read(checkpoint, tmp_path):
     source = folder_of(tmp_path / "source")
     (source / "tokenizer_config.json").write_bytes(b"\xef\xbb\xbf{}")
