@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_xielu.common.text import one_line
+from megatron_xielu.common.text import one_line, ready_output
 from megatron_xielu.workarounds import releases
 
 # Top level in a checkout of this package; its subpackage in an installation (pyproject.toml).
@@ -302,4 +302,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    ready_output()
     sys.exit(main())

@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from megatron_xielu import startup
+from megatron_xielu.common import text
 
 
 def main() -> None:
@@ -65,4 +66,5 @@ def _train(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     main()

@@ -404,4 +404,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     sys.exit(main())

@@ -45,7 +45,7 @@ from compare.variants import ACTIVATIONS, Variant, parse
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
-from megatron_xielu.common.text import describe, one_line, reason
+from megatron_xielu.common.text import describe, one_line, ready_output, reason
 from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
@@ -586,6 +586,7 @@ def _minutes(seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    ready_output()
     # Megatron warns of every optional package at import, here and again in each log.
     warnings.filterwarnings("ignore")
     main()

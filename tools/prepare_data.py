@@ -17,4 +17,7 @@ except ModuleNotFoundError:  # a checkout that is not installed
     from megatron_xielu.data.command import main
 
 if __name__ == "__main__":
+    from megatron_xielu.common import text
+
+    text.ready_output()
     main()

@@ -58,4 +58,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     sys.exit(main())

@@ -125,4 +125,5 @@ def _run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     main()

@@ -112,4 +112,5 @@ def _last_error(errors: str) -> str:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     main()

@@ -124,4 +124,5 @@ def _reason(error: BaseException, save: Path | None) -> str:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     main()

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import time
 import unicodedata
 from collections.abc import Collection, Sequence
 
 LONGEST_LINE = 500
+
+
+def ready_output() -> None:
+    """Of a command, first of all: it can print, wherever its output goes.
+
+    Where that cannot hold a character (ASCII has no arrow, UTF-8 not every name on a disk), its
+    number is printed. An output that was closed (``>&-``) is none: Python has None in its place,
+    and would give its descriptor to the next file that is opened.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (to the end)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def first_line(text: str) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common.flags import Limits
-from megatron_xielu.common.text import reason
+from megatron_xielu.common.text import ready_output, reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _ROWS = Limits(1, 9_999_999)  # of a vocabulary
@@ -149,4 +149,5 @@ def _path(text: str) -> Path:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

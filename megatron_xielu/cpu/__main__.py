@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megatron_xielu.common import torchrun
+from megatron_xielu.common import text, torchrun
 from megatron_xielu.cpu import activate, add_cpu_flags, hide_gpus
 from megatron_xielu.kernels import choose
 
@@ -33,4 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     main()

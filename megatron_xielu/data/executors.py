@@ -23,7 +23,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
-from megatron_xielu.common import files, schema
+from megatron_xielu.common import files, schema, text
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.data import recipe as recipes
 from megatron_xielu.data.errors import DataError
@@ -150,6 +150,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     try:
         main()
     except (Malformed, DataError) as error:

@@ -27,7 +27,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_xielu import startup
-from megatron_xielu.common.text import one_line
+from megatron_xielu.common.text import one_line, ready_output
 from megatron_xielu.evaluate import checkpoint, data, result
 
 
@@ -122,4 +122,5 @@ def _parse(words: list[str]) -> tuple[Namespace, list[str]]:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.text import ready_output
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan
@@ -345,4 +346,5 @@ def _amount(number: float) -> str:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

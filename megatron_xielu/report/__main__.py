@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_xielu.common import files
-from megatron_xielu.common.text import one_line
+from megatron_xielu.common.text import one_line, ready_output
 from megatron_xielu.report.errors import NoReport
 
 PAGE = "report.html"
@@ -115,4 +115,5 @@ def _write(output: Path, pictures: dict[str, bytes], html: str) -> None:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

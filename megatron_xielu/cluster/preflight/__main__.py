@@ -37,7 +37,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from megatron_xielu.common import event_log, torchrun
+from megatron_xielu.common import event_log, text, torchrun
 from megatron_xielu.common.flags import POSITIVE, Limits
 
 
@@ -115,4 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    text.ready_output()
     main()
