@@ -23,7 +23,9 @@ def ready_output() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (to the end)
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        elif isinstance(stream, io.TextIOWrapper) and (
+            (stream.encoding, stream.errors) != ("utf-8", "surrogateescape")  # which hold all
+        ):
             stream.reconfigure(errors="backslashreplace")
 
 

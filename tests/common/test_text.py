@@ -25,7 +25,12 @@ def test_a_table_is_aligned_by_what_a_terminal_shows():
 
 @pytest.mark.parametrize(
     ("encoding", "shown"),
-    [("ascii", rb"a\udcff\u2192"), ("utf-8:strict", rb"a\udcff" + "→".encode())],
+    [
+        ("ascii", rb"a\udcff\u2192"),
+        ("ascii:surrogateescape", rb"a\udcff\u2192"),  # LC_ALL=C, if Python may not coerce it
+        ("utf-8:strict", rb"a\udcff" + "→".encode()),  # en_US.UTF-8
+        ("utf-8:surrogateescape", b"a\xff" + "→".encode()),  # C.UTF-8
+    ],
 )
 def test_a_command_prints_whatever_its_output_can_hold(encoding, shown):
     code = "from megatron_xielu.common import text; text.ready_output(); print('a\\udcff\\u2192')"
