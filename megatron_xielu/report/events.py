@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 PATTERN = "*tfevents*"
 
 Curve = list[tuple[int, float]]  # (iteration, value), iterations rising
+_Column = tuple[array, array, array, array]  # of a tag: iterations, values, times, attempts
 
 _LOSS, _LOSS_BY_SAMPLES = "lm loss", "lm loss vs samples"
 _BY_SAMPLES = " vs samples"
@@ -65,8 +66,9 @@ def read(
     """Read the event files of one run.
 
     Where a resumed training repeats iterations, what an earlier attempt wrote from there on is
-    dropped. Megatron writes the loss on the test set under the tag of the validation loss, after
-    it and at the same iteration: the first of them is kept.
+    dropped, under every tag: also a validation that the later one has not come to yet. Megatron
+    writes the loss on the test set under the tag of the validation loss, after it and at the same
+    iteration: the first of them is kept.
 
     Args:
         files: in any order.
@@ -74,14 +76,16 @@ def read(
             evenly spaced, with the last; None for all.
         keep: iterations whose alphas are read all the same.
     """
-    columns: dict[str, tuple[array, array, array]] = defaultdict(
-        lambda: (array("q"), array("d"), array("d"))
+    columns: dict[str, _Column] = defaultdict(
+        lambda: (array("q"), array("d"), array("d"), array("q"))
     )
     samples = columns["consumed samples"]
     texts: dict[str, str] = {}
     problems: list[str] = []
+    starts: list[int] = []  # of each file's training
 
-    for path in sorted(files, key=_started):
+    for attempt, path in enumerate(sorted(files, key=_started)):
+        starts.append(_LAST_ITERATION + 1)
         passed_over, last_loss = _passed_over(path, wide_limit), -1
         for start, event in _events(path, problems):
             step, time = event.step, event.wall_time
@@ -96,18 +100,22 @@ def read(
                     continue
                 if tag == _LOSS:
                     last_loss = step
+                    starts[-1] = min(starts[-1], step)
                 elif tag == _LOSS_BY_SAMPLES and last_loss >= 0:
-                    _append(samples, last_loss, step, time)
+                    _append(samples, last_loss, step, time, attempt)
                     continue
                 if tag.endswith(_BY_SAMPLES):
                     continue
                 column = columns[tag]
-                if " validation" in tag and column[0] and column[0][-1] == step:
+                if " validation" in tag and [step, attempt] == [c[-1] for c in column[::3] if c]:
                     continue  # the test set
-                _append(column, step, value.simple_value, time)
+                _append(column, step, value.simple_value, time, attempt)
 
-    scalars = {tag: _last_attempt(column) for tag, column in columns.items()}
-    return Events(scalars, scalars.pop("consumed samples"), texts, problems)
+    later = np.minimum.accumulate([_LAST_ITERATION + 1, *starts[:0:-1]])[::-1]
+    scalars = {tag: _last_attempt(column, later) for tag, column in columns.items()}
+    consumed = scalars.pop("consumed samples")
+    left = {tag: series for tag, series in scalars.items() if len(series.steps)}
+    return Events(left, consumed, texts, problems)
 
 
 def read_events(folder: Path) -> dict[str, Curve]:
@@ -119,17 +127,22 @@ def read_events(folder: Path) -> dict[str, Curve]:
     }
 
 
-def _append(column: tuple[array, array, array], step: int, value: float, time: float) -> None:
-    column[0].append(step)
-    column[1].append(value)
-    column[2].append(time)
+def _append(column: _Column, step: int, value: float, time: float, attempt: int) -> None:
+    for part, entry in zip(column, (step, value, time, attempt), strict=True):
+        part.append(entry)
 
 
-def _last_attempt(column: tuple[array, array, array]) -> Series:
-    """Without what a later attempt, which began at or before it, repeats or has not reached."""
+def _last_attempt(column: _Column, later: NDArray[np.int64]) -> Series:
+    """Without what a later attempt, which began at or before it, repeats or has not reached.
+
+    Args:
+        column: of one tag.
+        later: by attempt, where those after it began to train.
+    """
     steps = np.array(column[0], dtype=np.int64)
     following = np.append(steps[1:], np.iinfo(np.int64).max)
     kept = steps < np.minimum.accumulate(following[::-1])[::-1]
+    kept &= steps < later[np.array(column[3], dtype=np.int64)]
     return Series(steps[kept], np.array(column[1])[kept], np.array(column[2])[kept])
 
 

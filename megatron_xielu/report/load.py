@@ -86,7 +86,9 @@ def load(folder: Path) -> Run:
         measured={f"layer_{layer.depth:02d}": layer for layer in measured},
         notes=notes,
     )
-    if run.train is not None and not np.isfinite(run.train.values).all():
+    if run.train is None and event_files:
+        notes.append("no training loss in the event files")
+    elif run.train is not None and not np.isfinite(run.train.values).all():
         count = int((~np.isfinite(run.train.values)).sum())
         notes.append(f"the training loss was not finite in {count} logged iterations")
     if run.activation in TRAINABLE or _rows(run.scalars, "alpha_p"):

@@ -151,6 +151,19 @@ def test_attempts_of_a_resumed_run(tmp_path):
     assert [step for step, _ in curve] == list(range(1, 26))
 
 
+def test_validations_of_a_dropped_attempt(tmp_path):
+    """The later attempt has its own, and none where it has not come to."""
+    write_events(tmp_path, range(1, 121))
+    write_events(tmp_path, range(71, 112), shift=1.0, validate_every=100)
+    validation = load(tmp_path).validation[""]
+    assert validation.steps.tolist() == [50, 100]
+    assert validation.values[-1] > 3
+    write_events(tmp_path, range(61, 71), shift=1.0)
+    assert load(tmp_path).validation[""].steps.tolist() == [50]
+    write_events(tmp_path, range(41, 46), shift=1.0)
+    assert not load(tmp_path).validation
+
+
 def test_the_test_set_is_not_the_validation_set(tmp_path):
     """Megatron writes both under one tag, at one iteration."""
     write_events(tmp_path, [50])
