@@ -8,12 +8,13 @@ import sys
 import time
 import unicodedata
 from collections.abc import Collection, Sequence
+from typing import Any
 
 LONGEST_LINE = 500
 
 
 def ready_output() -> None:
-    """Of a command, first of all: it can print, wherever its output goes.
+    """Of a command, first of all: it prints wherever its output goes; Ctrl-C ends it in silence.
 
     Where that cannot hold a character (ASCII has no arrow, UTF-8 not every name on a disk), its
     number is printed. An output that was closed (``>&-``) is none: Python has None in its place,
@@ -27,6 +28,12 @@ def ready_output() -> None:
             (stream.encoding, stream.errors) != ("utf-8", "surrogateescape")  # which hold all
         ):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], *rest: Any) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, *rest)
 
 
 def first_line(text: str) -> str:

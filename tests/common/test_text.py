@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_a_command_whose_output_is_closed(tmp_path):
     command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 0
+
+
+def test_ctrl_c_needs_no_traceback():
+    code = (
+        "import os, signal; from megatron_xielu.common import text; text.ready_output(); "
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 def test_every_command_readies_its_output_first():
