@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_xielu import catalog
 from megatron_xielu.checkpoints import writer
 from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
 from megatron_xielu.checkpoints.source import Refused
@@ -69,6 +70,8 @@ def convert(
     if rows != stored.vocabulary:
         report(f"the vocabulary of {stored.vocabulary} is padded to {rows} rows, with zeros")
     arguments = megatron_arguments.arguments_of(architecture, _dtype(reader, options))
+    for problem in catalog.out_of_range(arguments):
+        raise Refused(f"{folder}: a training would refuse it: {problem}")
     arguments.tokenizer_type = arguments.tokenizer_model = None
     tokenizer_flags: list[str] = []
     if (folder / "tokenizer_config.json").is_file():

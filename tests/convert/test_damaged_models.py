@@ -257,6 +257,21 @@ def test_no_numbers_among_the_weights(name, value, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"hf", "megatron", "iter_0000001"}
 
 
+@pytest.mark.parametrize(
+    ("activation", "beta", "fault"),
+    [("xielu", -0.5, "above 0, not -0.5"), ("xiprelu", 5e37, "at most 1000, not 5e")],
+)
+def test_what_a_training_would_refuse_is_not_imported(activation, beta, fault, tmp_path):
+    folder = write_hf(tmp_path / "hf", small(activation=activation, beta=beta))
+    if activation == "xielu":
+        tensors = load_file(folder / "model.safetensors")
+        of_layers = {f"model.layers.{i}.mlp.act_fn.beta": torch.tensor(beta) for i in (0, 1)}
+        save_file(tensors | of_layers, folder / "model.safetensors")
+    with pytest.raises(Refused, match=f"a training would refuse it: --xielu-beta must be {fault}"):
+        from_hf.convert(folder, tmp_path / "out", from_hf.Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_a_weight_that_float16_cannot_hold(tmp_path):
     folder = write_hf(tmp_path / "hf", small())
     tensors = load_file(folder / "model.safetensors")
