@@ -69,8 +69,10 @@ def written(out: Path) -> Iterator[Path]:
             for path in [*staging.rglob("*"), staging]:
                 files.sync(path)
             _replace(out, staging)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk, say
+            error.filename = str(out)
         raise
 
 
