@@ -24,7 +24,7 @@ from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common import data_lists, schema
 from megatron_xielu.common.schema import Count, Malformed
-from megatron_xielu.common.text import one_line
+from megatron_xielu.common.text import is_number, one_line
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -281,27 +281,20 @@ def check_files(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag, and the file.
     """
-    import numpy as np
-    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
-
-    if args.split is not None:
-        try:
-            with np.errstate(invalid="ignore"):  # of no shares
-                shares = parse_and_normalize_split(args.split)
-        except (AssertionError, ValueError):
-            shares = []
-        if not sum(shares) > 0:  # NaN where all are 0
-            raise ValueError(
-                f"--split must be three shares, such as 969,30,1, not {ascii(args.split)[:40]}"
-            )
+    data_lists.shares(args.split)
     sequences_per_dataset(args)
     if fault := data_lists.fault_of_validation(args):
         raise ValueError(fault)
     for argument in data_lists.ARGUMENTS:
         value = getattr(args, argument)
         # Megatron reads those of an object store itself.
-        if value is not None and not (argument in data_lists.FILES and "://" in value):
-            data_lists.words(argument, value)
+        if value is None or (argument in data_lists.FILES and "://" in value):
+            continue
+        for word in data_lists.words(argument, value):
+            if is_number(word) or "://" in word:
+                continue
+            if fault := data_lists.fault_of_files(argument, word, args.split):
+                raise ValueError(fault)
 
 
 def sequences_per_dataset(args: Namespace) -> dict[str, tuple[int, int]] | None:

@@ -9,9 +9,11 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.common import indexed_dataset
 from megatron_xielu.common.text import is_number
 
 FILES = ("data_args_path", "per_split_data_args_path")
@@ -19,6 +21,7 @@ ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path"
 
 _FLAG = "--per-split-data-args-path"
 SPLITS = ("train", "valid", "test")
+_MEGATRONS_SHARES = "969,30,1"  # for SPLITS, where there is no --split
 
 
 def words(argument: str, value: Any) -> list[str]:
@@ -70,19 +73,68 @@ def fault_of_validation(args: Namespace) -> str:
     first does; else "".
 
     Raises:
-        ValueError: as `of_splits`.
+        ValueError: as `of_splits` and `shares`.
     """
     if not (args.eval_iters or getattr(args, "full_validation", False)):
         return ""
-    path, shares = args.per_split_data_args_path, args.split or "969,30,1"
+    path = args.per_split_data_args_path
     if path is not None:
         there, flag = "://" in path or bool(of_splits(path).get("valid", True)), f"{_FLAG} {path}"
     elif args.train_data_path is not None:
         there, flag = bool(args.valid_data_path), "--train-data-path without --valid-data-path"
     else:
-        numbers = re.findall("[.0-9]+", shares)  # as Megatron reads them
-        there, flag = len(numbers) > 1 and float(numbers[1]) > 0, f"--split {shares}"
+        there, flag = shares(args.split)[1] > 0, f"--split {args.split}"
     return "" if there else f"{flag}: there is nothing to validate on; add --eval-iters 0"
+
+
+def shares(split: str | None) -> list[float]:
+    """Which part of the data each of `SPLITS` gets, as Megatron reads ``--split``.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    try:
+        found = [float(share) for share in re.findall("[.0-9]+", split or _MEGATRONS_SHARES)]
+    except ValueError:
+        found = []
+    if len(found) > len(SPLITS) or not sum(found) > 0:
+        raise ValueError(
+            f"--split must be three shares, such as {_MEGATRONS_SHARES}, not {ascii(split)[:40]}"
+        )
+    return [share / sum(found) for share in (*found, 0.0, 0.0)[: len(SPLITS)]]
+
+
+def fault_of_files(argument: str, prefix: str, split: str | None) -> str:
+    """What is wrong with the files of a prefix, or with a part of them; else "".
+
+    Args:
+        argument: one of `ARGUMENTS`, which lists it.
+        prefix: of ``.bin`` and ``.idx``.
+        split: the argument of this name, which `shares` takes.
+    """
+    where = f"--{argument.replace('_', '-')} {prefix}"
+    try:
+        sequences = indexed_dataset.read(Path(prefix)).sequences
+    except FileNotFoundError as error:
+        return f"{where}: {error.filename} does not exist"
+    except OSError as error:
+        return f"{where}: {error.filename} cannot be read: {error.strerror}"
+    except indexed_dataset.Damaged as error:
+        return f"{where}: {error}"
+    if not sequences:
+        return f"{where}: {prefix}.idx has no sequences"
+    if argument not in ("data_path", "data_args_path"):
+        return ""
+    ends = [0.0, *accumulate(shares(split))]
+    # Rounded as Megatron does, which looks for ever for a token in a part without a sequence.
+    for i, part in enumerate(SPLITS):
+        first, last = ends[i : i + 2]
+        if first < last and round(first * sequences) == round(last * sequences):
+            return (
+                f"--split {split or _MEGATRONS_SHARES}: of the {sequences} sequences of {prefix} "
+                f"none is left for {part}; give it a larger share, or 0"
+            )
+    return ""
 
 
 def _blend(listed: Any, where: str) -> list[str]:

@@ -358,6 +358,11 @@ def _files(plan: Plan) -> Iterator[str]:
     args = plan.args
     if _is_local(args.tokenizer_model) and not os.path.exists(args.tokenizer_model):
         yield f"--tokenizer-model {args.tokenizer_model} does not exist"
+    try:
+        data_lists.shares(args.split)
+    except ValueError as error:
+        yield str(error)
+        return
     for argument in data_lists.ARGUMENTS:
         value = getattr(args, argument)
         if value is None or (argument in data_lists.FILES and not _is_local(value)):
@@ -368,9 +373,11 @@ def _files(plan: Plan) -> Iterator[str]:
             yield str(error)
             continue
         for prefix in filter(_is_local, words):
-            for suffix in (".bin", ".idx"):
-                if not os.path.isfile(prefix + suffix):
-                    yield f"{flag_of(argument)} {prefix}: {prefix}{suffix} does not exist"
+            missing = [s for s in (".bin", ".idx") if not os.path.isfile(prefix + s)]
+            for suffix in missing:
+                yield f"{flag_of(argument)} {prefix}: {prefix}{suffix} does not exist"
+            if not missing:
+                yield from filter(None, [data_lists.fault_of_files(argument, prefix, args.split)])
 
 
 def _validation(plan: Plan) -> Iterator[str]:

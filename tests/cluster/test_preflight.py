@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dataset_files import write_dataset
 from hostile import damaged, damaged_bytes
 from hypothesis import example, given, settings
 from launch import TINY_LLAMA, free_port, python
@@ -122,18 +122,6 @@ def start(
 
 def lines(output: str, level: str, check: str) -> list[str]:
     return re.findall(rf"^{level} +{check} +(.*)$", output, re.MULTILINE)
-
-
-def write_dataset(prefix: Path, lengths: list[int]) -> None:
-    """A dataset as Megatron writes it (indexed_dataset.py), int32 tokens, a document a sequence."""
-    count = len(lengths)
-    offsets = [4 * sum(lengths[:i]) for i in range(count)]
-    prefix.with_suffix(".bin").write_bytes(bytes(4 * sum(lengths)))
-    prefix.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", 1, 4, count, count + 1)
-        + struct.pack(f"<{count}i{count}q{count + 1}q", *lengths, *offsets, *range(count + 1))
-    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import plan_cases
 import pytest
+from dataset_files import write_dataset
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
 from megatron_arguments import parse as parse_as_megatron
 
@@ -424,14 +425,29 @@ def test_warnings():
 
 
 def test_data_of_a_list_must_exist(tmp_path):
-    for suffix in ("bin", "idx"):
-        (tmp_path / f"text.{suffix}").touch()
+    write_dataset(tmp_path / "text", [5] * 600)
     listed = tmp_path / "list.txt"
     listed.write_text(f"0.7 {tmp_path}/text\n0.3 {tmp_path}/more\n")
     plan = plan_1b(f"--data-args-path {listed}")
     found = plan_checks.problems(plan, environment={})
     assert [Path(problem.split()[-4]).name for problem in found] == ["more.bin", "more.idx"]
     assert plan_checks.problems(plan, environment={}, check_files=False) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "sequences", "message"),
+    [
+        ("", 200, "--split 969,30,1: of the 200 sequences of {} none is left for test; give it"),
+        ("--split 1,99,0", 4, "--split 1,99,0: of the 4 sequences of {} none is left for train"),
+        ("--split x", 200, "--split must be three shares, such as 969,30,1, not 'x'"),
+        ("", 0, "--data-path {}: {}.idx has no sequences"),
+    ],
+)
+def test_data_that_a_run_would_look_at_for_ever(tmp_path, flags, sequences, message):
+    prefix = tmp_path / "text"
+    write_dataset(prefix, [5] * sequences)
+    [problem] = plan_checks.problems(plan_1b(f"--data-path {prefix} {flags}"), environment={})
+    assert problem.startswith(message.format(prefix, prefix))
 
 
 def test_data_listed_by_split_must_exist(tmp_path):

@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+from dataset_files import write_dataset
 from hostile import damaged, damaged_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from megatron_arguments import parse, parser
 from megatron_xielu import arguments, selftest, startup
 from megatron_xielu.catalog import NUMBERS, flag_of
 from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
+from megatron_xielu.common import data_lists
 from megatron_xielu.cpu import __main__ as cpu_command
 from megatron_xielu.plan import flags as plan_flags
 
@@ -228,6 +230,37 @@ def test_data_flags(flags, message):
     with pytest.raises(ValueError) as error:
         arguments.check_files(parse([*TINY_LLAMA, "--eval-iters", "1", *flags.split()]))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "flags", "message"),
+    [
+        (None, "", "--data-path {}: {}.idx does not exist"),
+        ([3] * 499, "", "--split 969,30,1: of the 499 sequences of {} none is left for test"),
+        ([3] * 20, "--split 99,1,0", "--split 99,1,0: of the 20 sequences of {} none is left for"),
+        ([], "", "--data-path {}: {}.idx has no sequences"),
+        ([3] * 600, "", None),
+        ([3] * 20, "--split 9,1,0", None),
+    ],
+)
+def test_data_without_end(tmp_path, lengths, flags, message):
+    """Megatron looks for ever for a token in a part that has no sequence."""
+    prefix = tmp_path / "text"
+    if lengths is not None:
+        write_dataset(prefix, lengths)
+    args = parse([*TINY_LLAMA, "--data-path", str(prefix), *flags.split()])
+    if message is None:
+        return arguments.check_files(args)
+    with pytest.raises(ValueError) as error:
+        arguments.check_files(args)
+    assert str(error.value).startswith(message.format(prefix, prefix))
+
+
+def test_shares_are_megatrons():
+    from megatron.core.datasets import blended_megatron_dataset_config as config
+
+    for split in ("969,30,1", "1", "0.2, .8", "100,0,0", "3,3,3"):
+        assert data_lists.shares(split) == config.parse_and_normalize_split(split)
 
 
 @pytest.mark.parametrize("save", ["file", "file/below"])
