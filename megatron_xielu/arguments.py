@@ -12,7 +12,7 @@ import io
 import os
 import re
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,15 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     # Megatron 0.19.2 has a help text with a bare "%", at which --help fails.
     for action in parser._actions:
+        if "--yaml-cfg" in action.option_strings:
+            action.type = _no_file  # Megatron reads it in place of all flags, ours too
         if action.help:
             action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     return parser
+
+
+def _no_file(path: str) -> None:
+    raise ArgumentTypeError("this entry has no code for it; give its settings as flags")
 
 
 def activation_name(args: Namespace) -> str | None:
@@ -196,7 +202,7 @@ def check_supported(args: Namespace) -> None:
     for refusal in catalog.BY_ENTRY:
         if refusal.is_given(args):
             raise ValueError(
-                f"{refusal.flag} is not supported by this entry; use Megatron-LM's "
+                f"{refusal.said} is not supported by this entry; use Megatron-LM's "
                 "pretrain_gpt.py with --spec megatron_xielu.layer_specs xielu_layer_spec "
                 "--use-te-activation-func"
             )
@@ -265,14 +271,50 @@ def check_run(args: Namespace) -> None:
             "--eval-interval is missing: Megatron counts validations with it even where there are "
             "none; give one, and --eval-iters 0 for none"
         )
-    if args.save and "://" not in args.save:  # an object store has no folders
-        try:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            writable = os.access(args.save, os.W_OK | os.X_OK)
-        except OSError as error:
-            raise ValueError(f"--save {args.save} cannot be made: {error.strerror}") from None
-        if not writable:
-            raise ValueError(f"--save {args.save} cannot be written to")
+    if args.full_validation != args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation and --multiple-validation-sets need each other: Megatron fails with "
+            "one alone when it validates; give both, or neither"
+        )
+    if args.full_validation and data_lists.has_test(args):
+        raise ValueError(
+            "--full-validation: Megatron fails with it at a test set; give none, as --split 9,1,0"
+        )
+    for argument in ("load", "save"):
+        folder = getattr(args, argument)
+        if folder and "://" in folder and not args.enable_msc:
+            raise ValueError(
+                f"{catalog.flag_of(argument)} {folder}: without --enable-msc Megatron takes it for "
+                "a folder of that name; add it (pip install multi-storage-client), or give a folder"
+            )
+    for argument in ("save", "data_cache_path"):
+        folder = getattr(args, argument)
+        if folder and "://" not in folder:  # an object store has no folders
+            _make_folder(catalog.flag_of(argument), folder)
+    if not args.skip_train:
+        _check_schedule(args)
+
+
+def _make_folder(flag: str, folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be made: {error.strerror}") from None
+    if not writable:
+        raise ValueError(f"{flag} {folder} cannot be written to")
+
+
+def _check_schedule(args: Namespace) -> None:
+    """Have Megatron judge the learning rate's schedule, as it does once the model is built."""
+    from megatron.training.training import get_optimizer_param_scheduler
+
+    before = dict(vars(args))  # it counts iterations and samples in there
+    try:
+        with megatrons_checks(), contextlib.redirect_stdout(io.StringIO()):
+            get_optimizer_param_scheduler(Namespace(param_groups=[]))
+    finally:
+        vars(args).update(before)
 
 
 def check_files(args: Namespace) -> None:
@@ -282,6 +324,8 @@ def check_files(args: Namespace) -> None:
         ValueError: naming the flag, and the file.
     """
     data_lists.shares(args.split)
+    if not args.mock_data and all(getattr(args, a) is None for a in data_lists.ARGUMENTS):
+        raise ValueError("there is no data to train on; give --data-path PREFIX, or --mock-data")
     sequences_per_dataset(args)
     if fault := data_lists.fault_of_validation(args):
         raise ValueError(fault)

@@ -303,6 +303,7 @@ BY_ENTRY = (
     Refusal("--fim-data", _STEP, _SCRIPT),
     Refusal("--dataloader-inter-document-masking", _STEP, _SCRIPT),
     Refusal("--hybrid-context-parallel", _STEP, _SCRIPT),
+    Refusal("--dataloader-type", _STEP, _SCRIPT, values=("external",)),
     Refusal("--logits-load-dir", _STEP, _SCRIPT),
     Refusal(
         "--overlap-moe-expert-parallel-comm",
@@ -384,7 +385,8 @@ ON_CPU = (
         Refusal(flag, "")
         for flag in (
             "--use-flash-attn --use-transformer-engine-op-fuser --fp8-format --fp4-format "
-            "--enable-cuda-graph --tp-comm-overlap --moe-grouped-gemm --use-megatron-fsdp "
+            "--enable-cuda-graph --external-cuda-graph --multi-latent-attention "
+            "--tp-comm-overlap --moe-grouped-gemm --use-megatron-fsdp "
             "--use-torch-fsdp2 --use-nccl-ub --use-precision-aware-optimizer "
             "--optimizer-cpu-offload --cpu-offloading-num-layers"
         ).split()

@@ -44,12 +44,21 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
             vp_stage
         )
 
-    return BlendedMegatronDatasetBuilder(
+    builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
         is_built_here,
         _dataset_config(args),
-    ).build()
+    )
+    try:
+        return builder.build()
+    except Exception as error:  # Megatron's has no type of its own
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise SystemExit(
+            f"megatron_xielu: error: an index of the data cannot be written: {error.__cause__}; "
+            "give --data-cache-path a folder with room that can be written to"
+        ) from None
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:

@@ -87,6 +87,20 @@ def fault_of_validation(args: Namespace) -> str:
     return "" if there else f"{flag}: there is nothing to validate on; add --eval-iters 0"
 
 
+def has_test(args: Namespace) -> bool:
+    """Whether Megatron builds a test set.
+
+    Raises:
+        ValueError: as `of_splits` and `shares`.
+    """
+    path = args.per_split_data_args_path
+    if path is not None:
+        return "://" not in path and bool(of_splits(path).get("test"))
+    if args.train_data_path is not None:
+        return args.test_data_path is not None
+    return shares(args.split)[2] > 0
+
+
 def shares(split: str | None) -> list[float]:
     """Which part of the data each of `SPLITS` gets, as Megatron reads ``--split``.
 
@@ -148,7 +162,7 @@ def _blend(listed: Any, where: str) -> list[str]:
     prefixes = listed[1::2] if weights else listed
     for weight in weights:
         # A weight may be a number of JSON, too.
-        if not (is_number(str(weight)) and 0 <= float(weight) < float("inf")):
+        if not (is_number(str(weight)) and 0 < float(weight) < float("inf")):
             raise ValueError(
                 f"{where}: {ascii(weight)[:40]} is no weight; one must stand before each prefix, "
                 "or before none"

@@ -220,6 +220,7 @@ def test_file(tmp_path, flags, content, message):
     [
         ("--data-path", "--data-path is [], not a list of prefixes"),
         ("--data-path 1 a b c", "--data-path: 'b' is no weight"),
+        ("--data-path 1 a 0 b", "--data-path: '0' is no weight"),
         ("--split x", "--split must be three shares, such as 969,30,1, not 'x'"),
         ("--split 1,2,3,4", "--split must be three shares"),
         ("--split 100,0,0", "--split 100,0,0: there is nothing to validate on; add --eval-iters 0"),
@@ -263,12 +264,72 @@ def test_shares_are_megatrons():
         assert data_lists.shares(split) == config.parse_and_normalize_split(split)
 
 
-@pytest.mark.parametrize("save", ["file", "file/below"])
-def test_a_save_folder_that_cannot_be(tmp_path, save):
+@pytest.mark.parametrize("flag", ["--save", "--data-cache-path"])
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_folder_that_cannot_be(tmp_path, flag, folder):
     """Else Megatron says so at the first save, and what was trained is lost."""
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"^--save .*{save} cannot be made"):
-        arguments.check_run(parse([*TINY_LLAMA, "--save", str(tmp_path / save)]))
+    with pytest.raises(ValueError, match=f"^{flag} .*{folder} cannot be made"):
+        arguments.check_run(parse([*TINY_LLAMA, flag, str(tmp_path / folder)]))
+
+
+@pytest.mark.parametrize("flag", ["--save", "--load"])
+def test_an_object_store_that_would_be_a_folder(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{flag} s3://bucket/run: without --enable-msc"):
+        arguments.check_run(parse([*TINY_LLAMA, flag, "s3://bucket/run"]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--full-validation", "--multiple-validation-sets"])
+def test_validation_sets_need_both_flags(flag):
+    with pytest.raises(ValueError, match=r"^--full-validation and --multiple-validation-sets need"):
+        arguments.check_run(parse([*TINY_LLAMA, flag]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr-warmup-iters 6", "assert self.lr_warmup_steps < self.lr_decay_steps"),
+        ("--lr-decay-style WSD", "assert self.wsd_decay_steps is not None"),
+        ("--lr-warmup-init 1", "assert self.init_lr <= self.max_lr"),
+        (
+            "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
+            "both override and use-checkpoint are set",
+        ),
+    ],
+)
+def test_a_schedule_that_megatron_does_not_take(monkeypatch, flags, message):
+    from megatron.training import training
+
+    args = check(flags)
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    before = dict(vars(args))
+    with pytest.raises(ValueError, match=message):
+        arguments.check_run(args)
+    assert vars(args) == before
+
+
+def test_full_validation_of_a_test_set(tmp_path):
+    flags = [*TINY_LLAMA, "--full-validation", "--multiple-validation-sets", "--skip-train"]
+    for more in ("", "--train-data-path a --test-data-path b"):
+        with pytest.raises(ValueError, match=r"^--full-validation: Megatron fails with it at a"):
+            arguments.check_run(parse([*flags, *more.split()]))
+    for more in ("--split 9,1,0", "--train-data-path a --valid-data-path b"):
+        arguments.check_run(parse([*flags, *more.split()]))
+
+
+def test_no_data():
+    args = parse([word for word in TINY_LLAMA if word != "--mock-data"])
+    with pytest.raises(ValueError, match=r"^there is no data to train on; give --data-path"):
+        arguments.check_files(args)
+
+
+def test_no_flags_from_a_file(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--yaml-cfg", str(tmp_path / "none.yaml")])
+    assert end.value.code == 2
+    assert "error: argument --yaml-cfg: this entry has no code for it" in capsys.readouterr().err
 
 
 def test_a_missing_interval():
@@ -352,3 +413,14 @@ def test_the_entry_ends_with_megatrons_words_in_one_line(tmp_path):
     last = run.output.rstrip().splitlines()[-1]
     assert last.startswith("megatron_xielu: error: Megatron does not take these arguments: ")
     assert "args.num_attention_heads" in last and "Traceback" not in run.output
+
+
+def test_data_whose_index_cannot_be_written(tmp_path):
+    """Beside the data, where Megatron writes it by itself."""
+    write_dataset(tmp_path / "text", [40] * 600)
+    (tmp_path / "text").touch()  # a file in the place of its folder: root cannot write there either
+    model = [word for word in TINY_LLAMA if word != "--mock-data"]
+    run = train(tmp_path, f"--xielu --data-path {tmp_path}/text", model=model, succeeds=False)
+    last = run.output.rstrip().splitlines()[-1]
+    assert last.startswith("megatron_xielu: error: an index of the data cannot be written: ")
+    assert "--data-cache-path" in last and "Traceback" not in run.output
