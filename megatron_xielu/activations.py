@@ -120,7 +120,9 @@ class TrainableActivation(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.check_settings(alpha_p_init=alpha_p_init, alpha_n_init=alpha_n_init, beta=beta)
-        self.alpha_p_init, self.alpha_n_init, self.beta = alpha_p_init, alpha_n_init, beta
+        # Numbers of NumPy's are none to the operators.
+        self.alpha_p_init, self.alpha_n_init = float(alpha_p_init), float(alpha_n_init)
+        self.beta = float(beta)
         megatron_group = (
             parallel_state.get_expert_tensor_parallel_group
             if is_expert
@@ -180,6 +182,12 @@ class TrainableActivation(MegatronModule):
             return tensor.to(result.device, torch.float32)
 
         return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """With ``assign=True`` the alphas are those of the file, which may have 16 bits."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if min(self.alpha_p.dtype.itemsize, self.alpha_n.dtype.itemsize) < 4:
+            self.float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableActivation:
         """A copy in the same process group: groups cannot be copied."""

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -94,6 +95,26 @@ def test_other_casts_and_moves(activation):
     other = activation(alpha_p_init=3.0)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.alpha_p, module.alpha_p)
+
+
+@BOTH
+def test_alphas_of_a_16_bit_file(activation):
+    """Also where the file's own tensors become the parameters: no step would change them."""
+    states = {name: alpha.bfloat16() for name, alpha in activation().state_dict().items()}
+    for assign in (False, True):
+        model = torch.nn.Sequential(activation(alpha_p_init=3.0))
+        model.load_state_dict({f"0.{name}": alpha for name, alpha in states.items()}, assign=assign)
+        assert [a.dtype for a in model.parameters()] == [torch.float32] * 2
+        assert model[0].alpha_p.item() == states["alpha_p"].item()
+        assert model(torch.randn(3).bfloat16()).dtype == torch.bfloat16
+
+
+@BOTH
+def test_settings_from_numpy(activation):
+    module = activation(alpha_n_init=np.float32(2), beta=np.float32(0.75))
+    torch.testing.assert_close(
+        module(torch.ones(3)), activation(alpha_n_init=2.0, beta=0.75)(torch.ones(3))
+    )
 
 
 def test_a_copy_is_in_the_same_group(tmp_path):
