@@ -22,6 +22,7 @@
 #
 # Exit codes: 0 all checks passed; 1 one failed, or a node did not join; 2 wrong usage.
 set -euo pipefail
+unset CDPATH # with it cd prints, and may go elsewhere
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${RUN_DIR:=}" "${DEVICE:=gpu}" "${TP:=1}"

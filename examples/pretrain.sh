@@ -52,6 +52,7 @@
 # Exit codes: 0 finished; 2 wrong configuration and 4 restart budget spent (starting again is useless);
 # 75 stopped by SIGTERM or SIGUSR1 after saving (start again to go on); others: failed (start again).
 set -euo pipefail
+unset CDPATH # with it cd prints, and may go elsewhere
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 die() { # code, message
@@ -104,6 +105,9 @@ for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ
     # Of 64 bits, and decimal to the shell as well.
     [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
 done
+((NODE_RANK < NNODES)) || die 2 "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
+((MASTER_PORT < 65535)) || die 2 "MASTER_PORT=$MASTER_PORT must be below 65535: the preflight takes the next"
+[[ $RUN_DIR != -* ]] || die 2 "RUN_DIR=$RUN_DIR looks like an option; write ./$RUN_DIR"
 for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE PREFLIGHT LAYOUT_CHECK MOCK_DATA; do
     [[ ${!name:-0} == [01] ]] || die 2 "$name=${!name}: choose 0 or 1"
 done

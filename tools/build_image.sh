@@ -11,6 +11,7 @@
 #   --enroot FILE     also write an enroot image (.sqsh), for pyxis
 #   --help            this text
 set -euo pipefail
+unset CDPATH # with it cd prints, and may go elsewhere
 
 die() {
     echo "build_image.sh: error: $*" >&2

@@ -12,6 +12,7 @@
 #   SSH            remote shell   [ssh -o BatchMode=yes -o ServerAliveInterval=15]
 #   RESTART_DELAY  seconds before starting again   [10]
 set -euo pipefail
+unset CDPATH # with it cd prints, and may go elsewhere
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 hosts=()

@@ -208,6 +208,12 @@ def test_environment_and_trailing_flags_override():
     assert flag(text, "--save") == "/r/checkpoints"
 
 
+@pytest.mark.parametrize("command", [LAUNCHER, "examples/torchrun/launch.sh a -- --dry-run"])
+def test_where_cd_looks_elsewhere_first(command):
+    """It prints where it went, then, in the middle of what asks where a script lies."""
+    assert output(command, CDPATH=str(REPOSITORY)) == output(command)
+
+
 @pytest.mark.parametrize("model, nodes", [("llama_1b", 11), ("llama_3b", 32)])
 def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nodes):
     """A resume needs the same ones, and Megatron's own size changes with the node count."""
@@ -267,13 +273,16 @@ def test_other_scripts_get_the_layer_spec():
         ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
         ({"OPTIMIZER_FORMAT": "tp"}, "OPTIMIZER_FORMAT=tp: choose"),
         ({"BUCKET_SIZE": "88M"}, "BUCKET_SIZE=88M is not a whole number"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 must be below NNODES=1"),
+        ({"MASTER_PORT": "65535"}, "MASTER_PORT=65535 must be below 65535"),
+        ({"RUN_DIR": "-run"}, "RUN_DIR=-run looks like an option; write ./-run"),
         ({"TOKENIZER": "null"}, "TOKENIZER=null needs VOCAB_SIZE"),
         ({}, "no data: set DATA_ARGS"),
         ({"MOCK_DATA": "1", "NNODES": "8"}, "--global-batch-size"),
     ],
 )
 def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_path):
-    result = run("examples/pretrain.sh", RUN_DIR=str(tmp_path / "run"), **variables)
+    result = run("examples/pretrain.sh", **{"RUN_DIR": str(tmp_path / "run"), **variables})
     assert result.returncode == 2
     assert words in result.stderr
     assert not (tmp_path / "run").exists()
