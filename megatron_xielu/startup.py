@@ -13,7 +13,12 @@ import torch
 from megatron_xielu import workarounds
 from megatron_xielu.common import torchrun
 from megatron_xielu.kernels import choose
-from megatron_xielu.workarounds import checkpoint_writer, megatron_wheel, releases
+from megatron_xielu.workarounds import (
+    checkpoint_writer,
+    megatron_wheel,
+    rejected_results,
+    releases,
+)
 
 # What torchrun would say to a group of one. Port 0 is one that is free when PyTorch opens it;
 # nobody else has to know it.
@@ -62,6 +67,7 @@ def _prepare_megatron(*, on_cpu: bool) -> None:
 
     megatron_wheel.prepare()
     checkpoint_writer.watch()
+    rejected_results.install()
     workarounds.mend_optimizers()
 
 

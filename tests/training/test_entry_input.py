@@ -424,3 +424,10 @@ def test_data_whose_index_cannot_be_written(tmp_path):
     last = run.output.rstrip().splitlines()[-1]
     assert last.startswith("megatron_xielu: error: an index of the data cannot be written: ")
     assert "--data-cache-path" in last and "Traceback" not in run.output
+
+
+def test_a_rate_that_ends_in_nan_without_a_save_folder(tmp_path):
+    """16: Megatron's code for a result that it rejects, and could compute again after a save."""
+    run = train(tmp_path, "--xielu --lr 1e25", succeeds=False)
+    assert run.returncodes == [16] and "Traceback" not in run.output
+    assert "Unexpected result nan" in run.output
