@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +110,8 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
         **totals,
         "shards": [entry for entry in every if entry["documents"]],
     }
-    _write_data_args(output, manifest)
+    for name, content in data_args(output, manifest["shards"]).items():
+        files.write(output / name, content)
     files.write(output / NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
@@ -165,12 +167,15 @@ def _prefix(split: str, task: int) -> str:
     return f"{split}/{task:05d}"
 
 
-def _write_data_args(output: Path, manifest: dict[str, Any]) -> None:
+def data_args(output: Path, shards: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What the files for Megatron's flags hold, by name."""
     words: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for entry in manifest["shards"]:
+    for entry in shards:
         words[entry["split"]] += [str(entry["tokens"]), str(output.absolute() / entry["prefix"])]
     train = words["train"]
     lines = [f"{weight} {path}\n" for weight, path in zip(train[::2], train[1::2], strict=True)]
-    files.write(output / "data_args.txt", "".join(lines))
     per_split = {"train": train, "valid": words["valid"] or None, "test": None}
-    files.write(output / "per_split_data_args.json", json.dumps(per_split, indent=1) + "\n")
+    return {
+        "data_args.txt": "".join(lines),
+        "per_split_data_args.json": json.dumps(per_split, indent=1) + "\n",
+    }

@@ -6,10 +6,9 @@ a `BadInputError`, or with ``skip_bad_rows`` logged and counted.
 
 from __future__ import annotations
 
+import io
 import json
-import lzma
 import sys
-import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from datatrove.utils.logging import logger
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from megatron_xielu.common.text import reason
+from megatron_xielu.common.text import describe
 from megatron_xielu.data.errors import BadInputError
 from megatron_xielu.data.sources import File, Group, open_folder
 
@@ -31,9 +30,8 @@ from megatron_xielu.data.sources import File, Group, open_folder
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
-    from backports import zstd
+    from backports import zstd  # noqa: F401
 
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 _LONGEST = 1 << 30  # bytes of a row; tokenising it would take a hundred times as much memory
 _PIECE = 1 << 10  # bytes of a compressed file that are read at a time
 
@@ -79,7 +77,13 @@ class _Strict(BaseDiskReader):
     def checked(self, path: str, documents: Iterator[Document]) -> Iterator[Document]:
         """A file's documents; it must have a row."""
         self.row = 0
-        yield from documents
+        try:
+            yield from documents
+        except BadInputError:
+            raise
+        except Exception as error:  # every file system and every format has exceptions of its own
+            self.row += 1
+            raise self.unreadable(path, describe(error)) from error
         if not self.row:
             self.row = 1
             self.bad(path, "the file has no rows")
@@ -89,8 +93,8 @@ class _Strict(BaseDiskReader):
         """The file without its compression; all of gzip's members and zstd's frames."""
         compression = infer_compression(path)
         with self.data_folder.open(path, "rb") as self.stored:
-            if compression is None:
-                yield self.stored
+            if compression is None:  # files of remote systems know no readline with a limit
+                yield io.BufferedReader(self.stored)
             elif compression == "zip":  # fsspec would read the first of its files
                 self.row = 1
                 raise self.unreadable(path, "a zip archive; unpack it")
@@ -102,6 +106,10 @@ class _Strict(BaseDiskReader):
         """The error of a file that cannot be read on from a row, even with ``skip_bad_rows``."""
         path = self.data_folder.resolve_paths(path)
         return BadInputError(f"{path}: row {self.row}: cannot be read: {problem}")
+
+    def too_long(self, path: str) -> BadInputError:
+        """The error of a row that is no document any more."""
+        return self.unreadable(path, f"longer than {_LONGEST:,} bytes")
 
     def get_document_from_dict(
         self, data: Any, source_file: str, id_in_file: int | str
@@ -143,35 +151,30 @@ class StrictParquetReader(_Strict):
         return self.row / max(self.rows, self.row, 1)
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        import pyarrow
         import pyarrow.parquet
 
-        try:
-            with (
-                self.data_folder.open(filepath, "rb") as stream,
-                pyarrow.parquet.ParquetFile(stream) as file,
-            ):
-                self.rows = file.metadata.num_rows
-                columns = file.schema_arrow.names
-                if columns.count(self.text_key) != 1:
-                    problem = "two columns" if self.text_key in columns else "no column"
-                    problem += f" {self.text_key!r} (--text-key); there are: {columns}"[:300]
-                    self.row = 1
-                    self.bad(filepath, problem)
-                    return
-                for batch in file.iter_batches(batch_size=1000, columns=[self.text_key]):
-                    for value in batch.column(0):
-                        try:
-                            data = {self.text_key: value.as_py()}
-                        except (ValueError, OverflowError) as error:
-                            self.row += 1
-                            self.bad(filepath, f"not UTF-8 text: {error}")
-                            continue
-                        if document := self.get_document_from_dict(data, filepath, self.row):
-                            yield document
-        except (pyarrow.ArrowException, *_DAMAGED) as error:
-            self.row += 1
-            raise self.unreadable(filepath, reason(error)) from error
+        with (
+            self.data_folder.open(filepath, "rb") as stream,
+            pyarrow.parquet.ParquetFile(stream) as file,
+        ):
+            self.rows = file.metadata.num_rows
+            columns = file.schema_arrow.names
+            if columns.count(self.text_key) != 1:
+                problem = "two columns" if self.text_key in columns else "no column"
+                problem += f" {self.text_key!r} (--text-key); there are: {columns}"[:300]
+                self.row = 1
+                self.bad(filepath, problem)
+                return
+            for batch in file.iter_batches(batch_size=1000, columns=[self.text_key]):
+                for value in batch.column(0):
+                    try:
+                        data = {self.text_key: value.as_py()}
+                    except (ValueError, OverflowError) as error:
+                        self.row += 1
+                        self.bad(filepath, f"not UTF-8 text: {error}")
+                        continue
+                    if document := self.get_document_from_dict(data, filepath, self.row):
+                        yield document
 
 
 class StrictJsonlReader(_Strict):
@@ -189,27 +192,23 @@ class StrictJsonlReader(_Strict):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         lines = 0
-        try:
-            with self.plain(filepath) as stream:
-                for line in iter(partial(stream.readline, _LONGEST), b""):
-                    lines += 1
-                    if len(line) == _LONGEST:
-                        self.row = lines
-                        raise self.unreadable(filepath, f"longer than {_LONGEST:,} bytes")
-                    if not line.strip():
-                        continue
-                    self.row = lines - 1
-                    try:
-                        data = self._parse(line)
-                    except ValueError as error:
-                        self.row = lines
-                        self.bad(filepath, str(error))
-                        continue
-                    if document := self.get_document_from_dict(data, filepath, lines):
-                        yield document
-        except _DAMAGED as error:
-            self.row = lines + 1
-            raise self.unreadable(filepath, reason(error)) from error
+        with self.plain(filepath) as stream:
+            for line in iter(partial(stream.readline, _LONGEST), b""):
+                lines += 1
+                if len(line) == _LONGEST:
+                    self.row = lines
+                    raise self.too_long(filepath)
+                if not line.strip():
+                    continue
+                self.row = lines - 1
+                try:
+                    data = self._parse(line)
+                except ValueError as error:
+                    self.row = lines
+                    self.bad(filepath, str(error))
+                    continue
+                if document := self.get_document_from_dict(data, filepath, lines):
+                    yield document
 
     def _parse(self, line: bytes) -> Any:
         """A row; raises a ValueError that says what is wrong with it."""
@@ -242,12 +241,11 @@ class TextReader(_Strict):
     name = "plain text"
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        try:
-            with self.plain(filepath) as stream:
-                content = stream.read()
-        except _DAMAGED as error:
+        with self.plain(filepath) as stream:
+            content = stream.read(_LONGEST)
+        if len(content) == _LONGEST:
             self.row = 1
-            raise self.unreadable(filepath, reason(error)) from error
+            raise self.too_long(filepath)
         try:
             text = _decode(content)
         except UnicodeDecodeError as error:

@@ -99,17 +99,25 @@ def changed_tasks(old: Recipe, new: Recipe) -> list[int]:
             f"{new.tokenizer.name} ({new.tokenizer.sha256[:12]}, {new.tokenizer.eod_token!r}); "
             "go on with that, or choose another --output"
         )
-    if _names(old) != _names(new):
-        different = sorted(_names(old) ^ _names(new))
+    before, now = _formats(old), _formats(new)
+    if before.keys() != now.keys():
+        different = sorted(before.keys() ^ now.keys())
         raise DataError(
             f"--source: {len(different)} files were added or removed since the start, "
             f"{'/'.join(different[0])} for one; bring them back, or choose another --output"
         )
+    for name, format in now.items():
+        if before[name] != format:
+            raise DataError(
+                f"--format: the output folder was started with {'/'.join(name)} as "
+                f"{before[name]}, this is {format}; go on with that, or choose another --output"
+            )
     return [task for task in range(new.tasks) if old.files_of(task) != new.files_of(task)]
 
 
-def _names(recipe: Recipe) -> set[tuple[str, str]]:
-    return {(group.folder, file.path) for group in recipe.groups for file in group.files}
+def _formats(recipe: Recipe) -> dict[tuple[str, str], str]:
+    """How each file is read, by folder and path."""
+    return {(g.folder, file.path): g.format for g in recipe.groups for file in g.files}
 
 
 def _say(value: object) -> str:

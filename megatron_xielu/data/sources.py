@@ -125,9 +125,10 @@ def refuse_twice(groups: Iterable[Group]) -> None:
     """Raise a DataError that names a file which is given twice, by whatever names."""
     seen: dict[str, str] = {}
     for group in groups:
+        folder = open_folder(group.folder)
         for file in group.files:
-            name = f"{group.folder}/{file.path}".removeprefix("file://")
-            same = os.path.realpath(name) if name.startswith("/") else name
+            name = f"{folder.path if folder.is_local() else group.folder}/{file.path}"
+            same = os.path.realpath(name) if folder.is_local() else name
             if same in seen:
                 other = "" if seen[same] == name else f", also as {seen[same]}"
                 raise DataError(f"--source: {name} is given twice{other}; leave one out")
@@ -190,7 +191,12 @@ def _list(url: str, pattern: str | None) -> tuple[str, dict[str, dict[str, Any]]
     if folder.fs.isfile(folder.path):
         parent, _, name = url.rpartition("/")
         return parent or "/", {name: folder.fs.info(folder.path)}
-    found = _list_local(folder.path) if folder.is_local() else folder.find("", detail=True)
+    if folder.is_local():
+        found = _list_local(folder.path)
+    else:
+        found = folder.find("", detail=True)
+        if not found:
+            folder.info("")  # says so where there is nothing at all
     return url, {path: info for path, info in found.items() if _matches(path, pattern)}
 
 
@@ -238,7 +244,7 @@ def _matches(path: str, pattern: str | None) -> bool:
 def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) -> Iterable[Group]:
     for known in FORMATS:
         files = tuple(
-            File(path, int(info["size"]), str(_stamp(info)))
+            File(path, -1 if info["size"] is None else int(info["size"]), str(_stamp(info)))
             for path, info in sorted(found.items(), key=lambda item: _order(item[0]))
             if (format == known) or (format is None and path.endswith(_ENDINGS[known]))
         )
@@ -251,6 +257,8 @@ def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) ->
             kind = found[file.path].get("type", "file")
             if kind != "file":
                 raise BadInputError(f"{name}: it is {kind}: replace it by a file, or leave it out")
+            if file.size < 0:
+                raise BadInputError(f"{name}: its server does not say its size: download it first")
             if file.size == 0:
                 raise BadInputError(f"{name}: row 1: the file is empty")
         if files:

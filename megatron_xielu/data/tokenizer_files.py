@@ -74,6 +74,8 @@ def find(name: str) -> tuple[Path, Path]:
             raise DataError(f"--tokenizer {name}: the folder has no tokenizer.json")
     elif not is_local(name):
         path = _from_hub(name)
+    elif not os.path.isfile(name):  # a pipe can be read once
+        raise DataError(f"--tokenizer {name}: it is no file; save it as one")
     return path, path.with_name("tokenizer_config.json")
 
 

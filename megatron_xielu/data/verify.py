@@ -57,6 +57,12 @@ def verify(output: Path, *, workers: int) -> str:
             f"{len(problems)} of {len(shards)} shards are damaged; the same command without "
             f"--verify makes these again:\n  {lines}"
         )
+    for name, content in manifests.data_args(output, map(vars, shards)).items():
+        if not (path := output / name).is_file() or path.read_bytes() != content.encode():
+            raise DataError(
+                f"{path} does not list the shards of {manifests.NAME} at {output.absolute()}; "
+                f"{manifests.FIX}"
+            )
     return "\n".join(
         [
             f"{len(shards)} shards, {manifest.train.tokens:,} training and "

@@ -147,9 +147,11 @@ def test_zip_archive(tmp_path: Path):
 
 def test_a_row_longer_than_memory(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("megatron_xielu.data.readers._LONGEST", 100)
-    (tmp_path / "x.jsonl").write_bytes(A + bytes(1000))
-    with pytest.raises(DataError, match="row 2: cannot be read: longer than 100 bytes"):
-        read(tmp_path)
+    for name, content, row in (("x.jsonl", A, 2), ("x.txt", b"", 1)):
+        (tmp_path / name).write_bytes(content + bytes(1000))
+        message = f"row {row}: cannot be read: longer than 100 bytes"
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name)
 
 
 GOOD = {
@@ -278,6 +280,10 @@ class TestNames:
             with pytest.raises(DataError, match=r"a\.jsonl|link\.jsonl") as error:
                 sources.refuse_twice([*first, *find(Path(again))])
             assert "is given twice" in str(error.value)
+        for again in ("file://texts", f"local://{tmp_path}/other"):
+            more = sources.find(again, subset=None, format=None, glob=None)
+            with pytest.raises(DataError, match="is given twice"):
+                sources.refuse_twice([*first, *more])
 
 
 def words(count: int, seed: int, *, of: str = "word{}", different: int = 1000) -> str:

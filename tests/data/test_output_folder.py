@@ -106,6 +106,22 @@ def test_folders_of_earlier_releases(folder: Path):
     prepare(folder)
 
 
+@pytest.mark.parametrize("name", ["data_args.txt", "per_split_data_args.json"])
+def test_verify_reads_what_megatron_is_given(folder: Path, name: str):
+    path = folder / "data" / name
+    for content in (path.read_bytes()[:-20], None):
+        path.write_bytes(content) if content is not None else path.unlink()
+        said = message(folder, "--verify")
+        assert f"{name} does not list the shards of manifest.json" in said
+    prepare(folder)
+    prepare(folder, "--verify")
+
+
+def test_another_format_than_at_the_start(folder: Path):
+    said = message(folder, "--format", "jsonl")
+    assert said.startswith("prepare_data.py: error: --format: the output folder was started with")
+
+
 def test_verify_of_a_folder_that_can_only_be_read(folder: Path, monkeypatch):
     (folder / "data" / "train" / "00000.bin").write_bytes(b"")
 

@@ -121,6 +121,12 @@ def test_a_name_that_cannot_be_one(name, folder):
     assert "--tokenizer" in refusal(folder, "--tokenizer", name)
 
 
+def test_a_pipe_is_read_once(folder):
+    os.mkfifo(folder / "pipe")
+    said = refusal(folder, "--tokenizer", str(folder / "pipe"))
+    assert f"--tokenizer {folder / 'pipe'}: it is no file" in said
+
+
 @pytest.mark.parametrize("token", ["", "a\0b", "none"])
 def test_an_end_of_document_token_that_it_lacks(token, folder):
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
