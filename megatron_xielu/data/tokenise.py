@@ -23,6 +23,7 @@ from datatrove.utils.batching import batched
 from datatrove.utils.logging import logger
 
 from megatron_xielu.common import files, processes
+from megatron_xielu.common.pretrained_tokenizer import panics_as_errors
 from megatron_xielu.data import records, sentences
 from megatron_xielu.data.records import Attempt, Record, Shard
 
@@ -92,7 +93,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         failure = self.output / "work" / "failures" / f"{rank:05d}"
         failure.unlink(missing_ok=True)
         try:
-            with records.attempt(self.output, rank) as attempt:
+            with panics_as_errors(), records.attempt(self.output, rank) as attempt:
                 record = self._write(data, attempt, self.limits.get(rank))
                 self._publish(attempt, record)
         except Exception as error:

@@ -59,10 +59,11 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         DataError: it has no token for some of it.
     """
     try:
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with pretrained_tokenizer.panics_as_errors():
+            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in encoded]
     except Exception as error:
-        raise DataError(f"--tokenizer cannot encode the text: {error}") from error
+        raise DataError(f"--tokenizer cannot encode the text: {one_line(error)}") from error
 
 
 def find(name: str) -> tuple[Path, Path]:
@@ -114,6 +115,11 @@ def inspect(
     except Exception as error:
         reason = one_line(error)
         raise DataError(f"--tokenizer {name}: {path} is no tokenizer.json: {reason}") from error
+    if getattr(tokenizer.model, "dropout", None):
+        raise DataError(
+            f"--tokenizer {name}: {path} encodes at random (dropout of its model), each time "
+            "otherwise; set it to null"
+        )
     try:
         config = pretrained_tokenizer.read_config(config_path)
     except (Malformed, OSError) as error:

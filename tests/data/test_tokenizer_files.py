@@ -1,8 +1,10 @@
 """Tokenisers that cannot be used, and special tokens that a text spells."""
 
+import base64
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from hostile import damaged, damaged_bytes
 from hypothesis import HealthCheck, given, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_xielu.data import command, tokenizer_files
+from megatron_xielu.data import command, estimate, tokenizer_files
 from megatron_xielu.data.errors import DataError
 
 EOD = "<|endoftext|>"
@@ -114,6 +116,35 @@ def test_a_damaged_tokenizer_json_is_refused(content, message, folder):
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
     assert message in refusal(folder)
+
+
+@pytest.fixture
+def panics(folder) -> Path:
+    """A tokeniser that loads, and whose damaged normalizer ends the library at the first word."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    trie = struct.pack("<II", 4, 0xFFFFFFFF)
+    charsmap = base64.b64encode(trie + b"a\0").decode()
+    damaged = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"normalizer": damaged}))
+    return folder
+
+
+def test_a_tokenizer_that_panics(panics):
+    assert "--tokenizer cannot encode the text: index out of bounds" in refusal(panics)
+
+
+def test_a_tokenizer_that_panics_in_a_task(panics, monkeypatch):
+    monkeypatch.setattr(estimate, "estimate", lambda *_: estimate.Estimate(1, 1))
+    said = refusal(panics)
+    assert "1 of 1 tasks failed" in said and "index out of bounds" in said
+
+
+def test_a_tokenizer_that_encodes_at_random(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(content))
+    assert f"{path} encodes at random" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "/none", "a/b/c"])
