@@ -66,6 +66,27 @@ def test_flags(options, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        (b"a.txt", os.mkfifo, "a.txt is no file"),
+        (b"a.txt", lambda path: os.symlink(b"nowhere", path), "a.txt is no file"),
+        (
+            b"\xff.txt",
+            lambda path: os.close(os.open(path, os.O_CREAT)),
+            "'\\udcff.txt' is not UTF-8",
+        ),
+    ],
+)
+def test_a_file_of_a_text_that_cannot_be_read(preset, name, make, message, tmp_path):
+    (tmp_path / "texts").mkdir()
+    make(os.fsencode(tmp_path / "texts") + b"/" + name)
+    words = [preset, "--prepare-text", "--text", str(tmp_path / "texts")]
+    said = refusal([*words, "--out", str(tmp_path / "out")])
+    assert said.startswith("compare: ") and message in said and said.isascii()
+
+
 def test_the_command_of_one_seed_gives_one_seed():
     options = tool.parse_options(["tiny", "--seeds", "7,"])
     assert options.seeds == [7]

