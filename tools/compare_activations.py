@@ -45,7 +45,7 @@ from compare.variants import ACTIVATIONS, Variant, parse
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
-from megatron_xielu.common.text import describe, one_line, ready_output, reason
+from megatron_xielu.common.text import describe, is_utf8, one_line, ready_output, reason
 from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
@@ -191,6 +191,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("prepare_text", "check_resume"):
         if getattr(options, flag) and options.preset in _CLUSTER_PRESETS:
             parser.error(f"--{flag.replace('_', '-')}: {options.preset} runs nothing here")
+    if options.out and not is_utf8(str(options.out)):
+        parser.error(f"--out {str(options.out)!a} is not UTF-8")
     if options.text and not options.text.is_dir():
         parser.error(f"--text {options.text}: no such folder")
     if options.tensor_parallel is not None and options.tensor_parallel not in (1, 2, 4):

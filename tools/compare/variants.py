@@ -14,7 +14,6 @@ and the same with xiprelu.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_xielu import catalog
@@ -32,6 +31,7 @@ _SWITCHES = {
     "shared": ("one pair for all layers", "--xielu-shared-alphas"),
     "recompute": ("output recomputed", "--xielu-recompute-output"),
 }
+_LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def parse(name: str) -> Variant:
             return _with_inits(name, activation, flags, numbers)
     raise ValueError(
         f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, "
-        "-recompute, -init-P, -init-P-N and -beta-B with numbers above 0 for P, N and B: "
-        "xielu-init-0.4"
+        "-recompute, -init-P, -init-P-N and -beta-B with numbers above 0, at most "
+        f"{_LIMITS.most}, for P, N and B: xielu-init-0.4"
     )
 
 
@@ -99,9 +99,9 @@ def _with_inits(
 
 
 def _numbers(values: list[str]) -> list[float]:
-    """All above 0; none where one is not."""
+    """All that the flags take; none where one is not."""
     try:
         numbers = [float(value) for value in values]
     except ValueError:
         return []
-    return numbers if all(0 < number < math.inf for number in numbers) else []
+    return [] if any(map(_LIMITS.fault, numbers)) else numbers
