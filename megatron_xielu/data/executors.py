@@ -31,6 +31,7 @@ from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.tokenise import OWNER, SplitTokenizer
 
 _PR_SET_PDEATHSIG = 1
+_LONGEST_TMPDIR = 70  # bytes; a socket's name has 107 at most, multiprocess adds 32
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ def task_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
+
+
+def local_environment() -> dict[str, str]:
+    """The whole environment of the process below, and of its workers."""
+    environment = {**os.environ, **task_environment()}
+    if len(os.fsencode(environment.get("TMPDIR", ""))) > _LONGEST_TMPDIR:
+        environment["TMPDIR"] = "/tmp"
+    return environment
 
 
 def _environment() -> str:

@@ -155,7 +155,7 @@ def _local_round(recipe: Recipe, output: Path, request: Request, bar: tqdm) -> N
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **executors.task_environment()},
+            env=executors.local_environment(),
             start_new_session=True,
         )
     try:

@@ -117,6 +117,14 @@ def test_verify_reads_what_megatron_is_given(folder: Path, name: str):
     prepare(folder, "--verify")
 
 
+def test_a_long_path_for_temporary_files(folder: Path, tmp_path: Path, monkeypatch):
+    """Workers talk by sockets there, whose names are short."""
+    (place := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    shutil.rmtree(folder / "data")
+    prepare(folder)
+
+
 def test_another_format_than_at_the_start(folder: Path):
     said = message(folder, "--format", "jsonl")
     assert said.startswith("prepare_data.py: error: --format: the output folder was started with")
