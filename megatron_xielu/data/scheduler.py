@@ -52,7 +52,7 @@ def missing(recipe: Recipe, done: dict[int, Record], expected_tokens: float) -> 
         expected_tokens: training tokens of all files, as estimated before the start.
     """
     if recipe.max_tokens is None:
-        tasks = [task for task in range(recipe.tasks) if task not in done]
+        tasks = [t for t in range(recipe.tasks) if t not in done or done[t].limit is not None]
         return Missing(tasks, {}, recipe.tasks)
     left = recipe.max_tokens
     for task in range(recipe.tasks):

@@ -38,7 +38,8 @@ def prepared(tmp_path_factory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "texts").mkdir()
     for index in range(3):
-        (folder / "texts" / f"{index}.txt").write_text("a text " * (index + 1))
+        rows = json.dumps({"text": "a text " * (index + 1)}) + "\n"
+        (folder / "texts" / f"{index}.jsonl").write_text(rows * 2)
     prepare(folder)
     shutil.copytree(folder / "data", folder / "copy")
     return folder
@@ -125,8 +126,18 @@ def test_a_long_path_for_temporary_files(folder: Path, tmp_path: Path, monkeypat
     prepare(folder)
 
 
+def test_no_budget_any_more(folder: Path):
+    """A task that an earlier budget has cut is not finished."""
+    before = [(folder / "data" / name).read_bytes() for name in RESULT]
+    shutil.rmtree(folder / "data")
+    prepare(folder, "--max-tokens", "1")
+    assert (folder / "data" / "train" / "00000.bin").stat().st_size < len(before[1])
+    prepare(folder)
+    assert before == [(folder / "data" / name).read_bytes() for name in RESULT]
+
+
 def test_another_format_than_at_the_start(folder: Path):
-    said = message(folder, "--format", "jsonl")
+    said = message(folder, "--format", "text")
     assert said.startswith("prepare_data.py: error: --format: the output folder was started with")
 
 
