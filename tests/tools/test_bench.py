@@ -502,3 +502,16 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     status = bench_activation.main(["--device", "cuda", "--quick", "--output", str(tmp_path)])
     assert status == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cuda.csv", "cuda.png", "cuda.txt"]
+
+
+@pytest.mark.parametrize("megabytes", ["0", "1", "-1", "nan", "inf"])
+def test_of_data_takes_whole_megabytes(
+    megabytes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slice is one, and their spread needs two."""
+    import bench_data
+
+    monkeypatch.setattr(sys, "argv", ["bench_data.py", "--megabytes", megabytes])
+    with pytest.raises(SystemExit):
+        bench_data.main()
+    assert "argument --megabytes: must be" in capsys.readouterr().err.splitlines()[-1]

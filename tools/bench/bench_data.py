@@ -36,6 +36,7 @@ from datatrove.utils.logging import logger
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
+from megatron_xielu.common.flags import Limits
 from megatron_xielu.data import sources
 from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.tokenise import SplitTokenizer
@@ -123,14 +124,14 @@ class Ours:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=20, help="of text [20]")
+    parser.add_argument("--megabytes", type=Limits(2, 10_000).read, default=20, help="of text [20]")
     options = parser.parse_args()
     logger.remove()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tokenizer").mkdir()
         texts = standard_library(options.megabytes * 1e6)
-        slices = [texts[i :: int(options.megabytes)] for i in range(int(options.megabytes))]
+        slices = [texts[i :: options.megabytes] for i in range(options.megabytes)]
         for index, part in enumerate(slices):
             (folder / f"{index}").mkdir()
             pyarrow.parquet.write_table(
