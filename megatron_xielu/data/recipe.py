@@ -99,18 +99,18 @@ def changed_tasks(old: Recipe, new: Recipe) -> list[int]:
             f"{new.tokenizer.name} ({new.tokenizer.sha256[:12]}, {new.tokenizer.eod_token!r}); "
             "go on with that, or choose another --output"
         )
-    before, now = _formats(old), _formats(new)
-    if before.keys() != now.keys():
-        different = sorted(before.keys() ^ now.keys())
+    formats, others = _formats(old), _formats(new)
+    if formats.keys() != others.keys():
+        different = sorted(formats.keys() ^ others.keys())
         raise DataError(
             f"--source: {len(different)} files were added or removed since the start, "
             f"{'/'.join(different[0])} for one; bring them back, or choose another --output"
         )
-    for name, format in now.items():
-        if before[name] != format:
+    for place, format in others.items():
+        if formats[place] != format:
             raise DataError(
-                f"--format: the output folder was started with {'/'.join(name)} as "
-                f"{before[name]}, this is {format}; go on with that, or choose another --output"
+                f"--format: the output folder was started with {'/'.join(place)} as "
+                f"{formats[place]}, this is {format}; go on with that, or choose another --output"
             )
     return [task for task in range(new.tasks) if old.files_of(task) != new.files_of(task)]
 
