@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class _Config:
     pad_token: _AddedToken | str | None = None
     cls_token: _AddedToken | str | None = None
     mask_token: _AddedToken | str | None = None
+
+
+SPECIAL_TOKENS = tuple(field.name for field in fields(_Config))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_xielu.common.schema import Count, Malformed, Positive
 from megatron_xielu.common.text import one_line
 from megatron_xielu.data.errors import DataError
 
+_LISTS_OF_TOKENS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 _MOST_ENTRIES = {"uint16": 2**16, "int32": 2**31}
 
 
@@ -155,7 +157,20 @@ def inspect(
         eod_id=eod_id,
         dtype=dtype,
     )
-    return info, path, {**config, "eos_token": eod}
+    return info, path, {**_of_marked(config, special), "eos_token": eod}
+
+
+def _of_marked(config: dict[str, Any], marked: Collection[str]) -> dict[str, Any]:
+    """A configuration without the tokens that tokenizer.json has not marked.
+
+    Transformers would mark them, and encode texts with them otherwise than the data.
+    """
+    kept = {name: value for name, value in config.items() if name not in _LISTS_OF_TOKENS}
+    for use in pretrained_tokenizer.SPECIAL_TOKENS:
+        token = pretrained_tokenizer.text_of(kept.pop(use, None))
+        if token in marked:
+            kept[use] = token
+    return kept
 
 
 def keep(path: Path, config: dict, folder: Path) -> None:

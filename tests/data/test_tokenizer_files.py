@@ -165,9 +165,17 @@ def test_an_end_of_document_token_that_it_lacks(token, folder):
 
 
 def test_what_is_kept_encodes_as_the_data_was_encoded(tmp_path):
-    """Whatever class the source names."""
+    """Whatever class the source names, and whichever words it calls special."""
     transformers = pytest.importorskip("transformers")
-    config = {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["a.B", None]}}
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "auto_map": {"AutoTokenizer": ["a.B", None]},
+        "eos_token": {"content": EOD, "lstrip": True, "special": True},
+        "pad_token": "n",
+        "additional_special_tokens": ["g"],
+        "extra_special_tokens": ["go"],
+        "added_tokens_decoder": {"300": {"content": "no go", "special": True}},
+    }
     vocabulary = byte_level().get_vocab(with_added_tokens=False)
     split = Tokenizer(models.BPE({**vocabulary, "oĠ": 256}, [("o", "Ġ")]))
     split.pre_tokenizer = pre_tokenizers.Sequence(
@@ -180,7 +188,7 @@ def test_what_is_kept_encodes_as_the_data_was_encoded(tmp_path):
     split.save(str(tmp_path / "tokenizer.json"))
     # With a byte-order mark.
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8-sig")
-    _, path, kept = tokenizer_files.inspect(str(tmp_path), EOD)
+    _, path, kept = tokenizer_files.inspect(str(tmp_path), None)
     tokenizer_files.keep(path, kept, tmp_path / "kept")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")
     text = f"no go {EOD}"
