@@ -20,7 +20,7 @@ from typing import Any
 from megatron_xielu import catalog
 from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
-from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common import data_lists, schema
 from megatron_xielu.common.schema import Count, Malformed
@@ -306,15 +306,25 @@ def _make_folder(flag: str, folder: str) -> None:
 
 
 def _check_schedule(args: Namespace) -> None:
-    """Have Megatron judge the learning rate's schedule, as it does once the model is built."""
+    """Have Megatron judge the schedule of the learning rate, as it does once the model is built."""
+    from megatron.training.checkpointing import _load_base_checkpoint
     from megatron.training.training import get_optimizer_param_scheduler
 
     before = dict(vars(args))  # it counts iterations and samples in there
     try:
         with megatrons_checks(), contextlib.redirect_stdout(io.StringIO()):
-            get_optimizer_param_scheduler(Namespace(param_groups=[]))
+            scheduler = get_optimizer_param_scheduler(Namespace(param_groups=[]))
     finally:
         vars(args).update(before)
+    if not args.load or optimizer_format.starts_anew(args, args.load):
+        return
+    ours = Namespace(**{**vars(args), "exit_on_missing_checkpoint": False})
+    with contextlib.redirect_stdout(io.StringIO()):
+        saved, _, released, _ = _load_base_checkpoint(args.load, ours, rank0=True)
+    if not released and "opt_param_scheduler" in (saved or ()):
+        chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+        then = saved["opt_param_scheduler"]
+        resume.check_schedule(scheduler.state_dict(), then, args.load, chosen=chosen)
 
 
 def check_files(args: Namespace) -> None:
@@ -421,7 +431,7 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
 
 
 def check_checkpoint(args: Namespace) -> None:
-    """Refuse a checkpoint of another activation or β, or an optimizer state of another layout.
+    """Refuse a checkpoint of another activation or model, or an optimizer state of another layout.
 
     Megatron would not refuse the first: it ignores what a checkpoint has and the model lacks.
 
@@ -431,6 +441,7 @@ def check_checkpoint(args: Namespace) -> None:
     checkpoint = saved_arguments(args)
     if checkpoint is not None:
         refuse_another_activation(args, *checkpoint)
+        resume.check_model(args, *checkpoint)
         optimizer_format.check_resume(args, *checkpoint)
 
 
@@ -533,9 +544,10 @@ def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = Tr
     optimizer_format.check_optimizer(args)
     validate(args)
     check_layout(args)
+    with megatrons_checks():
+        validate_args(args, args_defaults)
     if resumes:
         check_checkpoint(args)
     with megatrons_checks():
-        validate_args(args, args_defaults)
         set_global_variables(args)
     return args

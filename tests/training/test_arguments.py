@@ -163,6 +163,24 @@ def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("flags", "differs"),
+    [
+        ("--hidden-size 64", "hidden_size is 32 there, and 64 here"),
+        ("--num-layers 3", "num_layers is 4 there, and 3 here"),
+        ("--group-query-attention --num-query-groups 2", "num_query_groups is "),
+        ("--normalization LayerNorm", "normalization is RMSNorm there, and LayerNorm here"),
+        ("--num-experts 2", "num_experts is None there, and 2 here"),
+    ],
+)
+def test_another_model_in_the_checkpoint(parse, start_checkpoint, flags, differs):
+    """Megatron would end with a traceback, or leave out what the model does not have."""
+    words = f"--xielu {flags} --load {start_checkpoint}"
+    with pytest.raises(ValueError, match=f"is of another model: {differs}"):
+        arguments.check_checkpoint(parse(words))
+    arguments.check_checkpoint(parse(f"{words} --dist-ckpt-strictness log_all"))
+
+
+@pytest.mark.parametrize(
     "name",
     ["latest_checkpointed_iteration.txt", "*/.metadata", "*/metadata.json"],
 )

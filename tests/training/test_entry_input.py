@@ -310,6 +310,33 @@ def test_a_schedule_that_megatron_does_not_take(monkeypatch, flags, message):
     assert vars(args) == before
 
 
+_OVERRIDE = "--override-opt_param-scheduler"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", ""),
+        ("--train-iters 9", f"lr_decay_steps was 48, and is 72 by --train-iters .* {_OVERRIDE} "),
+        ("--weight-decay 0.3", "start_wd was 0.1, and is 0.3 by --weight-decay"),
+        (f"--train-iters 9 --weight-decay 0.3 {_OVERRIDE}", ""),
+        ("--train-iters 9 --use-checkpoint-opt_param-scheduler", ""),
+        ("--lr 0.5", "with --lr 0.01, and Megatron .* add --no-load-optim"),
+        (f"--lr 0.5 {_OVERRIDE}", "with --lr 0.01, and Megatron .* add --no-load-optim"),
+        ("--lr 0.5 --no-load-optim", ""),
+        ("--lr 0.5 --finetune", ""),
+    ],
+)
+def test_another_schedule_than_the_checkpoints(monkeypatch, start_checkpoint, flags, message):
+    """Megatron would end with a traceback once the model is built."""
+    from megatron.training import training
+
+    args = check(f"--load {start_checkpoint} {flags}")
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        arguments.check_run(args)
+
+
 def test_full_validation_of_a_test_set(tmp_path):
     flags = [*TINY_LLAMA, "--full-validation", "--multiple-validation-sets", "--skip-train"]
     for more in ("", "--train-data-path a --test-data-path b"):
