@@ -349,6 +349,8 @@ def check_files(args: Namespace) -> None:
                 continue
             if fault := data_lists.fault_of_files(argument, word, args.split):
                 raise ValueError(fault)
+    if fault := data_lists.fault_of_sources(args):
+        raise ValueError(fault)
 
 
 def sequences_per_dataset(args: Namespace) -> dict[str, tuple[int, int]] | None:

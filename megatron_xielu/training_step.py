@@ -36,6 +36,9 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     Args:
         num_samples: how many samples training takes of each.
         vp_stage: virtual pipeline stage.
+
+    Returns:
+        One each; None for those of which it takes no sample.
     """
     args = get_args()
 
@@ -51,7 +54,11 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
         _dataset_config(args),
     )
     try:
-        return builder.build()
+        # Megatron has no sampler for the mixture of no samples that --eval-iters 0 asks for.
+        return [
+            None if samples == 0 else data_set
+            for samples, data_set in zip(num_samples, builder.build(), strict=True)
+        ]
     except Exception as error:  # Megatron's has no type of its own
         if not isinstance(error.__cause__, OSError):
             raise

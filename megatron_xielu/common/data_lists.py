@@ -20,6 +20,7 @@ FILES = ("data_args_path", "per_split_data_args_path")
 ARGUMENTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", *FILES)
 
 _FLAG = "--per-split-data-args-path"
+_BY_SPLIT = ARGUMENTS[1:4]
 SPLITS = ("train", "valid", "test")
 _MEGATRONS_SHARES = "969,30,1"  # for SPLITS, where there is no --split
 
@@ -34,7 +35,7 @@ def words(argument: str, value: Any) -> list[str]:
     Raises:
         ValueError: a file cannot be read, or a list makes no sense; one line that names the flag.
     """
-    where = f"--{argument.replace('_', '-')}"
+    where = _flag_of(argument)
     if argument not in FILES:
         return _blend(value, where)
     if argument == "data_args_path":
@@ -66,6 +67,24 @@ def of_splits(path: str) -> dict[str, list[str]]:
         for split in SPLITS
         if split in splits
     }
+
+
+def fault_of_sources(args: Namespace) -> str:
+    """What to change where Megatron passes over a list of data, or fails at the shares of one when
+    it builds the data sets; else "".
+    """
+    sources = [
+        [_flag_of(name) for name in names if getattr(args, name) is not None]
+        for names in (("data_path",), ("data_args_path",), _BY_SPLIT, ("per_split_data_args_path",))
+    ]
+    given = [flags[0] for flags in sources if flags]
+    if len(given) > 1:
+        return f"give one of {' and '.join(given)}: Megatron takes its data from one of them only"
+    if given == ["--data-args-path"] and args.split is None:
+        return f"--data-args-path needs --split, such as {_MEGATRONS_SHARES}"
+    if (sources[2] or sources[3]) and args.split is not None:
+        return f"--split {args.split} does not go with {given[0]}; drop it"
+    return ""
 
 
 def fault_of_validation(args: Namespace) -> str:
@@ -126,7 +145,7 @@ def fault_of_files(argument: str, prefix: str, split: str | None) -> str:
         prefix: of ``.bin`` and ``.idx``.
         split: the argument of this name, which `shares` takes.
     """
-    where = f"--{argument.replace('_', '-')} {prefix}"
+    where = f"{_flag_of(argument)} {prefix}"
     try:
         sequences = indexed_dataset.read(Path(prefix)).sequences
     except FileNotFoundError as error:
@@ -149,6 +168,10 @@ def fault_of_files(argument: str, prefix: str, split: str | None) -> str:
                 f"none is left for {part}; give it a larger share, or 0"
             )
     return ""
+
+
+def _flag_of(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
 
 
 def _blend(listed: Any, where: str) -> list[str]:

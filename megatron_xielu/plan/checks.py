@@ -42,7 +42,7 @@ def problems(
     # Of a layout that cannot run there is no memory to speak of.
     found += [] if found else [*_memory(plan)]
     found += [*_secrets(plan, os.environ if environment is None else environment)]
-    return found + ([*_files(plan), *_validation(plan)] if check_files else [])
+    return found + ([*_files(plan), *_data(plan)] if check_files else [])
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -380,7 +380,8 @@ def _files(plan: Plan) -> Iterator[str]:
                 yield from filter(None, [data_lists.fault_of_files(argument, prefix, args.split)])
 
 
-def _validation(plan: Plan) -> Iterator[str]:
+def _data(plan: Plan) -> Iterator[str]:
+    yield from filter(None, [data_lists.fault_of_sources(plan.args)])
     with contextlib.suppress(ValueError):  # `_files` says what is wrong with a file
         if fault := data_lists.fault_of_validation(plan.args):
             yield fault

@@ -360,7 +360,9 @@ ERRORS = {
     "--xielu-recompute-output --fp8-format hybrid": "--fp8-format",
     "--micro-batch-size 5 --seq-length 16384 --max-position-embeddings 16384": "do not fit into",
     "--data-path 0.5 /no/such/text": "--data-path /no/such/text: /no/such/text.bin does not exist",
-    "--data-args-path /no/such/list": "--data-args-path /no/such/list does not exist",
+    "--data-args-path /no/such/list --split 9,1,0": "--data-args-path /no/such/list does not exist",
+    "--train-data-path a --valid-data-path b --split 9,1,0": "--split 9,1,0 does not go with --tr",
+    "--data-args-path list.txt": "--data-args-path needs --split, such as 969,30,1",
     "--tokenizer-model=/no/such/tokenizer": "--tokenizer-model /no/such/tokenizer does not exist",
 }
 
@@ -428,7 +430,7 @@ def test_data_of_a_list_must_exist(tmp_path):
     write_dataset(tmp_path / "text", [5] * 600)
     listed = tmp_path / "list.txt"
     listed.write_text(f"0.7 {tmp_path}/text\n0.3 {tmp_path}/more\n")
-    plan = plan_1b(f"--data-args-path {listed}")
+    plan = plan_1b(f"--data-args-path {listed} --split 9,1,0")
     found = plan_checks.problems(plan, environment={})
     assert [Path(problem.split()[-4]).name for problem in found] == ["more.bin", "more.idx"]
     assert plan_checks.problems(plan, environment={}, check_files=False) == []

@@ -146,13 +146,13 @@ def test_any_number_is_planned_or_refused(flags, options):
 # Files
 
 
-def refusal(flag: str, path: Path, content: bytes | str | None) -> str:
+def refusal(flag: str, path: Path, content: bytes | str | None, more: str = "") -> str:
     """The one line about a flag's file, which has this content: none is no file, or a folder."""
     if content == "folder":
         path.mkdir()
     elif isinstance(content, bytes):
         path.write_bytes(content)
-    [line] = run(f"{flag} {path}")
+    [line] = run(f"{flag} {path}{more}")
     assert f"error: {flag} {path}" in line
     return line
 
@@ -194,7 +194,7 @@ def test_data_by_split(tmp_path, content, message):
 )
 def test_data_of_a_list(tmp_path, content, message):
     path = tmp_path / "list.txt"
-    assert message in refusal("--data-args-path", path, content)
+    assert message in refusal("--data-args-path", path, content, " --split 9,1,0")
 
 
 def test_nothing_to_validate_on():

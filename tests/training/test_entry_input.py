@@ -234,6 +234,38 @@ def test_data_flags(flags, message):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--data-path {0}/text --per-split-data-args-path {0}/splits.json",
+            "give one of --data-path and --per-split-data-args-path: Megatron takes its data from",
+        ),
+        ("--data-args-path {0}/list.txt", "--data-args-path needs --split, such as 969,30,1"),
+        (
+            "--train-data-path {0}/text --valid-data-path {0}/text --split 9,1,0",
+            "--split 9,1,0 does not go with --train-data-path; drop it",
+        ),
+        ("--per-split-data-args-path {0}/splits.json", ""),
+        ("--data-args-path {0}/list.txt --split 9,1,0", ""),
+    ],
+)
+def test_lists_of_data_of_which_megatron_takes_one(tmp_path, flags, message):
+    """It would pass over another, or fail with its model built."""
+    prefix = str(tmp_path / "text")
+    write_dataset(tmp_path / "text", [3] * 600)
+    (tmp_path / "list.txt").write_text(prefix)
+    splits = {"train": [prefix], "valid": [prefix], "test": None}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    args = parse([*TINY_LLAMA, *flags.format(tmp_path).split()])
+    assert data_lists.fault_of_sources(args).startswith(message)
+    if not message:
+        return arguments.check_files(args)
+    with pytest.raises(ValueError) as error:
+        arguments.check_files(args)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("lengths", "flags", "message"),
     [
         (None, "", "--data-path {}: {}.idx does not exist"),
@@ -451,6 +483,16 @@ def test_data_whose_index_cannot_be_written(tmp_path):
     last = run.output.rstrip().splitlines()[-1]
     assert last.startswith("megatron_xielu: error: an index of the data cannot be written: ")
     assert "--data-cache-path" in last and "Traceback" not in run.output
+
+
+def test_a_mixture_without_validation(tmp_path):
+    """Megatron builds a mixture of no samples for --eval-iters 0, and refuses to sample it."""
+    for name in ("one", "two"):
+        write_dataset(tmp_path / name, [40] * 600)
+    model = [word for word in TINY_LLAMA if word != "--mock-data"]
+    data = f"--data-path 1 {tmp_path}/one 2 {tmp_path}/two --data-cache-path {tmp_path}/cache"
+    run = train(tmp_path, f"--xielu {data} --train-iters 1", model=model)
+    assert len(run.losses) == 1
 
 
 def test_a_rate_that_ends_in_nan_without_a_save_folder(tmp_path):
