@@ -206,6 +206,9 @@ def check_supported(args: Namespace) -> None:
                 "pretrain_gpt.py with --spec megatron_xielu.layer_specs xielu_layer_spec "
                 "--use-te-activation-func"
             )
+    for refusal in catalog.UNREAD:
+        if refusal.is_given(args):
+            raise ValueError(refusal.alone())
     if args.spec is not None:
         _check_spec(args.spec)
     if args.mtp_num_layers and args.pipeline_model_parallel_layout:
@@ -258,6 +261,32 @@ def check_layout(args: Namespace) -> None:
                 f"--tensor-model-parallel-size {tensor} does not divide "
                 f"{catalog.flag_of(argument)} {size}"
             )
+    if args.num_experts:
+        _check_experts(args)
+
+
+def _check_experts(args: Namespace) -> None:
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    parts = tensor * args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size % parts:
+        raise ValueError(
+            f"{args.world_size} ranks are not a multiple of --expert-tensor-parallel-size {tensor} "
+            f"× --expert-model-parallel-size {args.expert_model_parallel_size} × "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}; change one of "
+            "them, or the number of ranks"
+        )
+    if not 1 <= args.moe_router_topk <= args.num_experts:
+        raise ValueError(
+            f"--moe-router-topk {args.moe_router_topk} must be from 1 to --num-experts "
+            f"{args.num_experts}"
+        )
+    every = args.moe_layer_freq
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"--moe-layer-freq must be 1 or more, not {every}")
+    if isinstance(every, list) and len(every) != args.num_layers:
+        raise ValueError(
+            f"--moe-layer-freq lists {len(every)} layers, and --num-layers is {args.num_layers}"
+        )
 
 
 def check_run(args: Namespace) -> None:
@@ -292,6 +321,7 @@ def check_run(args: Namespace) -> None:
         if folder and "://" not in folder:  # an object store has no folders
             _make_folder(catalog.flag_of(argument), folder)
     if not args.skip_train:
+        _check_step(args)
         _check_schedule(args)
 
 
@@ -303,6 +333,38 @@ def _make_folder(flag: str, folder: str) -> None:
         raise ValueError(f"{flag} {folder} cannot be made: {error.strerror}") from None
     if not writable:
         raise ValueError(f"{flag} {folder} cannot be written to")
+
+
+def _check_step(args: Namespace) -> None:
+    """Refuse a layout at which Megatron ends in the first step, or builds no model."""
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
+        raise ValueError(
+            f"--sequence-parallel: --tensor-model-parallel-size {tensor} does not divide "
+            f"--seq-length {args.seq_length} per CP rank"
+        )
+    if args.num_experts and tensor > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--num-experts with --tensor-model-parallel-size {tensor} needs --sequence-parallel"
+        )
+    virtual = args.virtual_pipeline_model_parallel_size
+    if not virtual:
+        return
+    uneven = any(
+        getattr(args, flag.lstrip("-").replace("-", "_")) for flag in optimizer_format.UNEVEN_STAGES
+    )
+    if not uneven and args.num_layers % (pipeline * virtual):
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} × --pipeline-model-parallel-size "
+            f"{pipeline} does not divide --num-layers {args.num_layers}"
+        )
+    batch = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    group = args.microbatch_group_size_per_vp_stage or pipeline
+    if batch < group or 0 < batch % group < pipeline:
+        raise ValueError(
+            f"virtual pipeline stages need a multiple of {group} micro-batches a step, not {batch};"
+            " change --global-batch-size or --micro-batch-size"
+        )
 
 
 def _check_schedule(args: Namespace) -> None:

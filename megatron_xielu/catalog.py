@@ -212,6 +212,11 @@ class Refusal:
                 return True
         return False
 
+    def alone(self) -> str:
+        """The error where this is refused whatever else is given."""
+        instead = f", or give {self.instead.replace('`', '')}" if self.instead else ""
+        return f"{self.said}: {self.reason}; drop it{instead}"
+
     def with_(self, flag: str) -> str:
         """The error where this stands beside ``flag``."""
         reason = f": {self.reason}" if self.told else ""
@@ -313,6 +318,14 @@ BY_ENTRY = (
     Refusal("--perform-rl-step", _STEP, _SCRIPT),
 )
 
+# By the entry, too: they would train another model than they say, without a word.
+_UNREAD = "Megatron 0.19 takes it and reads it nowhere"
+UNREAD = (
+    Refusal("--rampup-batch-size", _UNREAD, "`--step-batch-size-schedule`"),
+    Refusal("--apply-residual-connection-post-layernorm", _UNREAD),
+    Refusal("--openai-gelu", _UNREAD),
+)
+
 # Megatron builds these from other specs than the dense one before 0.19; the patch knows the first
 # two.
 _SPECS = "scripts build it from another spec than the dense one"
@@ -412,4 +425,4 @@ BY_PLAN_WITH_CHECKPOINTS = tuple(
 )
 
 # The plan takes pipeline stages of equal size, and one batch size: it warns of these.
-NOT_MODELLED = ("--rampup-batch-size", "--step-batch-size-schedule")
+NOT_MODELLED = ("--step-batch-size-schedule",)

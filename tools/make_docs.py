@@ -44,7 +44,7 @@ shows: gated activations, `--moe-use-upcycling`, {in_spec}.
 
 ## In this package's entry, with any activation
 
-{_table(catalog.BY_ENTRY)}
+{_table((*catalog.BY_ENTRY, *catalog.UNREAD))}
 | `--mtp-num-layers` with `--pipeline-model-parallel-layout` | prediction layers are fed on \
 the last stage only | drop one of them |
 

@@ -125,6 +125,9 @@ def _flags(plan: Plan) -> Iterator[str]:
             anyhow = not refusal.values and not refusal.harmless and refusal.flag in given
             if anyhow or refusal.is_given(args):
                 yield refusal.with_("--xielu-recompute-output")
+    for refusal in catalog.UNREAD:
+        if refusal.flag in given:
+            yield refusal.alone()
     known = {refusal.flag for refusal in excluded}
     for refusal in catalog.BY_PLAN:
         if refusal.flag in given and refusal.flag not in known:

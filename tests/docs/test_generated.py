@@ -15,6 +15,7 @@ def test_every_refusal_has_a_reason():
     lists = (
         catalog.WITH_OURS,
         catalog.BY_ENTRY,
+        catalog.UNREAD,
         catalog.WITH_RECOMPUTE_OUTPUT,
         catalog.WITH_SHARED_ALPHAS,
         catalog.BEFORE_0_19,

@@ -354,6 +354,7 @@ ERRORS = {
     "--mtp-num-layers 1": "--mtp-num-layers is not known to the plan",
     "--moe-grouped-gemm": "--xielu does not work with --moe-grouped-gemm",
     "--transformer-impl inference_optimized": "--transformer-impl inference_optimized",
+    "--rampup-batch-size 16 8 100": "reads it nowhere; drop it, or give --step-batch-size-schedule",
     "--fp16": "give one of --bf16 and --fp16",
     "--recompute-granularity full": "needs --recompute-method",
     "--xielu-recompute-output --recompute-modules mlp": "--recompute-modules mlp",

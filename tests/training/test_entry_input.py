@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from dataset_files import write_dataset
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from launch import TINY_LLAMA, train
 from megatron_arguments import parse, parser
 
-from megatron_xielu import arguments, selftest, startup
+from megatron_xielu import arguments, catalog, selftest, startup
 from megatron_xielu.catalog import NUMBERS, flag_of
 from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
 from megatron_xielu.common import data_lists
@@ -120,6 +121,15 @@ def test_large_and_negative_numbers_that_mean_something(flags):
             "does not divide --ffn-hidden-size 33",
         ),
         ("--group-query-attention --num-query-groups 3", 1, "--num-query-groups 3 does not divide"),
+        ("--num-experts 1", 1, "--moe-router-topk 2 must be from 1 to --num-experts 1"),
+        ("--num-experts 4 --moe-router-topk 0", 1, "--moe-router-topk 0 must be from 1 to"),
+        ("--num-experts 4 --moe-layer-freq 0", 1, "--moe-layer-freq must be 1 or more, not 0"),
+        ("--num-experts 4 --moe-layer-freq [1,0]", 1, "lists 2 layers, and --num-layers is 4"),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2",
+            1,
+            "1 ranks are not a multiple of --expert-tensor-parallel-size 1 × --expert-model-par",
+        ),
         # Of Megatron's own checks.
         ("--seq-length 64", 1, r"max_position_embeddings \(32\) must be greater"),
         (
@@ -367,6 +377,59 @@ def test_another_schedule_than_the_checkpoints(monkeypatch, start_checkpoint, fl
     monkeypatch.setattr(training, "get_args", lambda: args)
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         arguments.check_run(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31",
+            "--sequence-parallel: --tensor-model-parallel-size 2 does not divide --seq-length 31",
+        ),
+        (
+            "--tensor-model-parallel-size 2 --num-experts 2",
+            "--num-experts with --tensor-model-parallel-size 2 needs --sequence-parallel",
+        ),
+        ("--tensor-model-parallel-size 2 --num-experts 2 --sequence-parallel", ""),
+        (
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3",
+            "--num-virtual-stages-per-pipeline-rank 3 × --pipeline-model-parallel-size 2 does not",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+            "--global-batch-size 6",
+            "virtual pipeline stages need a multiple of 2 micro-batches a step, not 3",
+        ),
+        ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", ""),
+    ],
+)
+def test_layouts_that_end_in_the_first_step(monkeypatch, flags, message):
+    from megatron.training import training
+
+    # Which Megatron asks for with tensor parallelism.
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 10)
+    args = check(flags, ranks=2)
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    if not message:
+        return arguments.check_run(args)
+    with pytest.raises(ValueError) as error:
+        arguments.check_run(args)
+    assert str(error.value).startswith(message)
+
+
+def test_flags_that_megatron_reads_nowhere():
+    """They are refused, as long as that is so."""
+    import megatron.core
+
+    files = Path(megatron.core.__file__).parents[1].rglob("*.py")
+    text = "".join(file.read_text() for file in files)
+    for refusal in catalog.UNREAD:
+        argument = refusal.flag.removeprefix("--").replace("-", "_")
+        assert f".{argument}" not in text.replace(f"utils.{argument}", "")
+        action = parser()._option_string_actions[refusal.flag]
+        args = parse([*TINY_LLAMA, refusal.flag, *["4"] * int(action.nargs or 0)])
+        with pytest.raises(ValueError, match=f"^{refusal.flag}: Megatron 0.19 takes it and reads"):
+            arguments.check_supported(args)
 
 
 def test_full_validation_of_a_test_set(tmp_path):
