@@ -33,6 +33,11 @@ else:
     from backports import zstd  # noqa: F401
 
 _LONGEST = 1 << 30  # bytes of a row; tokenising it would take a hundred times as much memory
+# What is UTF-8 as well and no text: where it says so, and what it is.
+_NO_TEXT = (
+    (257, b"ustar", "a tar archive; unpack it"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS; fetch the file with git lfs pull"),
+)
 _PIECE = 1 << 10  # bytes of a compressed file that are read at a time
 
 
@@ -246,6 +251,10 @@ class TextReader(_Strict):
         if len(content) == _LONGEST:
             self.row = 1
             raise self.too_long(filepath)
+        for place, magic, what in _NO_TEXT:
+            if content.startswith(magic, place):
+                self.row = 1
+                raise self.unreadable(filepath, what)
         try:
             text = _decode(content)
         except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ import random
 import socket
 import struct
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,14 @@ def zip_of_two() -> bytes:
     return stream.getvalue()
 
 
+def tar_of_text(mode: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return stream.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
 A, B = rows(["a"]), rows(["b"])
 READ: dict[str, tuple[str, bytes, list[str]]] = {
     "members": ("x.jsonl.gz", gzip.compress(A) + gzip.compress(b"") + gzip.compress(B), ["a", "b"]),
@@ -116,6 +125,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "two keys": ("x.jsonl", b'{"text": "a", "text": "b"}\n', "row 1: two columns 'text'"),
     "two columns": ("x.parquet", twice_in_parquet(), "row 1: two columns 'text'"),
     "no parquet": ("x.parquet", b"PAR1" + bytes(90), "row 1: cannot be read: "),
+    "tar": ("x.txt", tar_of_text("w"), "row 1: cannot be read: a tar archive; unpack it"),
+    "tar, compressed": ("x.txt.gz", tar_of_text("w:gz"), "a tar archive; unpack it"),
+    "Git LFS": ("x.txt", LFS, "row 1: cannot be read: a pointer of Git LFS; fetch .*git lfs pull"),
     "deep": ("x.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "row 1: not JSON"),
 }
 
