@@ -151,7 +151,15 @@ def _prepare(options: argparse.Namespace) -> None:
         before = recipe.load(output) if begun else None
         this = _make_recipe(options, info, before)
         changed = recipe.changed_tasks(before, this) if before else []
-        expected = estimate.estimate(this, tokenizer_files.load(tokenizer_path))
+        tokenizer = tokenizer_files.load(tokenizer_path)
+        if tokenizer_files.leaves_out(tokenizer):
+            print(
+                f"--tokenizer {options.tokenizer}: it has a token neither for every byte nor for "
+                "what is unknown, and leaves such characters out of the text; train it with "
+                "initial_alphabet=ByteLevel.alphabet(), or with an unk_token",
+                file=sys.stderr,
+            )
+        expected = estimate.estimate(this, tokenizer)
         files = sum(len(group.files) for group in this.groups)
         print(f"{files} files, {this.input_bytes / 1e6:,.1f} MB; {this.tasks} tasks", flush=True)
         if options.no_disk_check:

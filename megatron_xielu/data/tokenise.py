@@ -78,10 +78,12 @@ class SplitTokenizer(MegatronDocumentTokenizer):
 
     @cached_property
     def special_tokens(self) -> dict[int, str]:
-        """Text by id of what a document is not to hold: tokens marked as special, and its end."""
+        """Text by id of what a document is not to hold: tokens marked as special, its end, and what
+        the model has for unknown words."""
         added = self.tokenizer.get_added_tokens_decoder()
         special = {id_: token.content for id_, token in added.items() if token.special}
-        return {**special, self.tokenizer.token_to_id(self.eos_token): self.eos_token}
+        others = {self.eos_token, getattr(self.tokenizer.model, "unk_token", None)} - {None}
+        return {**special, **{self.tokenizer.token_to_id(token): token for token in others}}
 
     @cached_property
     def splitter(self) -> Any:

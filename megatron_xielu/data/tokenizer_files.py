@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_xielu.common import files, pretrained_tokenizer
 from megatron_xielu.common.schema import Count, Malformed, Positive
@@ -52,6 +52,19 @@ def load(path: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def leaves_out(tokenizer: Tokenizer) -> bool:
+    """Whether characters can vanish from a text: BPE that has a token neither for every byte of
+    UTF-8 nor for what is unknown."""
+    model = tokenizer.model
+    if not isinstance(model, models.BPE) or model.unk_token or model.byte_fallback:
+        return False
+    # The pre-tokeniser has these characters for themselves; no UTF-8 holds such bytes.
+    never = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+    return any(
+        model.token_to_id(byte) is None for byte in {*pre_tokenizers.ByteLevel.alphabet()} - never
+    )
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -294,3 +294,27 @@ def test_special_tokens_of_texts_can_be_text(folder, capsys):
     byte_level(special=False).save(str(folder / "tokenizer" / "tokenizer.json"))
     message = refusal(folder, "--special-tokens-as-text", output="other")
     assert "mark that token as special" in message
+
+
+def test_unknown_words_are_counted(folder, capsys):
+    """Of a model that has a token for them which no added token names."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, EOD: 1, "plain": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    prepare(folder, "data")
+    manifest = json.loads((folder / "data" / "manifest.json").read_text())
+    assert manifest["special_tokens"] == {"?": 10, EOD: 4}
+    assert "within documents: 4 of '<|endoftext|>', 10 of '?'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("", False), ("\u00c0\u00ff", False), ("\u0120", True)]
+)
+def test_a_tokenizer_that_leaves_characters_out(missing, said, folder, capsys):
+    """As one of bytes does that was trained without all of them; 0xC0 and 0xFF are in no text."""
+    vocabulary = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*missing})
+    tokenizer = byte_level()
+    tokenizer.model = models.BPE({x: i for i, x in enumerate(vocabulary)}, [])
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    prepare(folder, "data")
+    assert ("initial_alphabet" in capsys.readouterr().err) == said
