@@ -26,7 +26,7 @@ from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Reader
 from megatron_xielu.convert.tensors import Part, check_finite, constants, parts
 
-MARKER = TRACKER
+CONTENT = (TRACKER, RELEASE)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -59,7 +59,7 @@ def convert(
     Raises:
         Refused: it cannot be expressed, or may not be written; nothing is left behind.
     """
-    output.check(out, folder, force=options.force, marker=MARKER)
+    output.check(out, folder, force=options.force, content=CONTENT)
     config = hf_config.read(folder)
     reader = Reader(folder)
     stored = hf_config.architecture_of(config, _beta(reader))

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_xielu.checkpoints.source import Refused
@@ -20,23 +20,30 @@ from megatron_xielu.common import files
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 
 
-def check(out: Path, source: Path, *, force: bool, marker: str) -> None:
+def check(out: Path, source: Path, *, force: bool, content: Sequence[str]) -> None:
     """Refuse an output that may not be written.
 
     Args:
         out: the folder to be.
         source: what is converted.
         force: replace an old one.
-        marker: a file that an old one must have to be replaced, lest ``--force`` remove a home.
+        content: patterns of what a conversion writes. An old folder must have the first to be
+            replaced, and nothing else, lest ``--force`` remove a home, or what training saved.
 
     Raises:
         Refused: it exists and may not be replaced, or holds the source.
     """
+    marker = content[0]
     replaced = _beside(out, "replaced")
     if (replaced / marker).is_file() and not out.exists():
         replaced.rename(out)  # the last replacement was interrupted between its two renames
     if not out.exists() and not out.is_symlink():
         return
+    if os.path.ismount(out) or Path.cwd().is_relative_to(out.resolve()):
+        raise Refused(
+            f"{out} is a mount point, or this command runs in it, so that it cannot be replaced by "
+            f"the finished output; name a folder in it, {out / 'model'}"
+        )
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     if source.resolve().is_relative_to(out.resolve()):
@@ -47,6 +54,12 @@ def check(out: Path, source: Path, *, force: bool, marker: str) -> None:
         raise Refused(
             f"{out} is not a conversion's output ({marker} is not in it); remove it first"
         )
+    for path in sorted(out.iterdir()):
+        if not any(map(path.match, content)):
+            raise Refused(
+                f"{out} has {path.name}, which no conversion wrote and --force would remove; move "
+                "it away, or choose another folder"
+            )
 
 
 @contextlib.contextmanager

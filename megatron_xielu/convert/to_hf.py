@@ -13,12 +13,18 @@ import torch
 from tqdm import tqdm
 
 from megatron_xielu.checkpoints.source import Refused, Source
+from megatron_xielu.common import safetensors_index
 from megatron_xielu.convert import hf_config, megatron_arguments, output, tokenizer
 from megatron_xielu.convert.architecture import Architecture, describe
 from megatron_xielu.convert.safetensors_files import Entry, Writer
 from megatron_xielu.convert.tensors import Part, check_finite, constants, parts
 
 MARKER = "config.json"
+CONTENT = (
+    *(MARKER, "generation_config.json", "*.safetensors", safetensors_index.INDEX),
+    *(pattern.partition("/")[0] for pattern in tokenizer.FILES),
+    "modeling_xiprelu.py",
+)
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -55,7 +61,7 @@ def export(
     Raises:
         Refused: it cannot be expressed, or may not be written; nothing is left behind.
     """
-    output.check(out, source.folder, force=options.force, marker=MARKER)
+    output.check(out, source.folder, force=options.force, content=CONTENT)
     full = architecture_of(source)
     _check_tensors(source, full)
     words = tokenizer.load(options.tokenizer, source.arguments, full.vocabulary, report)

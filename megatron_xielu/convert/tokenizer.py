@@ -28,7 +28,8 @@ _OTHERS = (
     *("special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
-_ON_THE_HUB = (_TOKENIZER, _CONFIG, *_OTHERS, "config.json", "*.model", "vocab.*", "merges.txt")
+FILES = (_TOKENIZER, _CONFIG, *_OTHERS)
+_ON_THE_HUB = (*FILES, "config.json", "*.model", "vocab.*", "merges.txt")
 
 # What pipelines differ in: spaces, case, digits, contractions, code, accents (composed and not),
 # scripts with and without spaces, right to left, joined emoji, what stands for a space.
