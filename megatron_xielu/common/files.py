@@ -14,8 +14,13 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place unless the block raises.
 
-    After a crash there is the old content or the new.
+    After a crash there is the old content or the new. What stands for no file is not replaced: of a
+    link, what it leads to is written, and a device or a pipe (``/dev/null``) itself.
     """
+    if is_device(path):
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
@@ -39,6 +44,11 @@ def write(path: Path, content: str | bytes) -> None:
             beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_device(path: Path) -> bool:
+    """Whether this is a device, a pipe or a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def sync(path: Path) -> None:

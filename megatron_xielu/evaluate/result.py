@@ -78,6 +78,8 @@ def output_file(asked: Path | None, load: Path) -> Path | None:
         raise ValueError(f"{flag}: no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"{flag} is a folder; name a file in it")
+    if files.is_device(path):
+        return path
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{flag}: {path.parent} cannot be written to; name another file")
     folder = path.parent.resolve()

@@ -37,3 +37,18 @@ def test_what_raises_within_the_block_writes_nothing(tmp_path):
         beside.write_text("half")
         raise ValueError("half")
     assert not os.listdir(tmp_path)
+
+
+def test_a_pipe_is_written_to_and_a_link_kept(tmp_path):
+    """As root, ``--evaluation-output /dev/null`` would make a file of the device for everybody."""
+    pipe, target, link = tmp_path / "pipe", tmp_path / "target", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link, link):
+        files.write(path, "content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert target.read_text() == "content"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -371,3 +372,8 @@ def test_where_the_result_goes(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             result.output_file(asked, checkpoints)
+
+
+def test_a_device_is_an_output_though_its_folder_is_not_writable(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert result.output_file(Path("/dev/null"), tmp_path) == Path("/dev/null")
