@@ -41,7 +41,9 @@ def is_there(save_dir: Path) -> bool:
 
 
 def checkpoints(save_dir: Path) -> dict[int, Path]:
-    """The ``iter_…`` folders by iteration, newest first; none of a folder that is not there.
+    """The ``iter_…`` by iteration, newest first; none of a folder that is not there.
+
+    One that is a file, or a link to nothing, is a damaged checkpoint: no save could take its place.
 
     Raises:
         OSError: it cannot be read.
@@ -50,9 +52,7 @@ def checkpoints(save_dir: Path) -> dict[int, Path]:
     with suppress(FileNotFoundError, NotADirectoryError):
         names = os.listdir(save_dir)  # Path.glob would be silent about one that is not readable
     found = {
-        int(match[1]): save_dir / match[0]
-        for match in map(_CHECKPOINT.fullmatch, names)
-        if match and (save_dir / match[0]).is_dir()
+        int(match[1]): save_dir / match[0] for match in map(_CHECKPOINT.fullmatch, names) if match
     }
     return dict(sorted(found.items(), reverse=True))
 

@@ -188,6 +188,6 @@ def kept(save_dir: Path, record: Record) -> dict[int, str]:
             reasons[iteration] = f"one of the last {keep_last}"
         elif keep_every and iteration % keep_every == 0:
             reasons[iteration] = f"a multiple of {keep_every}"
-        elif folder.is_symlink():
-            reasons[iteration] = "a link"
+        elif folder.is_symlink() or folder.is_file():
+            reasons[iteration] = "no folder"
     return reasons

@@ -11,6 +11,7 @@ again.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def _repair(save_dir: Path) -> int | None:
 
 def _set_aside(folder: Path) -> Path:
     aside, number = folder.with_name(f"damaged_{folder.name}"), 1
-    while aside.exists():
+    while os.path.lexists(aside):
         number += 1
         aside = folder.with_name(f"damaged_{folder.name}.{number}")
     with suppress(FileNotFoundError):  # another process was first

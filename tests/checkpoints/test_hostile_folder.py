@@ -129,6 +129,23 @@ def test_damaged_lock(pid):
     assert ledger._has_ended(f"{os.uname().nodename} {pid}") in (True, False)
 
 
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_is_in_the_way_of_a_save_is_set_aside(save_dir, make, capsys):
+    """Megatron makes the folder, hours later: a file there, or a link to an old disk, ends it."""
+    for iteration in (1, 6):
+        make(save_dir / f"iter_{iteration:07d}")
+    Watcher(save_dir, keep_last=1, keep_every=0).step()
+    assert list(checkpoints(save_dir)) == [6, 4, 1]
+    assert not __main__.verify(save_dir)
+    assert "iter 6 DAMAGED" in capsys.readouterr().out
+    for _ in range(2):
+        assert repair(save_dir) == 4
+    assert list(checkpoints(save_dir)) == [4]
+    make(save_dir / "iter_0000006")
+    assert repair(save_dir) == 4
+    assert len([path for path in os.listdir(save_dir) if path.startswith("damaged_")]) == 3
+
+
 def test_number_of_an_iteration_that_megatron_cannot_count(save_dir):
     shutil.copytree(save_dir / "iter_0000004", save_dir / f"iter_{10**29}")
     assert list(checkpoints(save_dir)) == [4, 2]
