@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 from launcher_command import megatron_arguments
 
 from megatron_xielu.common import files, schema
-from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.flags import Limits, output_file
+from megatron_xielu.common.text import ready_output
 
 # Name: what pretrain.sh takes from the environment. The 8B has Llama 3's sizes.
 MODELS = {
@@ -272,10 +273,10 @@ def main() -> int:
     )
     add("--processes", type=Limits(1, 1024).read, default=2, help="that walk at a time (2)")
     add("--stock", action="store_true", help="without this package's mends")
-    add("--log", type=Path, help="what was walked, written as it goes")
+    add("--log", type=output_file, help="what was walked, written as it goes")
     add(
         "--out",
-        type=Path,
+        type=output_file,
         help="a page; all after its heading Walked is replaced (default: the terminal)",
     )
     options = parser.parse_args()
@@ -311,4 +312,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    ready_output()
     sys.exit(main())

@@ -1,12 +1,16 @@
-"""Which numbers a flag takes. Of Python 3.9, as `catalog` is."""
+"""What a flag takes: numbers within limits, a file to write. Of Python 3.9, as `catalog` is."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from megatron_xielu.common import files
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,17 @@ class Limits:
 
 
 COUNT, POSITIVE = Limits(0, 2**63 - 1), Limits(1, 2**63 - 1)
+
+
+def output_file(word: str) -> Path:
+    """The ``type`` of an option of argparse that names a file to write, after work that takes long.
+
+    Raises:
+        ArgumentTypeError: it cannot be written.
+    """
+    path = Path(word)
+    if path.is_dir():
+        raise ArgumentTypeError(f"{word} is a folder; name a file in it")
+    if not (files.is_device(path) or os.access(path.absolute().parent, os.W_OK)):
+        raise ArgumentTypeError(f"{word}: its folder is not there, or cannot be written to")
+    return path

@@ -56,7 +56,7 @@ from bench_report import Row
 from torch import Tensor
 
 from megatron_xielu.common import files
-from megatron_xielu.common.text import size
+from megatron_xielu.common.text import ready_output, size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -446,4 +446,5 @@ def cpu_model() -> str:
 
 
 if __name__ == "__main__":
+    ready_output()
     sys.exit(main())

@@ -37,6 +37,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
 from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.text import ready_output
 from megatron_xielu.data import sources
 from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.tokenise import SplitTokenizer
@@ -181,4 +182,5 @@ def report(seconds: dict[str, list[float]], texts: list[str], tokens: int) -> No
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

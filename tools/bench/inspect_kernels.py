@@ -29,6 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from megatron_xielu.common import files
+from megatron_xielu.common.flags import output_file
+from megatron_xielu.common.text import ready_output
 from megatron_xielu.kernels import gpu_triton
 
 MULTIPROCESSORS, LANES, CLOCK = 132, 128, 1.7e9
@@ -72,7 +74,7 @@ class Code:
 def main() -> None:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, help="a Markdown file to write")
+    parser.add_argument("--output", type=output_file, help="a Markdown file to write")
     options = parser.parse_args()
     if gpu_triton.is_interpreted():
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
@@ -233,4 +235,5 @@ def report(codes: list[Code]) -> str:
 
 
 if __name__ == "__main__":
+    ready_output()
     sys.exit(main())

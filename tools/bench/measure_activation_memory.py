@@ -17,13 +17,14 @@ gradients while 12 such MLPs in a row, with residuals, run forward and backward 
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_flags import need_cuda
 
 from megatron_xielu import cpu
+from megatron_xielu.common.flags import output_file
+from megatron_xielu.common.text import ready_output
 
 MODELS = {"1.1B": (1536, 6144), "3B": (2048, 8192)}  # hidden size, ffn size of SwiGLU
 TOKENS = (2, 1)  # sequence, micro-batch: CPUs are slow at bf16, and bytes are per token
@@ -151,7 +152,7 @@ def measure(on_gpu: bool = False) -> Iterator[str]:
 def main() -> None:
     """Measure, print, and write where asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--output", type=output_file, help="also write the table to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the peak")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

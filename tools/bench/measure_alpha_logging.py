@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 from megatron_xielu import pretrain_gpt
+from megatron_xielu.common.text import ready_output
 
 WARM_UP = 4  # steps that are left out
 FEWEST_PAIRS = 20
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

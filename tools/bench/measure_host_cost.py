@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_xielu import functional
 from megatron_xielu.common.flags import POSITIVE
-from megatron_xielu.common.text import table
+from megatron_xielu.common.text import ready_output, table
 from megatron_xielu.kernels import choose
 
 CALLS = 200  # of one way in a turn
@@ -133,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ready_output()
     main()

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from megatron_xielu.common import files
 from megatron_xielu.common.flags import POSITIVE
-from megatron_xielu.common.text import table
+from megatron_xielu.common.text import ready_output, table
 from megatron_xielu.kernels import gpu_triton
 from megatron_xielu.kernels.gpu_triton import _effective, _xielu, _xielu_slope
 
@@ -387,4 +387,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ready_output()
     sys.exit(main())
