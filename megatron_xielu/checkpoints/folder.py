@@ -119,6 +119,7 @@ def size_and_stamp(folder: Path, without: Collection[str] = ()) -> tuple[int, in
     found = []
     for parent, _, names in os.walk(folder):
         for name in set(names).difference(without):
-            status = os.stat(os.path.join(parent, name))
+            path = os.path.join(parent, name)
+            status = os.stat(path, follow_symlinks=os.path.exists(path))  # not a link to nothing
             found.append((name, status.st_size, status.st_mtime_ns))
     return sum(size for _, size, _ in found), zlib.crc32(repr(sorted(found)).encode())

@@ -146,6 +146,23 @@ def test_what_is_in_the_way_of_a_save_is_set_aside(save_dir, make, capsys):
     assert len([path for path in os.listdir(save_dir) if path.startswith("damaged_")]) == 3
 
 
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json"])
+def test_a_file_that_became_a_link_to_nothing(save_dir, name, checked, capsys):
+    """As of storage that moves what is old, and is not there now."""
+    path = save_dir / "iter_0000004" / name
+    path.unlink()
+    path.symlink_to(save_dir / "moved")
+    if not checked:
+        (save_dir / RECORD).unlink()
+    __main__.status(save_dir)
+    assert not __main__.verify(save_dir)
+    printed = capsys.readouterr().out
+    assert "iter 4 DAMAGED" in printed
+    assert "iter 2 ok" in printed
+    assert repair(save_dir) == 2
+
+
 def test_number_of_an_iteration_that_megatron_cannot_count(save_dir):
     shutil.copytree(save_dir / "iter_0000004", save_dir / f"iter_{10**29}")
     assert list(checkpoints(save_dir)) == [4, 2]
