@@ -337,8 +337,8 @@ class _Server:
             log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(log, descriptor)
             os.close(log)
-        # New ones: the old would seek in what is a pipe now, and have wandb's write, which doubles the
-        # time of a print.
+        # New ones: the old would seek in what is a pipe now, and have wandb's write, which doubles
+        # the time of a print.
         sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
         sys.stdout.reconfigure(line_buffering=unbuffered, write_through=unbuffered)
         sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
