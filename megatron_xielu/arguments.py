@@ -9,7 +9,6 @@ import contextlib
 import copy
 import importlib
 import io
-import os
 import re
 import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -22,9 +21,7 @@ from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
-from megatron_xielu.common import data_lists, schema
-from megatron_xielu.common.schema import Count, Malformed
-from megatron_xielu.common.text import is_number, one_line
+from megatron_xielu.common.text import one_line
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -287,150 +284,6 @@ def _check_experts(args: Namespace) -> None:
         raise ValueError(
             f"--moe-layer-freq lists {len(every)} layers, and --num-layers is {args.num_layers}"
         )
-
-
-def check_run(args: Namespace) -> None:
-    """Refuse what would end a training after its model is built, or when it first saves.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    if args.eval_interval is None and not (args.skip_train or args.full_validation):
-        raise ValueError(
-            "--eval-interval is missing: Megatron counts validations with it even where there are "
-            "none; give one, and --eval-iters 0 for none"
-        )
-    if args.full_validation != args.multiple_validation_sets:
-        raise ValueError(
-            "--full-validation and --multiple-validation-sets need each other: Megatron fails with "
-            "one alone when it validates; give both, or neither"
-        )
-    if args.full_validation and data_lists.has_test(args):
-        raise ValueError(
-            "--full-validation: Megatron fails with it at a test set; give none, as --split 9,1,0"
-        )
-    for argument in ("load", "save"):
-        folder = getattr(args, argument)
-        if folder and "://" in folder and not args.enable_msc:
-            raise ValueError(
-                f"{catalog.flag_of(argument)} {folder}: without --enable-msc Megatron takes it for "
-                "a folder of that name; add it (pip install multi-storage-client), or give a folder"
-            )
-    for argument in ("save", "data_cache_path"):
-        folder = getattr(args, argument)
-        if folder and "://" not in folder:  # an object store has no folders
-            _make_folder(catalog.flag_of(argument), folder)
-    if not args.skip_train:
-        _check_step(args)
-        _check_schedule(args)
-
-
-def _make_folder(flag: str, folder: str) -> None:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise ValueError(f"{flag} {folder} cannot be made: {error.strerror}") from None
-    if not writable:
-        raise ValueError(f"{flag} {folder} cannot be written to")
-
-
-def _check_step(args: Namespace) -> None:
-    """Refuse a layout at which Megatron ends in the first step, or builds no model."""
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.sequence_parallel and args.seq_length // args.context_parallel_size % tensor:
-        raise ValueError(
-            f"--sequence-parallel: --tensor-model-parallel-size {tensor} does not divide "
-            f"--seq-length {args.seq_length} per CP rank"
-        )
-    if args.num_experts and tensor > 1 and not args.sequence_parallel:
-        raise ValueError(
-            f"--num-experts with --tensor-model-parallel-size {tensor} needs --sequence-parallel"
-        )
-    virtual = args.virtual_pipeline_model_parallel_size
-    if not virtual:
-        return
-    uneven = any(
-        getattr(args, flag.lstrip("-").replace("-", "_")) for flag in optimizer_format.UNEVEN_STAGES
-    )
-    if not uneven and args.num_layers % (pipeline * virtual):
-        raise ValueError(
-            f"--num-virtual-stages-per-pipeline-rank {virtual} × --pipeline-model-parallel-size "
-            f"{pipeline} does not divide --num-layers {args.num_layers}"
-        )
-    batch = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    group = args.microbatch_group_size_per_vp_stage or pipeline
-    if batch < group or 0 < batch % group < pipeline:
-        raise ValueError(
-            f"virtual pipeline stages need a multiple of {group} micro-batches a step, not {batch};"
-            " change --global-batch-size or --micro-batch-size"
-        )
-
-
-def _check_schedule(args: Namespace) -> None:
-    """Have Megatron judge the schedule of the learning rate, as it does once the model is built."""
-    from megatron.training.checkpointing import _load_base_checkpoint
-    from megatron.training.training import get_optimizer_param_scheduler
-
-    before = dict(vars(args))  # it counts iterations and samples in there
-    try:
-        with megatrons_checks(), contextlib.redirect_stdout(io.StringIO()):
-            scheduler = get_optimizer_param_scheduler(Namespace(param_groups=[]))
-    finally:
-        vars(args).update(before)
-    if not args.load or optimizer_format.starts_anew(args, args.load):
-        return
-    ours = Namespace(**{**vars(args), "exit_on_missing_checkpoint": False})
-    with contextlib.redirect_stdout(io.StringIO()):
-        saved, _, released, _ = _load_base_checkpoint(args.load, ours, rank0=True)
-    if not released and "opt_param_scheduler" in (saved or ()):
-        chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-        then = saved["opt_param_scheduler"]
-        resume.check_schedule(scheduler.state_dict(), then, args.load, chosen=chosen)
-
-
-def check_files(args: Namespace) -> None:
-    """Read what says where the data are, before a model is built.
-
-    Raises:
-        ValueError: naming the flag, and the file.
-    """
-    data_lists.shares(args.split)
-    if not args.mock_data and all(getattr(args, a) is None for a in data_lists.ARGUMENTS):
-        raise ValueError("there is no data to train on; give --data-path PREFIX, or --mock-data")
-    sequences_per_dataset(args)
-    if fault := data_lists.fault_of_validation(args):
-        raise ValueError(fault)
-    for argument in data_lists.ARGUMENTS:
-        value = getattr(args, argument)
-        # Megatron reads those of an object store itself.
-        if value is None or (argument in data_lists.FILES and "://" in value):
-            continue
-        for word in data_lists.words(argument, value):
-            if is_number(word) or "://" in word:
-                continue
-            if fault := data_lists.fault_of_files(argument, word, args.split):
-                raise ValueError(fault)
-    if fault := data_lists.fault_of_sources(args):
-        raise ValueError(fault)
-
-
-def sequences_per_dataset(args: Namespace) -> dict[str, tuple[int, int]] | None:
-    """How many sequences and documents each data prefix has, of ``--per-dataset-sequences-path``.
-
-    Raises:
-        ValueError: naming the flag and the file.
-    """
-    path = args.per_dataset_sequences_path
-    if path is None:
-        return None
-    try:
-        return schema.load(dict[str, tuple[Count, Count]], Path(path))
-    except OSError as error:
-        why = f"{path}: {error.strerror}"
-    except Malformed as error:
-        why = str(error)
-    raise ValueError(f"--per-dataset-sequences-path {why}")
 
 
 @contextlib.contextmanager

@@ -21,13 +21,13 @@ from megatron_xielu.common import text
 def main() -> None:
     """Parse the command line and train."""
     startup.start()
-    from megatron_xielu import arguments
+    from megatron_xielu import arguments, run_checks
 
     with _errors_in_one_line():
         args = arguments.parse_and_validate_args({"tokenizer_type": "GPT2BPETokenizer"})
         arguments.check_supported(args)
-        arguments.check_files(args)
-        arguments.check_run(args)
+        run_checks.check_files(args)
+        run_checks.check_run(args)
     _train(args)
 
 

@@ -23,7 +23,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_xielu import arguments
+from megatron_xielu.common import data_lists
 from megatron_xielu.features.tp_sync import check_tp_sync
 
 # A loss this many times the largest seen so far is reported with --check-for-spiky-loss.
@@ -98,7 +98,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=arguments.sequences_per_dataset(args),
+        sequences_per_dataset=data_lists.sequences_per_dataset(args.per_dataset_sequences_path),
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 0,

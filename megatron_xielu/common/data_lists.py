@@ -13,7 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.common import indexed_dataset
+from megatron_xielu.common import indexed_dataset, schema
+from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.common.text import is_number
 
 FILES = ("data_args_path", "per_split_data_args_path")
@@ -67,6 +68,23 @@ def of_splits(path: str) -> dict[str, list[str]]:
         for split in SPLITS
         if split in splits
     }
+
+
+def sequences_per_dataset(path: str | None) -> dict[str, tuple[int, int]] | None:
+    """How many sequences and documents each data prefix has, of ``--per-dataset-sequences-path``.
+
+    Raises:
+        ValueError: naming the flag and the file.
+    """
+    if path is None:
+        return None
+    try:
+        return schema.load(dict[str, tuple[Count, Count]], Path(path))
+    except OSError as error:
+        why = f"{path}: {error.strerror}"
+    except Malformed as error:
+        why = str(error)
+    raise ValueError(f"--per-dataset-sequences-path {why}")
 
 
 def fault_of_sources(args: Namespace) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,8 +127,6 @@ def make_folder(output: Path) -> None:
     """The folders that all parts write to."""
     try:
         for name in ("train", "valid", "tokenizer", "work/records", "work/failures", "work/logs"):
-            (output / name).mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise PermissionError(f"{output} is not writable")
+            files.make_folder(output / name)
     except OSError as error:
         raise DataError(f"--output {output}: {error}") from error

@@ -90,11 +90,9 @@ def _report(folders: Sequence[Path], output: Path | None) -> None:
 def _make_folder(output: Path) -> None:
     """Before pictures are drawn, which takes longest."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        files.make_folder(output)
     except OSError as error:
         raise NoReport(f"--output {output} cannot be written to: {error.strerror}") from None
-    if not os.access(output, os.W_OK):
-        raise NoReport(f"--output {output} cannot be written to")
     if (output / PAGE).is_dir():
         raise NoReport(f"--output {output}: {PAGE} there is a folder; name another")
 
