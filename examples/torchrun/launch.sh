@@ -17,6 +17,16 @@ home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 hosts=()
 while (($#)) && [[ $1 != -- ]]; do
+    case $1 in
+        -h | --help)
+            sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        -*)
+            echo "launch.sh: error: $1 is no host; flags stand behind --" >&2
+            exit 2
+            ;;
+    esac
     hosts+=("$1")
     shift
 done

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -53,6 +54,9 @@ def main() -> None:
     arguments = sys.argv[3 if is_module else 2 :]
     save = _save_folder(arguments)
     try:
+        package = script.partition(".")[0]
+        if not (importlib.util.find_spec(package) if is_module else Path(script).exists()):
+            raise SystemExit(f"{_REFUSAL}ENTRY: there is no {script}")
         if save and os.environ.get("RANK", "0") == "0":
             event_log.write("resume", iteration=_repair(save) or 0)
         workarounds.mend_optimizers_when_imported()

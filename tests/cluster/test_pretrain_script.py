@@ -214,6 +214,24 @@ def test_where_cd_looks_elsewhere_first(command):
     assert output(command, CDPATH=str(REPOSITORY)) == output(command)
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("examples/torchrun/launch.sh --help", 0, "examples/torchrun/launch.sh host1 host2"),
+        ("examples/torchrun/launch.sh a --dry-run", 2, "error: --dry-run is no host; flags stand"),
+        ("examples/slurm/pretrain.sbatch --lr 1", 2, "error: not in a job; submit it with sbatch"),
+        ("examples/slurm/pretrain.sbatch --help", 0, "a job that is stopped, preempted or fails"),
+    ],
+)
+def test_front_ends_started_wrongly(command, code, message):
+    """They would start again for ever, or say what the shell says."""
+    environment = {name: word for name, word in os.environ.items() if "SLURM" not in name}
+    done = subprocess.run(
+        ["bash", *command.split()], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code and message in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("model, nodes", [("llama_1b", 11), ("llama_3b", 32)])
 def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nodes):
     """A resume needs the same ones, and Megatron's own size changes with the node count."""

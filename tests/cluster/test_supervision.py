@@ -127,6 +127,15 @@ def test_how_a_rank_ends(log, tmp_path, script, code, finished, reason):
     assert all(reason in line and "rank=3" in line for line in failures)
 
 
+@pytest.mark.parametrize("words", [["/no/such/script.py"], ["-m", "no.such"]])
+def test_a_script_that_is_not_there(log, tmp_path, words):
+    """Found by no start after this one either: no restart, and no traceback."""
+    done = rank(tmp_path, *words)
+    assert done.returncode == 2 and "Traceback" not in done.output
+    reason = f'reason="megatron_xielu: error: ENTRY: there is no {words[-1]}"'
+    assert reason in log.read_text()
+
+
 def test_the_launcher_tells_of_killed_ranks_and_restarts(log, tmp_path):
     """With the rank goes what it started: a checkpoint writer must not outlive it."""
     script = f"""
