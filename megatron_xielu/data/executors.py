@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
@@ -101,6 +102,7 @@ def make_executor(output: Path, request: Request) -> PipelineExecutor:
         qos="",
         env_command=_environment(),
         slurm_logs_folder=str(output / "work" / "slurm"),
+        job_id_retriever=_job_id,
         **common,
     )
 
@@ -121,6 +123,13 @@ def local_environment() -> dict[str, str]:
     if len(os.fsencode(environment.get("TMPDIR", ""))) > _LONGEST_TMPDIR:
         environment["TMPDIR"] = "/tmp"
     return environment
+
+
+def _job_id(printed: str) -> str:
+    """Of what sbatch printed, for several clusters "Submitted batch job 7 on cluster c2"."""
+    if not (found := re.search(r"(?<=batch job )\d+|\d+$", printed.strip())):
+        raise DataError(f"--executor slurm: sbatch printed no number of a job: {printed.strip()!r}")
+    return found[0]
 
 
 def _environment() -> str:

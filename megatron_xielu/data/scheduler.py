@@ -217,11 +217,12 @@ def _unsettled(output: Path, request: Request) -> bool:
 
 
 def _in_queue(job: str) -> bool:
-    command = ["squeue", "--noheader", "--jobs", job]
+    # %F is the array's number; a line that names the cluster may come before.
+    command = ["squeue", "--noheader", "--format=%F", "--jobs", job]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "Invalid job id" not in done.stderr:
         return True  # the controller does not answer: ask again
-    return bool(done.stdout.strip())
+    return job in done.stdout.split()
 
 
 @contextmanager

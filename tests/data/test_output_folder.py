@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from hostile import damaged
 from hypothesis import HealthCheck, given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_xielu.data import command, manifest, recipe, records
+from megatron_xielu.data import command, executors, manifest, recipe, records, scheduler
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.verify import verify
 
@@ -124,6 +125,41 @@ def test_a_long_path_for_temporary_files(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("TMPDIR", str(place))
     shutil.rmtree(folder / "data")
     prepare(folder)
+
+
+PRINTED = {
+    "Submitted batch job 71": "71",
+    "Submitted batch job 71 on cluster c2": "71",  # where SLURM_CLUSTERS names one
+    "Welcome to node 5\n--> OK\nSubmitted batch job 71\nlimit: 9": "71",
+    "71": "71",
+    "": None,
+    "no job": None,
+}
+
+
+@pytest.mark.parametrize("printed", PRINTED)
+def test_job_of_which_sbatch_speaks(folder: Path, tmp_path: Path, monkeypatch, printed: str):
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\ncat << END\n{printed}\nEND\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    shutil.rmtree(folder / "data" / "work" / "logs" / "completions")
+    request = executors.Request("slurm", workers=1, tasks=3, slurm_partition="cpu")
+    executor = executors.make_executor(folder / "data", request)
+    if (expected := PRINTED[printed]) is None:
+        with pytest.raises(DataError, match=f"no number of a job: '{printed}'"):
+            executor.run()
+    else:
+        executor.run()
+        assert executor.job_id == expected
+
+
+@pytest.mark.parametrize(("printed", "waits"), [("71\n71", True), ("CLUSTER: c2", False)])
+def test_a_job_that_squeue_knows(tmp_path: Path, monkeypatch, printed: str, waits: bool):
+    """Where SLURM_CLUSTERS names a cluster, it prints that, too."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{printed}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert scheduler._in_queue("71") == waits
 
 
 def test_no_budget_any_more(folder: Path):
