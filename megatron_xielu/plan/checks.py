@@ -149,6 +149,10 @@ def _flags(plan: Plan) -> Iterator[str]:
         )
     if args.save and not args.save_interval:
         yield "--save needs --save-interval"
+    if "--overlap-param-gather" in given and args.optimizer == "adam":
+        for switch in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(args, switch):
+                yield f"--overlap-param-gather needs {flag_of(switch)}"
 
 
 def _saves_optimizer(plan: Plan) -> bool:
@@ -278,6 +282,8 @@ def _schedule(plan: Plan) -> Iterator[str]:
             yield (f"{flag}-{other} does not go with --train-{unit}; give {flag}-{unit}")
     if args.lr_warmup_fraction is not None and getattr(args, f"lr_warmup_{unit}"):
         yield f"give one of --lr-warmup-fraction and --lr-warmup-{unit}"
+    if args.min_lr is not None and args.lr is not None and args.min_lr > args.lr:
+        yield f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}"
     if schedule.steps < 1:
         yield f"--train-{unit} is less than one step of --global-batch-size {plan.global_batch}"
     if args.lr_decay_style == "WSD" and not getattr(args, f"lr_wsd_decay_{unit}"):

@@ -355,6 +355,8 @@ ERRORS = {
     "--moe-grouped-gemm": "--xielu does not work with --moe-grouped-gemm",
     "--transformer-impl inference_optimized": "--transformer-impl inference_optimized",
     "--rampup-batch-size 16 8 100": "reads it nowhere; drop it, or give --step-batch-size-schedule",
+    "--use-distributed-optimizer --overlap-param-gather": "gather needs --overlap-grad-reduce",
+    "--lr 1e-3 --min-lr 1": "--min-lr 1 is above --lr 0.001",
     "--fp16": "give one of --bf16 and --fp16",
     "--recompute-granularity full": "needs --recompute-method",
     "--xielu-recompute-output --recompute-modules mlp": "--recompute-modules mlp",
