@@ -77,7 +77,7 @@ def test_files_by_split(tmp_path, content, split, message):
         ({"shards": [{"prefix": 3, "split": "valid", "text_bytes": 1}]}, "shards[0].prefix is 3"),
         (
             {"shards": [{"prefix": "a", "split": "valid", "text_bytes": -1}]},
-            "shards[0].text_bytes is -1",
+            "shards[0].text_bytes must be 0 or more, not -1",
         ),
     ],
 )
