@@ -21,6 +21,7 @@ from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.text import one_line
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
@@ -255,8 +256,7 @@ def check_layout(args: Namespace) -> None:
         size = getattr(args, argument)
         if size and size % tensor:
             raise ValueError(
-                f"--tensor-model-parallel-size {tensor} does not divide "
-                f"{catalog.flag_of(argument)} {size}"
+                f"--tensor-model-parallel-size {tensor} does not divide {flag_of(argument)} {size}"
             )
     if args.num_experts:
         _check_experts(args)
@@ -339,7 +339,7 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
         except (Exception, CheckpointException, SystemExit) as error:  # the last: of the tracker
             said = (str(error).strip() or f"its {TRACKER} names no iteration").splitlines()[-1]
             raise ValueError(
-                f"{catalog.flag_of(load_arg)} {folder} cannot be read: {said}; python -m "
+                f"{flag_of(load_arg)} {folder} cannot be read: {said}; python -m "
                 f"megatron_xielu.checkpoints {folder} repair sets damaged checkpoints aside"
             ) from error
         if isinstance(result, tuple):

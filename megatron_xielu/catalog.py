@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_xielu.common.flags import COUNT, POSITIVE, Limits
+from megatron_xielu.common.flags import COUNT, POSITIVE, Limits, argument_of, flag_of
 
 DEFAULT_ALPHA_INIT = 0.8  # effective, of both sides
 DEFAULT_BETA = 0.5
@@ -54,11 +54,6 @@ ACTIVATIONS = {
     "gelu": Activation("GELU", None),
 }
 TRAINABLE = tuple(name for name, activation in ACTIVATIONS.items() if activation.trainable)
-
-
-def flag_of(argument: str) -> str:
-    """The flag of an argument, as argparse makes the one of the other."""
-    return f"--{argument.replace('_', '-')}"
 
 
 def activations_of(arguments: Any) -> list[str]:
@@ -201,8 +196,7 @@ class Refusal:
 
     def is_given(self, settings: Any) -> bool:
         """Whether arguments, or a configuration of Megatron's, ask for it."""
-        named = self.flag.lstrip("-").replace("-", "_")
-        for name in (self.argument, named):
+        for name in (self.argument, argument_of(self.flag)):
             value = getattr(settings, name, None)
             if self.values:
                 asked = value if isinstance(value, (list, tuple)) else [value]

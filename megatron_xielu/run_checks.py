@@ -10,9 +10,10 @@ import io
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_xielu import arguments, catalog
+from megatron_xielu import arguments
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.common import data_lists, files
+from megatron_xielu.common.flags import argument_of, flag_of
 from megatron_xielu.common.text import is_number
 
 
@@ -40,7 +41,7 @@ def check_run(args: Namespace) -> None:
         folder = getattr(args, argument)
         if folder and "://" in folder and not args.enable_msc:
             raise ValueError(
-                f"{catalog.flag_of(argument)} {folder}: without --enable-msc Megatron takes it for "
+                f"{flag_of(argument)} {folder}: without --enable-msc Megatron takes it for "
                 "a folder of that name; add it (pip install multi-storage-client), or give a folder"
             )
     for argument in ("save", "data_cache_path"):
@@ -50,7 +51,7 @@ def check_run(args: Namespace) -> None:
                 files.make_folder(Path(folder))
             except OSError as error:
                 raise ValueError(
-                    f"{catalog.flag_of(argument)} {folder} cannot be written to: {error.strerror}"
+                    f"{flag_of(argument)} {folder} cannot be written to: {error.strerror}"
                 ) from None
     if not args.skip_train:
         _check_step(args)
@@ -72,9 +73,7 @@ def _check_step(args: Namespace) -> None:
     virtual = args.virtual_pipeline_model_parallel_size
     if not virtual:
         return
-    uneven = any(
-        getattr(args, flag.lstrip("-").replace("-", "_")) for flag in optimizer_format.UNEVEN_STAGES
-    )
+    uneven = any(getattr(args, argument_of(flag)) for flag in optimizer_format.UNEVEN_STAGES)
     if not uneven and args.num_layers % (pipeline * virtual):
         raise ValueError(
             f"--num-virtual-stages-per-pipeline-rank {virtual} × --pipeline-model-parallel-size "

@@ -44,6 +44,7 @@ from compare.variants import ACTIVATIONS, Variant, parse
 
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.common import files, schema
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import describe, is_utf8, one_line, ready_output, reason
 from megatron_xielu.report import __main__ as report
@@ -190,7 +191,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{flag} {name}: not among what is compared, {', '.join(names)}")
     for flag in ("prepare_text", "check_resume"):
         if getattr(options, flag) and options.preset in _CLUSTER_PRESETS:
-            parser.error(f"--{flag.replace('_', '-')}: {options.preset} runs nothing here")
+            parser.error(f"{flag_of(flag)}: {options.preset} runs nothing here")
     if options.out and not is_utf8(str(options.out)):
         parser.error(f"--out {str(options.out)!a} is not UTF-8")
     if options.text and not options.text.is_dir():

@@ -37,6 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.common.flags import argument_of
+
 DP, FULL = "dp_reshardable", "fully_reshardable"
 
 # Passes of fully_reshardable over the state in host memory, by one thread: zeros, off the device,
@@ -254,7 +256,7 @@ def _layout(args: Namespace) -> list[str]:
 
 
 def _value(args: Namespace, flag: str) -> Any:
-    return getattr(args, flag.removeprefix("--").replace("-", "_"), None)
+    return getattr(args, argument_of(flag), None)
 
 
 def _is_dp_reshardable(saved: Namespace) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.common import indexed_dataset
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.text import is_number
 
 FILES = ("data_args_path", "per_split_data_args_path")
@@ -35,7 +36,7 @@ def words(argument: str, value: Any) -> list[str]:
     Raises:
         ValueError: a file cannot be read, or a list makes no sense; one line that names the flag.
     """
-    where = _flag_of(argument)
+    where = flag_of(argument)
     if argument not in FILES:
         return _blend(value, where)
     if argument == "data_args_path":
@@ -95,7 +96,7 @@ def fault_of_sources(args: Namespace) -> str:
     it builds the data sets; else "".
     """
     sources = [
-        [_flag_of(name) for name in names if getattr(args, name) is not None]
+        [flag_of(name) for name in names if getattr(args, name) is not None]
         for names in (("data_path",), ("data_args_path",), _BY_SPLIT, ("per_split_data_args_path",))
     ]
     given = [flags[0] for flags in sources if flags]
@@ -166,7 +167,7 @@ def fault_of_files(argument: str, prefix: str, split: str | None) -> str:
         prefix: of ``.bin`` and ``.idx``.
         split: the argument of this name, which `shares` takes.
     """
-    where = f"{_flag_of(argument)} {prefix}"
+    where = f"{flag_of(argument)} {prefix}"
     try:
         sequences = indexed_dataset.read(Path(prefix)).sequences
     except FileNotFoundError as error:
@@ -189,10 +190,6 @@ def fault_of_files(argument: str, prefix: str, split: str | None) -> str:
                 f"none is left for {part}; give it a larger share, or 0"
             )
     return ""
-
-
-def _flag_of(argument: str) -> str:
-    return f"--{argument.replace('_', '-')}"
 
 
 def _blend(listed: Any, where: str) -> list[str]:

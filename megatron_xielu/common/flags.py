@@ -1,4 +1,4 @@
-"""What a flag takes: numbers within limits, a file to write. Of Python 3.9, as `catalog` is."""
+"""Flags: their names, the numbers and files that they take. Of Python 3.9, as `catalog` is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.common import files
+
+
+def flag_of(argument: str) -> str:
+    """The flag of an argument, as argparse makes the one of the other."""
+    return f"--{argument.replace('_', '-')}"
+
+
+def argument_of(flag: str) -> str:
+    """The argument of a flag, as argparse names it."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 @dataclass(frozen=True)

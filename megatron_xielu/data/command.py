@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.flags import Limits, flag_of
 from megatron_xielu.common.text import is_utf8
 from megatron_xielu.data.errors import DataError
 
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in vars(options).items():
         for word in value if isinstance(value, list) else [str(value)]:
             if not is_utf8(word):
-                parser.error(f"--{name.replace('_', '-')} {word!a} is not UTF-8")
+                parser.error(f"{flag_of(name)} {word!a} is not UTF-8")
     if not options.verify and not (options.source and options.tokenizer):
         parser.error("--source and --tokenizer are needed, but for --verify")
     if any("=" not in option for option in options.slurm_option):

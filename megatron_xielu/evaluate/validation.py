@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.training_step import train_valid_test_datasets
 
 
@@ -24,8 +25,9 @@ def check(args: Namespace, saved: Namespace) -> None:
     """
     for name in ("full_validation", "multiple_validation_sets"):
         if getattr(saved, name, False):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--eval-iters does not work with {flag}, which it was trained with")
+            raise ValueError(
+                f"--eval-iters does not work with {flag_of(name)}, which it was trained with"
+            )
     if args.dataloader_type == "external":
         raise ValueError("--eval-iters does not work with --dataloader-type external")
     if isinstance(getattr(saved, "eval_iters", 0), list):

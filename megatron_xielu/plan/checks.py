@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator, Mapping
 
 from megatron_xielu import catalog
-from megatron_xielu.catalog import TRAINABLE, activations_of, flag_of
+from megatron_xielu.catalog import TRAINABLE, activations_of
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.common import data_lists
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
@@ -278,7 +279,7 @@ def _schedule(plan: Plan) -> Iterator[str]:
     unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
     for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
         if getattr(args, f"{name}_{other}"):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             yield (f"{flag}-{other} does not go with --train-{unit}; give {flag}-{unit}")
     if args.lr_warmup_fraction is not None and getattr(args, f"lr_warmup_{unit}"):
         yield f"give one of --lr-warmup-fraction and --lr-warmup-{unit}"

@@ -11,7 +11,8 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_xielu.catalog import ACTIVATIONS, TRAINABLE, activation_of, flag_of, out_of_range
+from megatron_xielu.catalog import ACTIVATIONS, TRAINABLE, activation_of, out_of_range
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan import flags
 from megatron_xielu.plan.flags import PlanError
 

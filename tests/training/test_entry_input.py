@@ -20,9 +20,10 @@ from launch import TINY_LLAMA, train
 from megatron_arguments import parse, parser
 
 from megatron_xielu import arguments, catalog, run_checks, selftest, startup
-from megatron_xielu.catalog import NUMBERS, flag_of
+from megatron_xielu.catalog import NUMBERS
 from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
 from megatron_xielu.common import data_lists
+from megatron_xielu.common.flags import flag_of
 from megatron_xielu.cpu import __main__ as cpu_command
 from megatron_xielu.plan import flags as plan_flags
 
