@@ -353,7 +353,8 @@ def _check_alpha_sync_of_all() -> str:
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=60))
+    # The others wait while rank 0 compiles, on a busy machine for more than a minute.
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5))
     try:
         assert dist.group.WORLD is not None
         return check_alpha_sync(dist.group.WORLD, "cuda" if on_gpu else "cpu")
