@@ -26,15 +26,6 @@ from megatron_xielu.common.text import one_line
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
-# Saved with a checkpoint and restored by --use-checkpoint-args.
-_CHECKPOINT_ARGUMENTS = (
-    "xielu",
-    "xiprelu",
-    "xielu_alpha_p_init",
-    "xielu_alpha_n_init",
-    "xielu_beta",
-)
-
 _FROZEN_FLAG = "--xielu-frozen-alphas"
 
 # Which alphas there are to be trained, and to have an optimizer state: argument: flag. Restored
@@ -51,19 +42,16 @@ def add_activation_arguments(parser: ArgumentParser) -> Any:
     )
     group.add_argument(
         "--xielu-alpha-p-init",
-        type=float,
-        default=DEFAULT_ALPHA_INIT,
-        help="Initial effective (after softplus) alpha for positive inputs.",
+        type=float,  # None: not given; `validate` puts the default there
+        help="Initial effective (after softplus) alpha for positive inputs "
+        f"({DEFAULT_ALPHA_INIT}).",
     )
     group.add_argument(
         "--xielu-alpha-n-init",
         type=float,
-        default=DEFAULT_ALPHA_INIT,
-        help="Initial effective alpha for negative inputs; above beta for xIELU.",
+        help=f"The same for negative inputs ({DEFAULT_ALPHA_INIT}); above beta for xIELU.",
     )
-    group.add_argument(
-        "--xielu-beta", type=float, default=DEFAULT_BETA, help="Slope at 0, a constant."
-    )
+    group.add_argument("--xielu-beta", type=float, help=f"Slope at 0, a constant ({DEFAULT_BETA}).")
     group.add_argument(
         "--xielu-check-tp-sync",
         type=int,
@@ -136,9 +124,7 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
     if name is None:
         return None
     settings = {
-        setting: getattr(args, f"xielu_{setting}")
-        for setting in ("alpha_p_init", "alpha_n_init", "beta")
-        if hasattr(args, f"xielu_{setting}")  # absent when an unmodified script parsed the flags
+        argument.removeprefix("xielu_"): _setting(args, argument) for argument in catalog.SETTINGS
     }
     try:
         return ActivationBuilder(
@@ -151,11 +137,17 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
         raise ValueError(message) from None
 
 
+def _setting(args: Namespace, argument: str) -> float:
+    """Its value; the default where it was not given, or where a script has no such flag."""
+    value = getattr(args, argument, None)
+    return catalog.SETTINGS[argument] if value is None else value
+
+
 def validate(args: Namespace) -> None:
     """Check parsed arguments, and set those that our activations imply.
 
     Sets ``use_te_activation_func``: with it Megatron's MLP builds a module in its activation slot;
-    and ``xielu_fuse_bias`` in place of ``bias_gelu_fusion``.
+    ``xielu_fuse_bias`` in place of ``bias_gelu_fusion``; and settings that are not given.
 
     Raises:
         ValueError: naming the flag to change.
@@ -164,10 +156,13 @@ def validate(args: Namespace) -> None:
     for problem in catalog.out_of_range(args):
         raise ValueError(problem)
     if builder is None:
-        flags = {"xielu_recompute_output": recompute.FLAG, **_TRAINED_ALPHAS}
-        for argument, given in flags.items():
-            if getattr(args, argument):
-                raise ValueError(f"{given} needs --xielu or --xiprelu")
+        switches = ("xielu_recompute_output", "xielu_check_tp_sync", *_TRAINED_ALPHAS)
+        for argument in (*switches, *catalog.SETTINGS):
+            if getattr(args, argument) not in (None, 0):
+                raise ValueError(catalog.needs_ours(flag_of(argument)))
+    for argument in catalog.SETTINGS:  # as checkpoints keep them, with any activation
+        setattr(args, argument, _setting(args, argument))
+    if builder is None:
         return
     flag = f"--{activation_name(args)}"
     for refusal in catalog.WITH_OURS:
@@ -372,12 +367,17 @@ def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) ->
             + (f"add --{found}" if found else f"drop --{asked}")
             + " or add --use-checkpoint-args"
         )
-    beta, saved_beta = (getattr(a, "xielu_beta", DEFAULT_BETA) for a in (args, saved))
-    if asked and beta != saved_beta:
+    if asked:
+        _refuse_another_beta(_setting(args, "xielu_beta"), saved, folder)
+    _refuse_other_alphas(args, saved, folder)
+
+
+def _refuse_another_beta(beta: float, saved: Namespace, folder: str) -> None:
+    saved_beta = _setting(saved, "xielu_beta")
+    if beta != saved_beta:
         raise ValueError(
             f"the checkpoint in {folder} was trained with --xielu-beta {saved_beta}, not {beta}"
         )
-    _refuse_other_alphas(args, saved, folder)
 
 
 def _refuse_other_alphas(args: Namespace, saved: Namespace, folder: str) -> None:
@@ -422,14 +422,16 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
     found = activation_name(saved)
     for name in _TRAINED_ALPHAS:
         setattr(args, name, getattr(args, name, False) or getattr(saved, name, False))
+    # A flag that contradicts the checkpoint is an error, not a choice.
+    if found and args.xielu_beta is None:
+        args.xielu_beta = _setting(saved, "xielu_beta")
     if activation_name(args) is not None:
-        # A flag that contradicts the checkpoint is an error, not a choice.
         refuse_another_activation(args, saved, folder)
-    for name in _CHECKPOINT_ARGUMENTS:
-        if hasattr(saved, name):
-            setattr(args, name, getattr(saved, name))
     if found:  # also where it was trained with --spec
+        _refuse_another_beta(args.xielu_beta, saved, folder)
         setattr(args, found, True)
+        for argument in catalog.SETTINGS:
+            setattr(args, argument, _setting(saved, argument))
 
 
 def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = True) -> Namespace:

@@ -17,6 +17,13 @@ from megatron_xielu.common.flags import COUNT, POSITIVE, Limits, argument_of, fl
 DEFAULT_ALPHA_INIT = 0.8  # effective, of both sides
 DEFAULT_BETA = 0.5
 
+# The arguments that configure one of our activations, and what each is where its flag is not given.
+SETTINGS = {
+    "xielu_alpha_p_init": DEFAULT_ALPHA_INIT,
+    "xielu_alpha_n_init": DEFAULT_ALPHA_INIT,
+    "xielu_beta": DEFAULT_BETA,
+}
+
 SPEC_MODULE = "megatron_xielu.layer_specs"
 
 
@@ -77,6 +84,11 @@ def activations_of(arguments: Any) -> list[str]:
 def activation_of(arguments: Any) -> str:
     """The activation that arguments mean; GELU, Megatron's default, where they ask for none."""
     return (*activations_of(arguments), "gelu")[0]
+
+
+def needs_ours(flag: str) -> str:
+    """The error where ``flag`` is given for an activation that is not there."""
+    return f"{flag} needs --xielu or --xiprelu"
 
 
 def alpha_n_floor(name: str, beta: float) -> float:
@@ -144,7 +156,7 @@ NUMBERS = {
     "--rotary-percent": Limits(0, 1, whole=False, above=True),
     **dict.fromkeys(("--adam-beta1", "--adam-beta2"), Limits(0, 1, whole=False, below=True)),
     **dict.fromkeys(("--lr-warmup-fraction", "--hidden-dropout", "--attention-dropout"), _SHARE),
-    **dict.fromkeys(("--xielu-alpha-p-init", "--xielu-alpha-n-init", "--xielu-beta"), _ALPHA),
+    **dict.fromkeys(map(flag_of, SETTINGS), _ALPHA),
 }
 
 

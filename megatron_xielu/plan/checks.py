@@ -109,9 +109,10 @@ def _flags(plan: Plan) -> Iterator[str]:
             yield f"--xielu-alpha-n-init of {name} must be above {floor}"
     else:
         name, excluded = "this entry", [*catalog.BY_ENTRY]
-        for flag in ("recompute-output", "frozen-alphas", "shared-alphas"):
-            if f"--xielu-{flag}" in given:
-                yield f"--xielu-{flag} needs --xielu or --xiprelu"
+        switches = ("recompute_output", "check_tp_sync", "frozen_alphas", "shared_alphas")
+        for argument in (*(f"xielu_{switch}" for switch in switches), *catalog.SETTINGS):
+            if flag_of(argument) in given:
+                yield catalog.needs_ours(flag_of(argument))
     if args.xielu_shared_alphas and plan.pipeline > 1:
         yield (
             "--xielu-shared-alphas does not work with --pipeline-model-parallel-size above 1; drop "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, NUMBERS, out_of_range
+from megatron_xielu.catalog import NUMBERS, SETTINGS, out_of_range
 
 # Of `catalog.NUMBERS`; the others are None.
 _DEFAULTS = {
@@ -21,9 +21,7 @@ _DEFAULTS = {
     "eval_iters": 100,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
-    "xielu_alpha_p_init": DEFAULT_ALPHA_INIT,
-    "xielu_alpha_n_init": DEFAULT_ALPHA_INIT,
-    "xielu_beta": DEFAULT_BETA,
+    **SETTINGS,
 }
 _SWITCHES = (
     "xielu xiprelu xielu-recompute-output xielu-frozen-alphas xielu-shared-alphas "

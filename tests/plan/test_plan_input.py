@@ -24,10 +24,10 @@ COMMAND = """
 """
 
 
-def run(flags: str, options: str = "--nodes 11") -> list[str]:
+def run(flags: str, options: str = "--nodes 11", command: str = COMMAND) -> list[str]:
     """What the command writes to standard error; nothing if it succeeds."""
     error = io.StringIO()
-    words = [*options.split(), "--", *COMMAND.split(), *flags.split()]
+    words = [*options.split(), "--", *command.split(), *flags.split()]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
         try:
             plan.main(words)
@@ -73,6 +73,14 @@ def test_the_command_itself_is_good():
 def test_number(flags, message):
     [line] = run(flags)
     assert line.startswith(f"megatron_xielu: error: {flags.split()[0]} {message}")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--xielu-beta 0.5", "--xielu-alpha-n-init 0.7", "--xielu-frozen-alphas"]
+)
+def test_a_setting_of_no_activation(flags):
+    [line] = run(flags, command=COMMAND.replace("--xielu ", ""))
+    assert line == f"megatron_xielu: error: {flags.split()[0]} needs --xielu or --xiprelu"
 
 
 def test_wrong_types_and_missing_values():

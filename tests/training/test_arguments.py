@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from launch import TINY_LLAMA, train
@@ -81,6 +82,11 @@ def test_defaults(parse):
         ("--xielu --xielu-beta inf", "--xielu-beta must be"),
         ("--xielu --xielu-check-tp-sync -1", "--xielu-check-tp-sync must be 0 or more"),
         ("--squared-relu --xielu-recompute-output", "needs --xielu or --xiprelu"),
+        # Also at its default: whoever gives one means one of ours.
+        ("--xielu-beta 0.5", "--xielu-beta needs --xielu or --xiprelu"),
+        ("--swiglu --xielu-alpha-p-init 0.8", "--xielu-alpha-p-init needs --xielu or --xiprelu"),
+        ("--xielu-alpha-n-init 0.7", "--xielu-alpha-n-init needs --xielu or --xiprelu"),
+        ("--xielu-check-tp-sync 5", "--xielu-check-tp-sync needs --xielu or --xiprelu"),
         ("--xielu --optimizer soap --save x", "--optimizer soap cannot be resumed"),
         ("--xielu --optimizer sgd --load x", "--optimizer sgd .*use --ckpt-format torch"),
         ("--xielu --optimizer sgd --use-distributed-optimizer", "--use-distributed-optimizer"),
@@ -211,8 +217,23 @@ def test_checkpoint_args_against_a_flag(parse, start_checkpoint):
     args = parse(f"--load {start_checkpoint} --use-checkpoint-args")
     arguments.restore_from_checkpoint(args)
     assert args.xielu and args.xielu_beta == 0.5
-    with pytest.raises(ValueError, match="was trained with --xielu"):
-        arguments.restore_from_checkpoint(parse(f"--xiprelu --load {start_checkpoint}"))
+    for flags in ("--xiprelu", "--xielu-beta 0.4"):
+        with pytest.raises(ValueError, match="was trained with --xielu"):
+            arguments.restore_from_checkpoint(parse(f"{flags} --load {start_checkpoint}"))
+
+
+def test_settings_of_a_checkpoint(parse):
+    """Those of our activations alone: a checkpoint of Megatron's has the defaults, and no use."""
+    args = parse("--use-checkpoint-args")
+    gelu = {"xielu": False, "xiprelu": False, "xielu_beta": 0.5, "xielu_alpha_p_init": 0.8}
+    arguments.restore(args, Namespace(**gelu), "there")
+    arguments.validate(args)
+    assert args.xielu_beta == 0.5 and not args.xielu  # as ever: what reads checkpoints finds it
+    for flags in ("", "--xielu"):
+        args = parse(f"{flags} --use-checkpoint-args")
+        arguments.restore(args, Namespace(xielu=True, xielu_beta=0.3), "there")
+        arguments.validate(args)
+        assert (args.xielu, args.xielu_beta, args.xielu_alpha_p_init) == (True, 0.3, 0.8)
 
 
 def test_the_entry_ends_with_one_line(tmp_path):

@@ -20,7 +20,7 @@ from launch import TINY_LLAMA, train
 from megatron_arguments import parse, parser
 
 from megatron_xielu import arguments, catalog, run_checks, selftest, startup
-from megatron_xielu.catalog import NUMBERS
+from megatron_xielu.catalog import NUMBERS, SETTINGS
 from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
 from megatron_xielu.common import data_lists
 from megatron_xielu.common.flags import flag_of
@@ -57,7 +57,7 @@ def test_ranges_are_of_megatrons_flags():
         assert action.nargs is None
         assert action.default is None or limits.fault(action.default) == ""
         if planned[action.dest] is not None:
-            assert planned[action.dest] == action.default
+            assert planned[action.dest] == SETTINGS.get(action.dest, action.default)
 
 
 @pytest.mark.parametrize(
