@@ -25,7 +25,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_xielu import workarounds
-from megatron_xielu.activations import ActivationBuilder, TrainableActivation
+from megatron_xielu.activations import TrainableActivation
+from megatron_xielu.megatron_activations import ActivationBuilder, MegatronActivation, of_megatron
 
 # Fields of Megatron's spec dataclasses that lead to MLPs: of blocks, of layers, of hybrid stacks
 # and of multi-token prediction.
@@ -143,7 +144,7 @@ def fill_prediction_layers(model: list, builder: ActivationBuilder) -> list:
         modules = list(chunk.mtp.modules()) if getattr(chunk, "mtp", None) is not None else []
         experts = {e for m in modules if isinstance(m, SequentialMLP) for e in m.local_experts}
         for mlp in modules:
-            if isinstance(mlp, MLP) and not isinstance(mlp.activation_func, TrainableActivation):
+            if isinstance(mlp, MLP) and not isinstance(mlp.activation_func, MegatronActivation):
                 own = dataclasses.replace(builder, is_expert=mlp in experts)
                 mlp.activation_func = own(config=mlp.config)
                 # As in an MLP that was built with it: parameters have an order.
@@ -153,25 +154,26 @@ def fill_prediction_layers(model: list, builder: ActivationBuilder) -> list:
 
 def audit(
     model: Iterable[torch.nn.Module], activation: type[TrainableActivation]
-) -> list[TrainableActivation]:
+) -> list[MegatronActivation]:
     """Check that every MLP of the built model owns ``activation``; return those it found.
 
     Args:
         model: model chunks of this rank, before or after wrapping.
-        activation: the class that every MLP must own.
+        activation: what every MLP must own, in Megatron's class or in the plain one's name.
 
     Raises:
         RuntimeError: naming the modules that have another activation, or whose activation sums
             its gradients over other ranks than those that hold the MLP's columns, or has its
             copies on other ranks than the MLP's weights.
     """
+    wanted = of_megatron(activation)
     found, wrong = [], []
     for chunk in model:
         for name, module in chunk.named_modules():
             if not hasattr(module, "activation_func"):
                 continue
             owned = module.activation_func
-            if not isinstance(owned, activation):
+            if not isinstance(owned, wanted):
                 wrong.append(f"{name} has {getattr(owned, '__name__', type(owned).__name__)}")
             elif _ranks(owned.tp_group) != _ranks(getattr(module, "tp_group", owned.tp_group)):
                 wrong.append(f"{name} sums alpha gradients over {_ranks(owned.tp_group)}")
@@ -181,7 +183,7 @@ def audit(
                 found.append(owned)
     if wrong:
         raise RuntimeError(
-            f"not every MLP has {activation.__name__}: {'; '.join(wrong)}. See docs/moe.md for the "
+            f"not every MLP has {wanted.__name__}: {'; '.join(wrong)}. See docs/moe.md for the "
             "kinds that are supported"
         )
     return found

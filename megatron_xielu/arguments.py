@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu import catalog
-from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
+from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.text import one_line
 from megatron_xielu.features import recompute, shared_alphas
+from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
 _FROZEN_FLAG = "--xielu-frozen-alphas"
@@ -123,7 +124,7 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
     name = activation_name(args)
     if name is None:
         return None
-    settings = {
+    settings: dict[str, Any] = {
         argument.removeprefix("xielu_"): _setting(args, argument) for argument in catalog.SETTINGS
     }
     try:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_xielu import arguments, workarounds
-from megatron_xielu.activations import ActivationBuilder
 from megatron_xielu.features import shared_alphas
+from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import rope_scaling
 
 # What this process trains with, once `validate` has seen its arguments: Megatron hands no arguments

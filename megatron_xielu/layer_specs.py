@@ -14,10 +14,11 @@ from typing import Any
 
 from megatron_xielu import arguments
 from megatron_xielu.activation_slot import audit, fill_prediction_layers, with_activation
-from megatron_xielu.activations import ACTIVATIONS, ActivationBuilder
+from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import BY_ENTRY, WITH_OURS
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import bias_fusion, recompute, shared_alphas
+from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import releases, rope_scaling
 
 

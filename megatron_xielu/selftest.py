@@ -208,7 +208,7 @@ def check_megatron() -> str:
 
     import megatron.core
 
-    from megatron_xielu import activations, layer_specs  # noqa: F401
+    from megatron_xielu import layer_specs  # noqa: F401
 
     try:
         return version("megatron-core")
@@ -239,7 +239,7 @@ def check_helpers() -> str:
 
 
 def check_alpha_sync(group: ProcessGroup, device: torch.device | str) -> str:
-    """The alphas of an XIELU module split over ``group``, against the unsplit one in float64.
+    """The alphas of a `MegatronXIELU` split over ``group``, against the unsplit one in float64.
 
     Every rank applies the module to its slice of the columns. The alpha gradients must be the whole
     sums on every rank, and the alphas the same bits after an optimizer step. Collective: call it on
@@ -257,16 +257,16 @@ def check_alpha_sync(group: ProcessGroup, device: torch.device | str) -> str:
     """
     import torch
 
-    from megatron_xielu.activations import XIELU
     from megatron_xielu.features.tp_sync import gather_alphas
     from megatron_xielu.kernels import reference
+    from megatron_xielu.megatron_activations import MegatronXIELU
 
     rank, size = group.rank(), group.size()
     generator = torch.Generator().manual_seed(2)
     x = 3.0 * torch.randn(16, _COLUMNS * size, generator=generator)  # [rows, all columns]
     # Positive: nothing cancels in the sums, so their error is relative to the result.
     dy = torch.rand(x.shape, generator=generator) + 0.5
-    module = XIELU(tp_group=group).to(device)
+    module = MegatronXIELU(tp_group=group).to(device)
     alphas = (module.alpha_p, module.alpha_n)
     exact = reference.xielu_backward(dy, x, *(a.detach().cpu() for a in alphas), beta=BETA)[1:]
     mine = slice(rank * _COLUMNS, (rank + 1) * _COLUMNS)

@@ -9,9 +9,9 @@
     provider.finalize()
     model = provider.provide_distributed_model(ddp_config=…)
 
-The provider puts `megatron_xielu.activations` into the layer spec, so alphas are float32 and their
-gradients whole under tensor parallelism; the built model is audited. ``docs/huggingface.md`` says
-how far this is tested.
+The provider puts `megatron_xielu.megatron_activations` into the layer spec, so alphas are float32
+and their gradients whole under tensor parallelism; the built model is audited.
+``docs/huggingface.md`` says how far this is tested.
 """
 
 from __future__ import annotations

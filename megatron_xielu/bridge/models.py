@@ -18,8 +18,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import ApertusForCausalLM, ArceeForCausalLM
 
-from megatron_xielu.activations import DEFAULT_BETA
 from megatron_xielu.bridge.provider import XIELUModelProvider
+from megatron_xielu.catalog import DEFAULT_BETA
 from megatron_xielu.convert import hf_config
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
 from megatron_xielu.convert.tensors import XIELU_EPS

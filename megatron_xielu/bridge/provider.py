@@ -14,7 +14,9 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_xielu.activation_slot import audit, with_activation
-from megatron_xielu.activations import DEFAULT_BETA, XIELU, ActivationBuilder
+from megatron_xielu.activations import XIELU
+from megatron_xielu.catalog import DEFAULT_BETA
+from megatron_xielu.megatron_activations import ActivationBuilder
 
 
 def activation_layer_spec(config: XIELUModelProvider) -> Any:

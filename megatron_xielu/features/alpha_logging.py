@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_xielu.activations import TrainableActivation
 from megatron_xielu.kernels import reference
+from megatron_xielu.megatron_activations import MegatronActivation
 
 _COLUMNS = 4  # raw alpha_p, raw alpha_n, and the gradient of each
 
@@ -77,7 +77,7 @@ class AlphaTable:
     """
 
     def __init__(self, model: Sequence[torch.nn.Module]) -> None:
-        mine: dict[str, TrainableActivation] = {}
+        mine: dict[str, MegatronActivation] = {}
         for chunk in model:
             mine.update(named_activations(chunk))
         known = {
@@ -141,7 +141,7 @@ class AlphaTable:
         }
 
 
-def named_activations(chunk: torch.nn.Module) -> dict[str, TrainableActivation]:
+def named_activations(chunk: torch.nn.Module) -> dict[str, MegatronActivation]:
     """Activations of a model chunk by a name that is the same in every parallel layout.
 
     ``layer_07`` is the MLP of the layer with index 7 in a checkpoint; ``layer_07.experts.003`` an
@@ -152,7 +152,7 @@ def named_activations(chunk: torch.nn.Module) -> dict[str, TrainableActivation]:
     return {
         _label(name.split("."), modules): module
         for name, module in modules.items()
-        if isinstance(module, TrainableActivation)
+        if isinstance(module, MegatronActivation)
     }
 
 

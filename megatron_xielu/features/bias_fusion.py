@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_xielu.activations import Handover, mlps_of
+from megatron_xielu.megatron_activations import Handover, mlps_of
 
 
 def install(model: list) -> list:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import random
 
-from megatron_xielu.activations import Handover, mlps_of
 from megatron_xielu.catalog import WITH_RECOMPUTE_OUTPUT
+from megatron_xielu.megatron_activations import Handover, mlps_of
 
 FLAG = "--xielu-recompute-output"
 

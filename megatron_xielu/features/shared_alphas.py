@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_xielu.activations import TrainableActivation
 from megatron_xielu.catalog import WITH_SHARED_ALPHAS
+from megatron_xielu.megatron_activations import MegatronActivation
 
 FLAG = "--xielu-shared-alphas"
 
@@ -42,7 +42,7 @@ def install(model: list) -> list:
         ``model``, so that this is one of Megatron's ``pre_wrap_hooks``.
     """
     (chunk,) = model
-    first, *others = (m for m in chunk.modules() if isinstance(m, TrainableActivation))
+    first, *others = (m for m in chunk.modules() if isinstance(m, MegatronActivation))
     for activation in others:
         activation.alpha_p, activation.alpha_n = first.alpha_p, first.alpha_n
     chunk.shared_activation = first

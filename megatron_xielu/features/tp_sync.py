@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 import torch
 
-from megatron_xielu.activations import TrainableActivation
+from megatron_xielu.megatron_activations import MegatronActivation
 
 
 def gather_alphas(
-    modules: Iterable[TrainableActivation], group: torch.distributed.ProcessGroup
+    modules: Iterable[MegatronActivation], group: torch.distributed.ProcessGroup
 ) -> tuple[torch.Tensor, list[bool]]:
     """The alphas of all ranks of ``group``; collective.
 
@@ -46,7 +46,7 @@ def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
     activations = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, TrainableActivation)
+        if isinstance(module, MegatronActivation)
     }
     found = []
     # In the order of the layers, which all ranks share, so that their collectives match.

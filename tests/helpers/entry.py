@@ -23,7 +23,7 @@ def main() -> None:
         import torch
         from megatron.core import mpu
 
-        from megatron_xielu import activations, layer_specs
+        from megatron_xielu import activations, layer_specs, megatron_activations
 
         audit = layer_specs.audit
 
@@ -56,7 +56,7 @@ def main() -> None:
         for activation in activations.ACTIVATIONS.values():
             activation.function = staticmethod(counted(activation.function))
         if os.environ.get("BREAK_TP_SUM"):
-            activations._SumGradientOverGroup.backward = staticmethod(
+            megatron_activations._SumGradientOverGroup.backward = staticmethod(
                 lambda ctx, grad: (grad, None)
             )
 

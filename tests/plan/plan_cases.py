@@ -24,8 +24,9 @@ def main() -> None:
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_xielu.activations import XIELU, ActivationBuilder
+    from megatron_xielu.activations import XIELU
     from megatron_xielu.layer_specs import with_activation
+    from megatron_xielu.megatron_activations import ActivationBuilder
 
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1

@@ -29,8 +29,9 @@ def main() -> None:
 
     forward = MLP.forward
 
-    from megatron_xielu.activations import XIELU, ActivationBuilder, XIPReLU
+    from megatron_xielu.activations import XIELU, XIPReLU
     from megatron_xielu.layer_specs import audit, with_activation
+    from megatron_xielu.megatron_activations import ActivationBuilder
 
     one_rank.start()
     xielu = ActivationBuilder(XIELU)

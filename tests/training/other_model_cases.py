@@ -34,8 +34,9 @@ def main() -> None:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_xielu.activations import ActivationBuilder, XIPReLU
+    from megatron_xielu.activations import XIPReLU
     from megatron_xielu.layer_specs import audit, with_activation
+    from megatron_xielu.megatron_activations import ActivationBuilder
 
     one_rank.start()
     builder = ActivationBuilder(XIPReLU)

@@ -22,8 +22,9 @@ def main() -> None:
     cpu.activate()
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
-    from megatron_xielu.activations import XIELU, ActivationBuilder
+    from megatron_xielu.activations import XIELU
     from megatron_xielu.features import recompute
+    from megatron_xielu.megatron_activations import ActivationBuilder
 
     one_rank.start()
     # With linear biases: fc2 then returns its own beside the output.

@@ -1,4 +1,4 @@
-"""The modules on their own: parameters, precision, and what Megatron asks of a module."""
+"""The modules on their own, plain and Megatron's: parameters, precision, what is asked of them."""
 
 import copy
 import subprocess
@@ -7,15 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megatron_xielu
-from megatron_xielu import XIELU, XIPReLU, functional
+from megatron_xielu import XIELU, MegatronXIELU, MegatronXIPReLU, XIPReLU, functional
 from megatron_xielu.hf.fused import FusedActivation
 from megatron_xielu.hf.modeling_xiprelu import XIPReLUActivation
 from megatron_xielu.kernels import reference
+from megatron_xielu.megatron_activations import ActivationBuilder
 
 BOTH = pytest.mark.parametrize("activation", [XIELU, XIPReLU])
+ALL = pytest.mark.parametrize("activation", [XIELU, XIPReLU, MegatronXIELU, MegatronXIPReLU])
 
 
 def test_importing_patches_nothing_and_needs_nothing():
@@ -29,31 +33,32 @@ def test_importing_patches_nothing_and_needs_nothing():
         _ = megatron_xielu.GELU
 
 
-@BOTH
+@ALL
 def test_without_any_configuration(activation):
     module = activation(alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5)
-    assert isinstance(module, MegatronModule) and module.tp_group is None
+    if isinstance(module, MegatronModule):
+        assert module.tp_group is None
     assert [a.shape for a in module.parameters()] == [(1,), (1,)]  # 1-D: no weight decay
     assert [a.dtype for a in module.parameters()] == [torch.float32] * 2
     assert [a.item() for a in module.effective_alphas()] == pytest.approx([0.8, 0.8])
     x = torch.randn(5, 7)
-    formula = reference.xielu if activation is XIELU else reference.xiprelu
+    formula = reference.xielu if activation.name == "xielu" else reference.xiprelu
     torch.testing.assert_close(
         module(x).double(), formula(x, module.alpha_p, module.alpha_n), rtol=1e-6, atol=1e-7
     )
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("initial", [1e-6, 0.3, 30.0, 166.0])
 def test_initial_alphas(activation, initial):
-    floor = 0.5 if activation is XIELU else 0.0
+    floor = 0.5 if activation.name == "xielu" else 0.0
     module = activation(alpha_p_init=initial, alpha_n_init=floor + initial)
     alpha_p, alpha_n = module.effective_alphas()
     assert alpha_p.item() == pytest.approx(initial, rel=1e-5)
     assert alpha_n.item() - floor == pytest.approx(initial, rel=1e-5)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])
 def test_alphas_stay_fp32_in_a_16_bit_model(activation, cast):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), activation(alpha_p_init=166.3))
@@ -70,7 +75,7 @@ def test_alphas_stay_fp32_in_a_16_bit_model(activation, cast):
     assert all(a.grad.dtype == torch.float32 for a in model[1].parameters())
 
 
-@BOTH
+@ALL
 def test_other_casts_and_moves(activation):
     module = activation()
     for one in (module, FusedActivation(XIPReLUActivation(), functional.xiprelu, {})):
@@ -97,7 +102,7 @@ def test_other_casts_and_moves(activation):
     assert torch.equal(other.alpha_p, module.alpha_p)
 
 
-@BOTH
+@ALL
 def test_alphas_of_a_16_bit_file(activation):
     """Also where the file's own tensors become the parameters: no step would change them."""
     states = {name: alpha.bfloat16() for name, alpha in activation().state_dict().items()}
@@ -107,6 +112,74 @@ def test_alphas_of_a_16_bit_file(activation):
         assert [a.dtype for a in model.parameters()] == [torch.float32] * 2
         assert model[0].alpha_p.item() == states["alpha_p"].item()
         assert model(torch.randn(3).bfloat16()).dtype == torch.bfloat16
+
+
+WITHOUT_MEGATRON = """
+import sys, torch
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "megatron":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from megatron_xielu import XIELU, XIPReLU
+
+torch.manual_seed(0)
+for activation in (XIELU, XIPReLU):
+    module = activation(alpha_p_init=166.0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), module, torch.nn.Linear(32, 1)).bfloat16()
+    before = [alpha.item() for alpha in module.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    x, losses = torch.randn(64, 8).bfloat16(), []
+    for _ in range(5):
+        loss = (model(x).float() - x.float().sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    for alpha, first in zip(module.parameters(), before):
+        assert alpha.dtype == torch.float32 and 0.005 < abs(alpha.item() - first) < 0.06, alpha
+    saved = model.state_dict()
+    assert saved["1.alpha_p"].dtype == torch.float32
+assert "megatron" not in sys.modules
+"""
+
+
+def test_trains_where_there_is_no_megatron():
+    """In bf16, where a step of 0.01 would leave an alpha of 166 where it is."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEGATRON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_plain_module_has_no_place_in_megatrons_model():
+    with pytest.raises(ValueError, match=r"XIELU is a plain PyTorch module.*use MegatronXIELU"):
+        XIELU(config=object())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+        with pytest.raises(ValueError, match=r"XIPReLU is a plain .* drift apart"):
+            XIPReLU()
+        assert MegatronXIPReLU().tp_group.size() == 2
+        parallel_state.destroy_model_parallel()
+        assert XIPReLU().effective_alphas()[0].item() == pytest.approx(0.8)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Doubled(XIELU):
+    """Somebody's own."""
+
+
+@pytest.mark.parametrize(
+    ("given", "built"),
+    [(XIELU, MegatronXIELU), (XIPReLU, MegatronXIPReLU), (MegatronXIELU, MegatronXIELU)],
+)
+def test_the_builder_builds_megatrons(given, built):
+    assert type(ActivationBuilder(given)(config=None)) is built
+    with pytest.raises(ValueError, match="Doubled is not for Megatron: derive"):
+        ActivationBuilder(Doubled)(config=None)
 
 
 @BOTH
@@ -122,7 +195,7 @@ def test_a_copy_is_in_the_same_group(tmp_path):
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        module = torch.nn.Sequential(XIELU(tp_group=torch.distributed.group.WORLD))
+        module = torch.nn.Sequential(MegatronXIELU(tp_group=torch.distributed.group.WORLD))
         copied = copy.deepcopy(module)
         assert copied[0].tp_group is module[0].tp_group is not None
         assert torch.equal(copied[0].alpha_p, module[0].alpha_p)
@@ -132,7 +205,7 @@ def test_a_copy_is_in_the_same_group(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@BOTH
+@ALL
 def test_compiles_into_one_graph(activation):
     module = activation()
     x = torch.randn(4, 6, requires_grad=True)

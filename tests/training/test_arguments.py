@@ -11,7 +11,8 @@ from launch import TINY_LLAMA, train
 from megatron.training.arguments import parse_args
 
 from megatron_xielu import arguments, startup
-from megatron_xielu.activations import XIELU, XIPReLU
+from megatron_xielu.activations import XIPReLU
+from megatron_xielu.megatron_activations import MegatronXIELU
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_flags_reach_the_module(parse):
     arguments.validate(args)
     assert args.use_te_activation_func
     module = arguments.activation_builder(args)(config=None)
-    assert type(module) is XIELU and module.beta == 0.25
+    assert type(module) is MegatronXIELU and module.beta == 0.25
     alpha_p, alpha_n = module.effective_alphas()
     assert alpha_p.item() == pytest.approx(0.3) and alpha_n.item() == pytest.approx(0.9)
 

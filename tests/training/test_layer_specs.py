@@ -22,8 +22,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_xielu import workarounds
-from megatron_xielu.activations import XIELU, ActivationBuilder
+from megatron_xielu.activations import XIELU
 from megatron_xielu.layer_specs import with_activation
+from megatron_xielu.megatron_activations import ActivationBuilder
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +145,9 @@ def test_audit(tmp_path):
     assert cases.pop("experts with ours") == 1 + 2 + 1
     assert cases.pop("mtp with ours") == 2 + 1
     expected = {
-        "other activation": "not every MLP has XIPReLU: decoder.layers.0.mlp has XIELU",
-        "untouched spec": "not every MLP has XIELU: decoder.layers.0.mlp has gelu",
+        "other activation": "not every MLP has MegatronXIPReLU: decoder.layers.0.mlp has "
+        "MegatronXIELU",
+        "untouched spec": "not every MLP has MegatronXIELU: decoder.layers.0.mlp has gelu",
         "slot ignored": "decoder.layers.1.mlp has gelu",
         "experts": "decoder.layers.1.mlp.experts.local_experts.0 has gelu",
         "shared experts": "decoder.layers.1.mlp.shared_experts has gelu",

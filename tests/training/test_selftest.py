@@ -18,8 +18,8 @@ from megatron_xielu.kernels import eager
 
 # Puts a fault into a rank, then runs the self-test.
 BREAK_SUM = """
-from megatron_xielu import activations, selftest
-activations._SumGradientOverGroup.backward = staticmethod(lambda ctx, grad: (grad, None))
+from megatron_xielu import megatron_activations, selftest
+megatron_activations._SumGradientOverGroup.backward = staticmethod(lambda ctx, grad: (grad, None))
 raise SystemExit(selftest.main())
 """
 BREAK_ALPHA = """

@@ -99,8 +99,9 @@ def measure(on_gpu: bool = False) -> Iterator[str]:
     """
     from megatron.core.activations import squared_relu
 
-    from megatron_xielu.activations import XIELU, ActivationBuilder, XIPReLU
+    from megatron_xielu.activations import XIELU, XIPReLU
     from megatron_xielu.features import recompute
+    from megatron_xielu.megatron_activations import ActivationBuilder
 
     xielu, xiprelu = ActivationBuilder(XIELU), ActivationBuilder(XIPReLU)
     # Megatron's default for SwiGLU is the fused form, which saves its input alone.
