@@ -106,7 +106,7 @@ def layer_specs(*specs: Any) -> tuple[Any, ...]:
 
 
 def model_built(args: Namespace, model: list) -> None:
-    """Audit a model that has just been built, and mend the checkpoints of its optimizer.
+    """Audit a model that has just been built, say what it has, and mend what its optimizer saves.
 
     Args:
         args: Megatron's arguments.
@@ -116,12 +116,16 @@ def model_built(args: Namespace, model: list) -> None:
         RuntimeError: naming the MLPs that have another activation.
     """
     workarounds.mend_optimizers()
-    if _builder is None:
-        return
-    from megatron_xielu.layer_specs import model_hooks
+    from megatron_xielu.features import activation_summary, alpha_logging
 
-    for hook in model_hooks(args, _builder):
-        hook(model)
+    if _builder is not None:
+        from megatron_xielu.layer_specs import model_hooks
+
+        for hook in model_hooks(args, _builder):
+            hook(model)
+        if args.tensorboard_dir:
+            alpha_logging.install()
+    activation_summary.announce(args, model)
 
 
 def check_tp_sync(args: Namespace, model: list, iteration: int) -> None:

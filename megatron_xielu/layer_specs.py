@@ -17,7 +17,13 @@ from megatron_xielu.activation_slot import audit, fill_prediction_layers, with_a
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import BY_ENTRY, WITH_OURS
 from megatron_xielu.checkpoints import optimizer_format
-from megatron_xielu.features import bias_fusion, recompute, shared_alphas
+from megatron_xielu.features import (
+    activation_summary,
+    alpha_logging,
+    bias_fusion,
+    recompute,
+    shared_alphas,
+)
 from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import releases, rope_scaling
 
@@ -123,7 +129,10 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
         config.pre_wrap_hooks += [
             partial(fill_prediction_layers, builder=builder),
             _audit_hook(builder),
+            partial(activation_summary.announce, args),
         ]
+        if args.tensorboard_dir:
+            alpha_logging.install()
     return layer_spec(builder, config, vp_stage)
 
 
@@ -150,6 +159,10 @@ def _older_script_layer_spec(name: str) -> Any:
     arguments.check_checkpoint(args)
     check_config(core_transformer_config_from_args(args))
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
+    if args.tensorboard_dir:
+        alpha_logging.install()
+    found = activation_summary.found_in(builder(config=None), args)
+    activation_summary.print_line({("", str(layer)): found for layer in range(args.num_layers)})
     return with_activation(releases.dense_layer_spec(args), builder)
 
 

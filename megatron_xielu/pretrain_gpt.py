@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 
 from megatron_xielu import startup
 from megatron_xielu.common import text
@@ -46,10 +47,12 @@ def _train(args: Namespace) -> None:
 
     from megatron_xielu import layer_specs, training_step
     from megatron_xielu.arguments import activation_name, megatrons_checks
-    from megatron_xielu.features import alpha_logging
+    from megatron_xielu.features import activation_summary, alpha_logging
 
     with _errors_in_one_line(), megatrons_checks():
-        config = pretrain_cfg_container_from_args(args, layer_specs.model_config(args))
+        model = layer_specs.model_config(args)
+        model.pre_wrap_hooks.append(partial(activation_summary.announce, args))
+        config = pretrain_cfg_container_from_args(args, model)
     if activation_name(args) and args.tensorboard_dir:
         alpha_logging.install()
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.

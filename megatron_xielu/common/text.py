@@ -36,6 +36,12 @@ def _excepthook(kind: type[BaseException], *rest: Any) -> None:
         sys.__excepthook__(kind, *rest)
 
 
+def printable(line: str, stream: Any) -> str:
+    """The line as ``stream``, which may be a script's of ASCII, can take it."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def first_line(text: str) -> str:
     """The first line that is not empty, without the spaces around it."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -14,23 +14,28 @@ other steps cost nothing.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_xielu.features.layer_names import layer_label
 from megatron_xielu.kernels import reference
 from megatron_xielu.megatron_activations import MegatronActivation
 
 _COLUMNS = 4  # raw alpha_p, raw alpha_n, and the gradient of each
 
 
+@functools.cache
 def install() -> None:
     """Have Megatron's training loop write the alphas of the model that it trains.
 
-    Megatron offers no callback there, so two functions of ``megatron.training.training`` are
-    wrapped in this process: ``train``, which has the model, and ``training_log``, which has the
-    step.
+    Megatron (0.17 to 0.19) offers no callback there, so two functions of
+    ``megatron.training.training`` are wrapped in this process: ``train``, which has the model, and
+    ``training_log``, which has the step. Its ``pretrain`` looks both up when it comes to them:
+    whoever builds the model is in time.
     """
     from megatron.training import get_args, training
 
@@ -41,10 +46,11 @@ def install() -> None:
         trained[:] = [AlphaTable(model)]
         return train(forward_step_func, model, *rest, **named)
 
-    def log_with_alphas(
-        loss: Any, totals: Any, rate: Any, iteration: int, *rest: Any, **named: Any
-    ) -> Any:
-        result = training_log(loss, totals, rate, iteration, *rest, **named)
+    place = list(inspect.signature(training_log).parameters).index("iteration")
+
+    def log_with_alphas(*given: Any, **named: Any) -> Any:
+        result = training_log(*given, **named)
+        iteration = given[place]
         if iteration % get_args().tensorboard_log_interval == 0:
             write(trained[0], iteration)
         return result
@@ -79,7 +85,12 @@ class AlphaTable:
     def __init__(self, model: Sequence[torch.nn.Module]) -> None:
         mine: dict[str, MegatronActivation] = {}
         for chunk in model:
-            mine.update(named_activations(chunk))
+            modules = dict(chunk.named_modules())
+            mine |= {
+                layer_label(name, modules): module
+                for name, module in modules.items()
+                if isinstance(module, MegatronActivation)
+            }
         known = {
             name: (
                 module.alpha_n_floor(module.beta),
@@ -139,35 +150,6 @@ class AlphaTable:
             for what, column in columns.items()
             for name, value in zip(self.names, column.tolist(), strict=True)
         }
-
-
-def named_activations(chunk: torch.nn.Module) -> dict[str, MegatronActivation]:
-    """Activations of a model chunk by a name that is the same in every parallel layout.
-
-    ``layer_07`` is the MLP of the layer with index 7 in a checkpoint; ``layer_07.experts.003`` an
-    expert of it, ``layer_07.shared_experts`` its shared experts, ``mtp_0`` the MLP of a prediction
-    block.
-    """
-    modules = dict(chunk.named_modules())
-    return {
-        _label(name.split("."), modules): module
-        for name, module in modules.items()
-        if isinstance(module, MegatronActivation)
-    }
-
-
-def _label(path: list[str], modules: dict[str, Any]) -> str:
-    label = []
-    for place, part in enumerate(path):
-        if path[place - 1 : place] == ["layers"]:
-            number = getattr(modules[".".join(path[: place + 1])], "layer_number", 1)
-            label.append(f"mtp_{part}" if "mtp" in path[:place] else f"layer_{number - 1:02d}")
-        elif path[place - 1 : place] == ["local_experts"]:
-            experts = modules[".".join(path[: place - 2])].local_expert_indices
-            label.append(f"{experts[int(part)]:03d}")
-        elif part in ("experts", "shared_experts"):
-            label.append(part)
-    return ".".join(label)
 
 
 def _is_up_to_date_here(parameter: torch.nn.Parameter, model: Sequence[Any]) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from event_curves import curves
 from launch import load_checkpoint, train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
 LAST = 6  # iteration
@@ -19,13 +19,6 @@ LAYOUTS = {
     # Ranks get the other shard's parameters only in the next forward pass.
     "dp2-overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }
-
-
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of every TensorBoard curve."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

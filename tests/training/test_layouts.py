@@ -53,6 +53,9 @@ def test_trains_as_one_rank(layout, tmp_path, request, one_rank):
         ranks=ranks,
     )
 
+    # Of all pipeline stages.
+    initial = "αp 0.8, αn 0.8 (or as loaded from a checkpoint)"
+    assert run.output.count(f"megatron_xielu: xIELU in 4 MLPs, {initial}, β 0.5; ") == 1
     assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
     actual = load_checkpoint(tmp_path / "checkpoints" / "iter_0000006")

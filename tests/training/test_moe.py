@@ -83,6 +83,7 @@ def test_trains_as_one_rank(layout, tmp_path, start, one):
     expected_run, expected = one
     save = "--save checkpoints" if layout in ("tp2-etp2-ep2", "pp2") else ""  # it takes a while
     run = train(tmp_path, f"{start} {save} --xielu-check-tp-sync 1 {flags}", ranks=ranks)
+    assert run.output.count("megatron_xielu: xIELU in 3 MLPs and 8 experts, ") == 1
     assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
 

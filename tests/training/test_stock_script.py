@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from event_curves import alpha_curves
 from launch import REPOSITORY, load_checkpoint, train
+
+from megatron_xielu import catalog
 
 SCRIPTS = [str(REPOSITORY / "tests/helpers/stock_script.py")]
 if "MEGATRON_LM_DIR" in os.environ:
@@ -21,17 +24,26 @@ TP2 = (
 )
 
 
+WRITE = "--save checkpoints --tensorboard-dir events"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: Path(script).name)
 @pytest.mark.parametrize("activation", ["xielu", "xiprelu"])
 def test_trains_as_our_entry_does(script, activation, tmp_path):
-    ours = train(tmp_path / "ours", f"--{activation} {TP2} --save checkpoints", ranks=2)
+    ours = train(tmp_path / "ours", f"--{activation} {TP2} {WRITE}", ranks=2)
     stock = train(
         tmp_path / "stock",
-        f"{SPEC.format(activation)} --use-te-activation-func {TP2} --save checkpoints",
+        f"{SPEC.format(activation)} --use-te-activation-func {TP2} {WRITE}",
         ranks=2,
         command=["-m", "megatron_xielu.cpu", script],
     )
     assert stock.losses == ours.losses
+    name = catalog.ACTIVATIONS[activation].label
+    settings = "αp 0.8, αn 0.8, β 0.5; alphas fp32, summed over TP=2"
+    for run in (ours, stock):
+        assert run.output.count(f"megatron_xielu: {name} in 4 MLPs, {settings}\n") == 1
+    curves = alpha_curves(tmp_path / "stock" / "events")
+    assert len(curves) == 5 * 4 and curves == alpha_curves(tmp_path / "ours" / "events")
     saved = load_checkpoint(tmp_path / "stock" / "checkpoints" / "iter_0000006")
     for name, value in ours.dumps[0]["alphas"].items():
         layer, alpha = int(name.split(".")[3]), name.rsplit(".", 1)[1]

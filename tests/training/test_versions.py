@@ -7,9 +7,11 @@ the patching itself may and may not do in test_patches.py.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from event_curves import alpha_curves
 from launch import REPOSITORY, Run, train
 from megatron_wheels import RELEASES, patched, train_stock, unpack
 
@@ -18,12 +20,17 @@ from megatron_xielu.kernels import reference
 from megatron_xielu.workarounds import releases
 
 TP2 = "--tensor-model-parallel-size 2"
+WITH_EVENTS = f"{TP2} --tensorboard-dir events"
+SUMMARY = "megatron_xielu: xIELU in 4 MLPs, αp 0.8, αn 0.8, β 0.5; alphas fp32, summed over TP=2\n"
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> Run:
-    """This package's entry, the way in that the others are compared with."""
-    return train(tmp_path_factory.mktemp("ours"), f"--xielu {TP2}", ranks=2)
+def ours(tmp_path_factory) -> tuple[Run, dict]:
+    """This package's entry, the way in that the others are compared with; and its curves."""
+    folder = tmp_path_factory.mktemp("ours")
+    run = train(folder, f"--xielu {WITH_EVENTS}", ranks=2)
+    assert run.output.count(SUMMARY) == run.output.count("megatron_xielu: xIELU") == 1
+    return run, alpha_curves(folder / "events")
 
 
 def contents(tree) -> dict:
@@ -32,8 +39,14 @@ def contents(tree) -> dict:
     return {file: (file.stat().st_mode, file.read_bytes()) for file in files}
 
 
-def assert_trained_as(ours: Run, run: Run) -> None:
-    """The same losses, and on all ranks the same bits in alphas that have moved."""
+def assert_trained_as(ours: tuple[Run, dict], run: Run, folder: Path) -> None:
+    """The same losses, and on all ranks the same bits in alphas that have moved; and it says so."""
+    ours, expected = ours
+    assert run.output.count(SUMMARY) == run.output.count("megatron_xielu: xIELU") == 1
+    curves = alpha_curves(folder / "events")
+    assert len(curves) == 5 * 4 and curves.keys() == expected.keys()
+    for tag, values in curves.items():
+        assert values == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected[tag]]
     assert len(run.losses) == 6 and run.losses == ours.losses
     alphas, others = run.dumps[0]["alphas"], run.dumps[1]["alphas"]
     assert alphas == others
@@ -51,9 +64,9 @@ def test_patch(version, ours, tmp_path):
     before = contents(tree)
     patch.apply(tree)
     run = train_stock(
-        tmp_path / "run", version, tree, f"--xielu --xielu-check-tp-sync 1 {TP2}", ranks=2
+        tmp_path / "run", version, tree, f"--xielu --xielu-check-tp-sync 1 {WITH_EVENTS}", ranks=2
     )
-    assert_trained_as(ours, run)
+    assert_trained_as(ours, run, tmp_path / "run")
     patch.revert(tree)
     assert contents(tree) == before
 
@@ -62,7 +75,8 @@ def test_patch(version, ours, tmp_path):
 def test_spec(version, ours, tmp_path):
     tree = unpack(version, tmp_path / "megatron")
     flags = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
-    assert_trained_as(ours, train_stock(tmp_path / "run", version, tree, f"{flags} {TP2}", ranks=2))
+    run = train_stock(tmp_path / "run", version, tree, f"{flags} {WITH_EVENTS}", ranks=2)
+    assert_trained_as(ours, run, tmp_path / "run")
 
 
 def test_patch_and_checkpoints(tmp_path):

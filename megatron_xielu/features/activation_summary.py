@@ -1,0 +1,110 @@
+"""One line at the start of a training that says which activation the built model has::
+
+    megatron_xielu: xIELU in 24 MLPs, αp 0.8, αn 0.8, β 0.5; alphas fp32, summed over TP=2
+
+The MLPs are counted where they are, on all pipeline stages and expert-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_xielu import catalog
+from megatron_xielu.common import text
+from megatron_xielu.features.layer_names import layer_label
+from megatron_xielu.megatron_activations import MegatronActivation
+
+_announced = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in the activation slot of an MLP."""
+
+    activation: str
+    settings: str = ""
+    ranks: int = 1  # over which the gradients of its alphas are summed
+
+
+def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
+    """Print the line, on rank 0, once in a process. Collective over all ranks.
+
+    Args:
+        args: Megatron's arguments.
+        model: model chunks of this rank, built but not yet wrapped or loaded.
+
+    Returns:
+        ``model``, so that this is one of Megatron's ``pre_wrap_hooks``.
+    """
+    global _announced
+    if _announced:  # by ``--spec`` or the entry, in a patched checkout
+        return model
+    _announced = True
+    mine = {}
+    for chunk in model:
+        modules = dict(chunk.named_modules())
+        for name, module in modules.items():
+            if hasattr(module, "activation_func"):
+                # T5 has a layer 0 in its encoder, and one in its decoder.
+                place = name.partition(".")[0], layer_label(name, modules)
+                mine[place] = found_in(module.activation_func, args)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    print_line({place: found for of_rank in everyone for place, found in of_rank.items()})
+    return model
+
+
+def found_in(activation: Any, args: Namespace) -> Found:
+    """What ``activation`` is, of a model that was built for ``args``."""
+    if not isinstance(activation, MegatronActivation):
+        named = catalog.activation_of(args)
+        if isinstance(activation, torch.nn.Module):
+            return Found(type(activation).__name__)
+        reason = ": neither --xielu nor --xiprelu is given" if named == "gelu" else ""
+        return Found(f"{catalog.ACTIVATIONS[named].label} (Megatron's)", reason)
+    dtype = str(activation.alpha_p.dtype).removeprefix("torch.")
+    alphas = ["fp32" if dtype == "float32" else dtype]
+    trained = activation.alpha_p.requires_grad
+    alphas += [] if trained else ["frozen"]
+    alphas += ["one pair for all MLPs"] if getattr(args, "xielu_shared_alphas", False) else []
+    loads = getattr(args, "load", None) or getattr(args, "pretrained_checkpoint", None)
+    return Found(
+        catalog.ACTIVATIONS[activation.name].label,
+        f", αp {activation.alpha_p_init:g}, αn {activation.alpha_n_init:g}"
+        + (" (or as loaded from a checkpoint)" if loads else "")
+        + f", β {activation.beta:g}; alphas {', '.join(alphas)}",
+        activation.tp_group.size() if trained and activation.tp_group is not None else 1,
+    )
+
+
+def print_line(mlps: dict[tuple[str, str], Found]) -> None:
+    """Print what was found, on rank 0.
+
+    Args:
+        mlps: of the whole model, by the part that each is in, and `layer_label`.
+    """
+    if torch.distributed.get_rank() or not mlps:
+        return
+    said = []
+    for activation, settings in dict.fromkeys((f.activation, f.settings) for f in mlps.values()):
+        counts: list[str] = []
+        sums = ""
+        for kind in ("MLP", "expert"):
+            ranks = [
+                found.ranks
+                for (_, label), found in mlps.items()
+                if (found.activation, found.settings) == (activation, settings)
+                and (".experts." in label) == (kind == "expert")
+            ]
+            if ranks:
+                counts.append(f"{len(ranks)} {kind}{'s' * (len(ranks) > 1)}")
+            if max(ranks, default=1) > 1:
+                sums += f", {'those of experts ' * (kind == 'expert')}summed over TP={max(ranks)}"
+        said.append(f"{activation} in {' and '.join(counts)}{settings}{sums}")
+    print(text.printable(f"megatron_xielu: {'; '.join(said)}", sys.stdout), flush=True)
