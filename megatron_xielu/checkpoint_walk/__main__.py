@@ -1,4 +1,7 @@
-"""``python -m megatron_xielu.checkpoint_walk --gpus N -- <megatron arguments>``: a line."""
+"""Proves of a layout that checkpoints keep the optimizer's state, without its machines.
+
+``python -m megatron_xielu.checkpoint_walk --gpus N -- <megatron arguments>`` prints a line.
+"""
 
 from __future__ import annotations
 

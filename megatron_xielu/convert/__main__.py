@@ -1,4 +1,6 @@
-"""The command line of ``python -m megatron_xielu.convert``.
+"""Checkpoints from Megatron to Hugging Face, and back.
+
+``python -m megatron_xielu.convert``:
 
 to-hf CHECKPOINT OUT     Megatron → Hugging Face
 from-hf MODEL OUT        Hugging Face → Megatron

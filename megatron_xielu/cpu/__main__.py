@@ -1,4 +1,7 @@
-"""``python -m megatron_xielu.cpu SCRIPT.py …``: a Megatron training script on the CPU."""
+"""Runs any Megatron training script on the CPU.
+
+``python -m megatron_xielu.cpu SCRIPT.py …``
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command line of ``python -m megatron_xielu.report``: runs in, a page and pictures out."""
+"""One page with pictures of one or many training runs: losses, alphas and activations by depth.
+
+``python -m megatron_xielu.report RUN``
+"""
 
 from __future__ import annotations
 
