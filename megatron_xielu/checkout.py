@@ -123,8 +123,7 @@ def model_built(args: Namespace, model: list) -> None:
 
         for hook in model_hooks(args, _builder):
             hook(model)
-        if args.tensorboard_dir:
-            alpha_logging.install()
+        alpha_logging.install_if_asked(args)
     activation_summary.announce(args, model)
 
 

@@ -131,8 +131,7 @@ def _script_layer_spec(name: str, config: Any, vp_stage: int | None) -> Any:
             _audit_hook(builder),
             partial(activation_summary.announce, args),
         ]
-        if args.tensorboard_dir:
-            alpha_logging.install()
+        alpha_logging.install_if_asked(args)
     return layer_spec(builder, config, vp_stage)
 
 
@@ -159,10 +158,9 @@ def _older_script_layer_spec(name: str) -> Any:
     arguments.check_checkpoint(args)
     check_config(core_transformer_config_from_args(args))
     builder = arguments.activation_builder(args) or ActivationBuilder(ACTIVATIONS[name])
-    if args.tensorboard_dir:
-        alpha_logging.install()
+    alpha_logging.install_if_asked(args)
     found = activation_summary.found_in(builder(config=None), args)
-    activation_summary.print_line({("", str(layer)): found for layer in range(args.num_layers)})
+    activation_summary.say({("", str(layer)): found for layer in range(args.num_layers)})
     return with_activation(releases.dense_layer_spec(args), builder)
 
 

@@ -53,8 +53,8 @@ def _train(args: Namespace) -> None:
         model = layer_specs.model_config(args)
         model.pre_wrap_hooks.append(partial(activation_summary.announce, args))
         config = pretrain_cfg_container_from_args(args, model)
-    if activation_name(args) and args.tensorboard_dir:
-        alpha_logging.install()
+    if activation_name(args):
+        alpha_logging.install_if_asked(args)
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
     data_sets = training_step.train_valid_test_datasets
     data_sets.is_distributed = True  # type: ignore[attr-defined]

@@ -20,7 +20,8 @@ from megatron_xielu.common import text
 from megatron_xielu.features.layer_names import layer_label
 from megatron_xielu.megatron_activations import MegatronActivation
 
-_announced = False
+# Two of the ways to train can meet: ``--spec`` or this package's entry, in a patched checkout.
+_said = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Found:
 
 
 def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
-    """Print the line, on rank 0, once in a process. Collective over all ranks.
+    """Count the MLPs of all ranks, and `say` what they have. Collective over all ranks.
 
     Args:
         args: Megatron's arguments.
@@ -42,10 +43,8 @@ def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
     Returns:
         ``model``, so that this is one of Megatron's ``pre_wrap_hooks``.
     """
-    global _announced
-    if _announced:  # by ``--spec`` or the entry, in a patched checkout
+    if _said:
         return model
-    _announced = True
     mine = {}
     for chunk in model:
         modules = dict(chunk.named_modules())
@@ -56,7 +55,7 @@ def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
                 mine[place] = found_in(module.activation_func, args)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    print_line({place: found for of_rank in everyone for place, found in of_rank.items()})
+    say({place: found for of_rank in everyone for place, found in of_rank.items()})
     return model
 
 
@@ -83,14 +82,20 @@ def found_in(activation: Any, args: Namespace) -> Found:
     )
 
 
-def print_line(mlps: dict[tuple[str, str], Found]) -> None:
-    """Print what was found, on rank 0.
+def say(mlps: dict[tuple[str, str], Found]) -> None:
+    """Print the line on rank 0, once in a process. See `line` for the argument."""
+    global _said
+    if not _said and mlps and torch.distributed.get_rank() == 0:
+        print(text.printable(line(mlps), sys.stdout), flush=True)
+    _said = True
+
+
+def line(mlps: dict[tuple[str, str], Found]) -> str:
+    """What was found, in one line.
 
     Args:
         mlps: of the whole model, by the part that each is in, and `layer_label`.
     """
-    if torch.distributed.get_rank() or not mlps:
-        return
     said = []
     for activation, settings in dict.fromkeys((f.activation, f.settings) for f in mlps.values()):
         counts: list[str] = []
@@ -107,4 +112,4 @@ def print_line(mlps: dict[tuple[str, str], Found]) -> None:
             if max(ranks, default=1) > 1:
                 sums += f", {'those of experts ' * (kind == 'expert')}summed over TP={max(ranks)}"
         said.append(f"{activation} in {' and '.join(counts)}{settings}{sums}")
-    print(text.printable(f"megatron_xielu: {'; '.join(said)}", sys.stdout), flush=True)
+    return f"megatron_xielu: {'; '.join(said)}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,15 @@ from megatron_xielu.kernels import reference
 from megatron_xielu.megatron_activations import MegatronActivation
 
 _COLUMNS = 4  # raw alpha_p, raw alpha_n, and the gradient of each
+
+
+def install_if_asked(args: Namespace) -> None:
+    """`install` where there is a TensorBoard to write to.
+
+    Not for FSDP, which ``--spec`` cannot refuse: its wrappers do not say who has which parameter.
+    """
+    if args.tensorboard_dir and not (args.use_megatron_fsdp or args.use_torch_fsdp2):
+        install()
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 ``python -m megatron_xielu.plan``: its options, and a `Plan` as text or JSON, from the command's
 arguments alone. It ends with status 2 and one line a problem where the cluster would end the run
-(`checks`). It counts dense GPT models. Standard library only, Python 3.9 and newer: it runs on a login node.
+(`checks`). It counts dense GPT models. Standard library only, Python 3.9 and newer: it runs on a
+login node.
 """
 
 from __future__ import annotations

@@ -12,8 +12,48 @@ from megatron_xielu.features import activation_summary
 from megatron_xielu.features.activation_summary import Found, found_in
 from megatron_xielu.megatron_activations import MegatronXIELU, MegatronXIPReLU
 
+ARGUMENTS = Namespace()
 
-@pytest.fixture(autouse=True)
+
+def line(*activations, args=ARGUMENTS) -> str:
+    """What is said of these activations, each in a dense MLP."""
+    mlps = {("decoder", str(i)): found_in(one, args) for i, one in enumerate(activations)}
+    return activation_summary.line(mlps).removeprefix("megatron_xielu: ")
+
+
+def test_ours():
+    said = "xIELU in 2 MLPs, αp 0.8, αn 0.9, β 0.5; alphas fp32"
+    ours = [MegatronXIELU(alpha_n_init=0.9) for _ in range(2)]
+    assert line(*ours) == said
+    shared = line(*ours, args=Namespace(xielu_shared_alphas=True))
+    assert shared == f"{said}, one pair for all MLPs"
+    assert line(MegatronXIPReLU(frozen_alphas=True), args=Namespace(load="there")) == (
+        "xIPReLU in 1 MLP, αp 0.8, αn 0.8 (or as loaded from a checkpoint), β 0.5; "
+        "alphas fp32, frozen"
+    )
+
+
+def test_megatrons():
+    gelu = torch.nn.functional.gelu
+    said = "GELU (Megatron's) in 1 MLP: neither --xielu nor --xiprelu is given"
+    assert line(gelu) == said
+    swiglu = line(torch.nn.functional.silu, args=Namespace(swiglu=True))
+    assert swiglu == "SwiGLU (Megatron's) in 1 MLP"
+    # Somebody's own module, in a spec of theirs.
+    assert line(torch.nn.Mish(), gelu) == f"Mish in 1 MLP; {said}"
+
+
+def test_experts_sum_over_ranks_of_their_own():
+    ours = (Found("xIELU", "; alphas fp32", ranks) for ranks in (4, 2, 2))
+    names = ("layer_00", "layer_01.experts.000", "layer_01.experts.001")
+    mlps = {("decoder", name): found for name, found in zip(names, ours, strict=True)}
+    assert activation_summary.line(mlps) == (
+        "megatron_xielu: xIELU in 1 MLP and 2 experts; alphas fp32, summed over TP=4, those of "
+        "experts summed over TP=2"
+    )
+
+
+@pytest.fixture
 def one_rank():
     """A process group that does nothing."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
@@ -21,50 +61,12 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
-def line(capsys, *found, args=None):
-    """What is said of these activations, each in a dense MLP."""
-    args = args or Namespace()
-    mlps = {("decoder", str(i)): found_in(activation, args) for i, activation in enumerate(found)}
-    activation_summary.print_line(mlps)
-    return capsys.readouterr().out.removeprefix("megatron_xielu: ").rstrip("\n")
-
-
-def test_ours(capsys):
-    said = "xIELU in 2 MLPs, αp 0.8, αn 0.9, β 0.5; alphas fp32"
-    ours = [MegatronXIELU(alpha_n_init=0.9) for _ in range(2)]
-    assert line(capsys, *ours) == said
-    assert line(capsys, *ours, args=Namespace(xielu_shared_alphas=True)) == (
-        f"{said}, one pair for all MLPs"
-    )
-    assert line(capsys, MegatronXIPReLU(frozen_alphas=True), args=Namespace(load="there")) == (
-        "xIPReLU in 1 MLP, αp 0.8, αn 0.8 (or as loaded from a checkpoint), β 0.5; "
-        "alphas fp32, frozen"
-    )
-
-
-def test_megatrons(capsys):
-    gelu = torch.nn.functional.gelu
-    said = "GELU (Megatron's) in 1 MLP: neither --xielu nor --xiprelu is given"
-    assert line(capsys, gelu) == said
-    swiglu = line(capsys, torch.nn.functional.silu, args=Namespace(swiglu=True))
-    assert swiglu == "SwiGLU (Megatron's) in 1 MLP"
-    # Somebody's own module, in a spec of theirs.
-    assert line(capsys, torch.nn.Mish(), gelu) == f"Mish in 1 MLP; {said}"
-
-
-def test_experts_sum_over_ranks_of_their_own(capsys):
-    ours = (Found("xIELU", "; alphas fp32", ranks) for ranks in (4, 2, 2))
-    names = ("layer_00", "layer_01.experts.000", "layer_01.experts.001")
-    mlps = {("decoder", name): found for name, found in zip(names, ours, strict=True)}
-    activation_summary.print_line(mlps)
-    assert capsys.readouterr().out == (
-        "megatron_xielu: xIELU in 1 MLP and 2 experts; alphas fp32, summed over TP=4, those of "
-        "experts summed over TP=2\n"
-    )
-
-
-def test_in_a_script_whose_output_is_ascii(monkeypatch):
+def test_once_and_where_the_output_is_ascii(monkeypatch, one_rank):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    activation_summary.print_line({("decoder", "0"): found_in(MegatronXIELU(), Namespace())})
-    assert stream.buffer.getvalue().startswith(b"megatron_xielu: xIELU in 1 MLP, \\u03b1p 0.8")
+    monkeypatch.setattr(activation_summary, "_said", False)
+    for _ in range(2):
+        activation_summary.say({("decoder", "0"): found_in(MegatronXIELU(), ARGUMENTS)})
+    said = stream.buffer.getvalue()
+    assert said.startswith(b"megatron_xielu: xIELU in 1 MLP, \\u03b1p 0.8")
+    assert said.count(b"\n") == 1

@@ -1,12 +1,15 @@
 """The modules on their own, plain and Megatron's: parameters, precision, what is asked of them."""
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import REPOSITORY, start, wait
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -123,7 +126,9 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
-from megatron_xielu import XIELU, XIPReLU
+exec(sys.argv[1])
+assert max(abs(alpha.item() - 0.8) for alpha in (alpha_p, alpha_n)) < 1e-6
+from megatron_xielu import XIPReLU
 
 torch.manual_seed(0)
 for activation in (XIELU, XIPReLU):
@@ -148,9 +153,19 @@ assert "megatron" not in sys.modules
 
 
 def test_trains_where_there_is_no_megatron():
-    """In bf16, where a step of 0.01 would leave an alpha of 166 where it is."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_MEGATRON], capture_output=True, text=True)
+    """The document's example; and in bf16, where a step of 0.01 would leave an alpha of 166."""
+    text = (REPOSITORY / "docs/training.md").read_text()
+    (example,) = re.findall(r"```python\n(import torch\n.*?)```", text, re.S)
+    command = [sys.executable, "-c", WITHOUT_MEGATRON, example]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_plain_modules_on_two_ranks(tmp_path):
+    """DDP, and FSDP2 by the recipe of docs/training.md."""
+    log = tmp_path / "log.txt"
+    script = str(Path(__file__).with_name("plain_two_ranks.py"))
+    assert wait(start([], ranks=2, log=log, command=[script])) == [0, 0], log.read_text()
 
 
 def test_a_plain_module_has_no_place_in_megatrons_model():
