@@ -15,10 +15,12 @@
 #   MODEL        llama_1b, llama_3b, debug, or a file like those in models/   [llama_1b]
 #   ACTIVATION   xielu, xiprelu, relu2, swiglu, gelu, at equal parameters and FLOPs   [xielu]
 #   TOKENS       tokens to train on, 125e9 for example   [the model file's]
-#   DATA_ARGS    a file for --data-args-path or (*.json) --per-split-data-args-path;
-#                or DATA, prefixes for --data-path; or MOCK_DATA=1
+#   DATA_ARGS    a folder of tools/prepare_data.py; or a file for --data-args-path or (*.json)
+#                --per-split-data-args-path; or DATA, prefixes for --data-path; or MOCK_DATA=1
 #   SPLIT        train, validation, test shares, without such a *.json   [990,10,0]
-#   TOKENIZER    Hugging Face name or folder, or null   [mistralai/Mistral-Nemo-Base-2407]
+#   TOKENIZER    Hugging Face name or folder, or null
+#                [that of prepared data, else the model file's, or mistralai/Mistral-Nemo-Base-2407]
+#   PADDED_VOCAB_SIZE  rows of the embedding   [as TOKENIZER; none: Megatron's, by the tokenizer]
 #   LR, SEQ_LENGTH, GATED_FFN_SIZE, ...   every value of the model file
 #   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
@@ -79,6 +81,7 @@ done
 model_file=$here/models/$MODEL.sh
 [[ $MODEL == */* || $MODEL == *.sh ]] && model_file=$MODEL
 [[ -f $model_file ]] || die 2 "MODEL=$MODEL: no file $model_file; there are: $(cd "$here/models" && echo *.sh)"
+given_tokenizer=${TOKENIZER:-}${VOCAB_SIZE:-} given_padding=${PADDED_VOCAB_SIZE:-}${VOCAB_SIZE:-}
 # shellcheck source=models/llama_1b.sh
 source "$model_file"
 
@@ -96,6 +99,30 @@ source "$model_file"
 : "${ENTRY:=-m megatron_xielu.pretrain_gpt}"
 # Found by its folder when the package is not installed: in a checkout, on a login node.
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
+
+[[ -z $DATA_ARGS && -f $DATA/manifest.json ]] && DATA_ARGS=$DATA DATA=''
+[[ -f $DATA_ARGS/manifest.json ]] && DATA_ARGS=$DATA_ARGS/per_split_data_args.json
+# What the data were made with comes after what was given, and before the model file; where both name
+# one tokenizer, the model file has its padding, too.
+read -ra prefixes <<<"$DATA"
+if [[ -n $DATA_ARGS$DATA ]] &&
+    IFS=$'\t' read -r data_folder data_tokenizer data_vocabulary < <("$PYTHON" -c '
+import sys
+from megatron_xielu.common import data_lists
+if found := data_lists.prepared_with(sys.argv[1], sys.argv[2:]):
+    print(found[0], found[1].name, found[1].vocab_size, sep="\t")' "$DATA_ARGS" "${prefixes[@]}") &&
+    [[ -d $data_folder/tokenizer && $data_tokenizer != "$TOKENIZER" ]]; then
+    taken=''
+    if [[ -z $given_tokenizer ]]; then
+        TOKENIZER=$data_folder/tokenizer taken=" TOKENIZER=$TOKENIZER"
+    fi
+    if [[ -z $given_padding && $TOKENIZER -ef $data_folder/tokenizer ]]; then
+        # The same with TP up to 8, so that checkpoints fit.
+        PADDED_VOCAB_SIZE=$(((data_vocabulary + 1023) / 1024 * 1024))
+        taken+=" PADDED_VOCAB_SIZE=$PADDED_VOCAB_SIZE"
+    fi
+    [[ -n $taken ]] && echo "pretrain.sh: taken from $data_folder/manifest.json:$taken" >&2
+fi
 
 number='^[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?$'
 [[ $TOKENS =~ $number ]] || die 2 "TOKENS=$TOKENS is not a number such as 125e9"
@@ -198,7 +225,6 @@ if [[ $DATA_ARGS == *.json ]]; then
 elif [[ -n $DATA_ARGS ]]; then
     megatron+=(--data-args-path "$DATA_ARGS" --split "$SPLIT")
 elif [[ -n $DATA ]]; then
-    read -ra prefixes <<<"$DATA"
     megatron+=(--data-path "${prefixes[@]}" --split "$SPLIT")
 elif [[ $MOCK_DATA == 1 ]]; then
     megatron+=(--mock-data)

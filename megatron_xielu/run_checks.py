@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from megatron_xielu import arguments
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.common import data_lists, files
 from megatron_xielu.common.flags import argument_of, flag_of
-from megatron_xielu.common.text import is_number
 
 
 def check_run(args: Namespace) -> None:
@@ -111,26 +111,17 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def check_files(args: Namespace) -> None:
-    """Read what says where the data are, before a model is built.
+    """Look at the data, and at the lists of them, before a model is built.
 
     Raises:
         ValueError: naming the flag, and the file.
     """
-    data_lists.shares(args.split)
     if not args.mock_data and all(getattr(args, a) is None for a in data_lists.ARGUMENTS):
         raise ValueError("there is no data to train on; give --data-path PREFIX, or --mock-data")
     data_lists.sequences_per_dataset(args.per_dataset_sequences_path)
-    if fault := data_lists.fault_of_validation(args):
-        raise ValueError(fault)
-    for argument in data_lists.ARGUMENTS:
-        value = getattr(args, argument)
-        # Megatron reads those of an object store itself.
-        if value is None or (argument in data_lists.FILES and "://" in value):
-            continue
-        for word in data_lists.words(argument, value):
-            if is_number(word) or "://" in word:
-                continue
-            if fault := data_lists.fault_of_files(argument, word, args.split):
-                raise ValueError(fault)
-    if fault := data_lists.fault_of_sources(args):
-        raise ValueError(fault)
+    faults, doubts = data_lists.look(args, args.padded_vocab_size)
+    if faults:
+        raise ValueError(faults[0])
+    if doubts and args.rank == 0:
+        for doubt in doubts:
+            print(f"megatron_xielu: warning: {doubt}", file=sys.stderr, flush=True)

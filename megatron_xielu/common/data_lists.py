@@ -1,11 +1,13 @@
-"""Which data Megatron's arguments list, in the command line or in a file.
+"""Which data Megatron's arguments list, in the command line or in a file, and what is wrong there.
 
 Standard library of Python 3.9 only: the plan reads them on a login node.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,8 +15,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.common import indexed_dataset
+from megatron_xielu.common import indexed_dataset, prepared_data, schema
 from megatron_xielu.common.flags import flag_of
+from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.common.text import is_number
 
 FILES = ("data_args_path", "per_split_data_args_path")
@@ -24,6 +27,58 @@ _FLAG = "--per-split-data-args-path"
 _BY_SPLIT = ARGUMENTS[1:4]
 SPLITS = ("train", "valid", "test")
 _MEGATRONS_SHARES = "969,30,1"  # for SPLITS, where there is no --split
+
+
+def look(
+    args: Namespace, vocabulary: int | None, *, starts_here: bool = True
+) -> tuple[list[str], list[str]]:
+    """What is wrong with the data that the arguments list, and what may be: a line each.
+
+    Args:
+        args: of Megatron; of them `ARGUMENTS`, ``split``, ``eval_iters``, and the tokenizer's.
+        vocabulary: as `prepared_data.look` takes it.
+        starts_here: whether the run starts in this folder; else a relative path may be another's.
+    """
+    try:
+        shares(args.split)
+    except ValueError as error:
+        return [str(error)], []
+    faults: list[str] = []
+    doubts: list[str] = []
+    whole: dict[str, str] = {}  # flags by prefix
+
+    def is_elsewhere(argument: str, path: str, *files: str) -> bool:
+        elsewhere = not starts_here and not os.path.isabs(path)
+        elsewhere = elsewhere and not any(map(os.path.exists, (path, *files)))
+        if elsewhere:
+            doubts.append(f"{flag_of(argument)} {path} is not here; does the run start elsewhere?")
+        return elsewhere
+
+    with contextlib.suppress(ValueError):  # of a file, which is said below
+        faults += filter(None, [fault_of_validation(args)])
+    for argument in ARGUMENTS:
+        value = getattr(args, argument)
+        # Megatron reads those of an object store itself.
+        if value is None or (argument in FILES and "://" in value):
+            continue
+        if argument in FILES and is_elsewhere(argument, value):
+            continue
+        try:
+            listed = words(argument, value)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        for prefix in dict.fromkeys(listed):
+            both = f"{prefix}.bin", f"{prefix}.idx"
+            if is_number(prefix) or "://" in prefix or is_elsewhere(argument, prefix, *both):
+                continue
+            if fault := fault_of_files(argument, prefix, args.split):
+                faults.append(fault)
+            else:
+                whole[prefix] = flag_of(argument)
+    faults += filter(None, [fault_of_sources(args)])
+    of_tokens = prepared_data.look(whole, args, vocabulary)
+    return faults + of_tokens[0], doubts + of_tokens[1]
 
 
 def words(argument: str, value: Any) -> list[str]:
@@ -41,7 +96,10 @@ def words(argument: str, value: Any) -> list[str]:
         return _blend(value, where)
     if argument == "data_args_path":
         where = f"{where} {value}"
-        return _blend(_read(value, where).split(), where)
+        text = _read(value, where)
+        if _is_by_split(text[:256].encode()):
+            raise ValueError(f"{where} names data by split; give {_FLAG} {value}")
+        return _blend(text.split(), where)
     splits = of_splits(value)
     for split in SPLITS:
         if split not in splits:  # which Megatron asks for
@@ -60,7 +118,9 @@ def of_splits(path: str) -> dict[str, list[str]]:
     try:
         splits = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of numbers with too many digits
-        raise ValueError(f"{where} is no JSON: {error}") from None
+        raise ValueError(
+            f"{where} is no JSON: {error}; --data-args-path takes a list of prefixes"
+        ) from None
     if not isinstance(splits, dict):
         raise ValueError(f"{where} is not a JSON object of lists")
     return {
@@ -70,16 +130,36 @@ def of_splits(path: str) -> dict[str, list[str]]:
     }
 
 
+def prepared_with(
+    data_args: str, prefixes: list[str]
+) -> tuple[Path, prepared_data.Tokenizer] | None:
+    """The folder that data were prepared in, and their tokenizer; None where there is not one only.
+
+    Args:
+        data_args: a path for one of `FILES`, or "".
+        prefixes: for ``--data-path``, where there is no ``data_args``.
+    """
+    argument = FILES[data_args.endswith(".json")]
+    try:
+        listed = words(argument, data_args) if data_args else words("data_path", prefixes)
+    except ValueError:  # which the run is refused for
+        return None
+    listed = [word for word in listed if not is_number(word)]
+    described = prepared_data.by_folder(listed)
+    if len({manifest.tokenizer for manifest, _ in described.values()}) != 1:
+        return None
+    if sum(len(shards) for _, shards in described.values()) < len(set(listed)):
+        return None
+    folder, (manifest, _) = next(iter(described.items()))
+    return folder, manifest.tokenizer
+
+
 def sequences_per_dataset(path: str | None) -> dict[str, tuple[int, int]] | None:
     """How many sequences and documents each data prefix has, of ``--per-dataset-sequences-path``.
 
     Raises:
         ValueError: naming the flag and the file.
     """
-    # Not of Python 3.9, as the plan is.
-    from megatron_xielu.common import schema
-    from megatron_xielu.common.schema import Count, Malformed
-
     if path is None:
         return None
     try:
@@ -171,7 +251,8 @@ def fault_of_files(argument: str, prefix: str, split: str | None) -> str:
     try:
         sequences = indexed_dataset.read(Path(prefix)).sequences
     except FileNotFoundError as error:
-        return f"{where}: {error.filename} does not exist"
+        other = what_takes(prefix)
+        return f"{where} {other}" if other else f"{where}: {error.filename} does not exist"
     except OSError as error:
         return f"{where}: {error.filename} cannot be read: {error.strerror}"
     except indexed_dataset.Damaged as error:
@@ -214,7 +295,40 @@ def _blend(listed: Any, where: str) -> list[str]:
     return [str(word) for word in listed]
 
 
+def what_takes(path: str) -> str:
+    """Which flag takes what is no prefix of files, in words; "" where nothing is known of it."""
+    if (other := _no_list(path)) or not os.path.isfile(path):
+        return other
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if _is_by_split(file.read(256)):
+            return f"is no prefix of data; if it names some by split, give {_FLAG} {path}"
+    return f"is no prefix of data; if it lists some, give --data-args-path {path}"
+
+
+def _no_list(path: str) -> str:
+    if all(os.path.isfile(path + suffix) for suffix in (".bin", ".idx")):
+        return f"is a prefix of data; give --data-path {path}"  # a folder, too: Megatron's cache
+    if prepared_data.find(Path(path)):
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        return f"is prepared data; give {_FLAG} {os.path.join(folder, prepared_data.BY_SPLIT)}"
+    if os.path.isdir(path):
+        return (
+            "is a folder, and no prefix of .bin and .idx; of a folder of texts, "
+            f"tools/prepare_data.py --source {path} makes some"
+        )
+    prefix, suffix = os.path.splitext(path)
+    if suffix in (".bin", ".idx"):
+        return f"is a file of data; give its prefix, --data-path {prefix}"
+    return ""
+
+
+def _is_by_split(start: bytes) -> bool:
+    return start.lstrip().startswith(b"{")
+
+
 def _read(path: str, where: str) -> str:
+    if other := _no_list(path):
+        raise ValueError(f"{where} {other}")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -8,6 +8,7 @@ document ends [m]; and of multimodal data an int8 [n].
 from __future__ import annotations
 
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,13 @@ _DTYPES = {
     **{1: ("uint8", 1), 2: ("int8", 1), 3: ("int16", 2), 4: ("int32", 4), 5: ("int64", 8)},
     **{6: ("float64", 8), 7: ("float32", 4), 8: ("uint16", 2)},
 }
+
+# Of `array`, by NumPy's names.
+_ARRAYS = {
+    **{"uint8": "B", "int8": "b", "int16": "h", "int32": "i", "int64": "q"},
+    **{"float64": "d", "float32": "f", "uint16": "H"},
+}
+_SAMPLE_BYTES = 1 << 16
 
 LENGTHS_AT = _HEAD.size
 
@@ -74,6 +82,27 @@ def read(prefix: Path) -> Index:
     if data_size < (needed := offset + length * itemsize):
         raise _damaged(data, f"it has {data_size} bytes where its .idx says {needed}")
     return Index(dtype, itemsize, n, m)
+
+
+def sample(prefix: Path) -> tuple[float, float]:
+    """The least and the largest of some tokens: of the beginning, the middle and the end.
+
+    Reads at most 192 KiB, however large the file is; 0 and 0 where there is no token.
+
+    Raises:
+        Damaged, OSError: as `read`.
+    """
+    index, path = read(prefix), Path(f"{prefix}.bin")
+    size, least, largest = path.stat().st_size // index.itemsize * index.itemsize, 0, 0
+    with path.open("rb") as file:
+        for start in sorted({0, size // 2, max(0, size - _SAMPLE_BYTES)}):
+            start -= start % index.itemsize
+            file.seek(start)
+            found = array(_ARRAYS[index.dtype])
+            found.frombytes(file.read(min(_SAMPLE_BYTES, size - start)))
+            if found:
+                least, largest = min(least, *found), max(largest, *found)
+    return least, largest
 
 
 def _damaged(path: Path, what: str) -> Damaged:

@@ -1,4 +1,7 @@
-"""What a reader of Hugging Face's tokenizer.json and tokenizer_config.json must know."""
+"""What a reader of Hugging Face's tokenizer.json and tokenizer_config.json must know.
+
+Python 3.9 can import it, for the plan on a login node.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,11 @@ def read_config(path: Path) -> dict[str, Any]:
     schema.check(_Config, config, path)
     config.pop("auto_map", None)  # of code that comes with another class
     return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def is_path(name: str) -> bool:
+    """Whether ``--tokenizer-model`` can only be a path; the Hub's are ``name`` or ``who/name``."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def text_of(token: str | dict[str, Any] | None) -> str | None:

@@ -15,6 +15,8 @@ Known are data classes, ``Literal``, ``X | None``, list, tuple, dict[str, X], bo
 float (finite; also a whole number), numbers ``Annotated`` with their `Limits`, and str; ``Any`` is
 taken as it is. What a data class does not name is passed over. Its ``__post_init__`` may raise a
 ValueError about what belongs together.
+
+Python 3.9 can run it, for the plan on a login node; there ``X | None`` is no kind.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megatron_xielu.common.flags import COUNT, POSITIVE
 from megatron_xielu.common.text import is_utf8
 
+_T = TypeVar("_T")
+
+_UNIONS = (Union, getattr(types, "UnionType", Union))
 _LARGEST = 2**63 - 1
 _SHOWN = 40  # characters of a wrong value
 
@@ -43,7 +48,7 @@ Count = Annotated[int, COUNT]
 Positive = Annotated[int, POSITIVE]
 
 
-def load[T](kind: type[T], path: Path) -> T:
+def load(kind: type[_T], path: Path) -> _T:  # noqa: UP047
     """A JSON file as a data class.
 
     Raises:
@@ -79,7 +84,7 @@ def parse(content: bytes, file: Path | str) -> Any:
         raise Malformed(f"{file}: it is no JSON: {error}") from None
 
 
-def check[T](kind: type[T], value: Any, file: Path | str) -> T:
+def check(kind: type[_T], value: Any, file: Path | str) -> _T:  # noqa: UP047
     """A value as the kind; ``file`` is what messages name.
 
     Raises:
@@ -97,7 +102,7 @@ def _check(kind: Any, value: Any, file: str, field: str) -> Any:
         if number is not None and (fault := inner[1].fault(number)):
             raise Malformed(f"{file}: {field or 'it'} {fault}, not {_short(value)}")
         return number
-    if origin in (Union, types.UnionType):
+    if origin in _UNIONS:
         return _check_union(inner, value, file, field)
     if origin is Literal:
         if any(type(value) is type(one) and value == one for one in inner):
@@ -116,9 +121,9 @@ def _check(kind: Any, value: Any, file: str, field: str) -> Any:
 
 
 def _check_union(kinds: tuple[Any, ...], value: Any, file: str, field: str) -> Any:
-    if value is None and types.NoneType in kinds:
+    if value is None and type(None) in kinds:
         return None
-    others = [kind for kind in kinds if kind is not types.NoneType]
+    others = [kind for kind in kinds if kind is not type(None)]
     for kind in others[:-1]:
         try:
             return _check(kind, value, file, field)
@@ -146,7 +151,7 @@ def _check_dataclass(kind: Any, value: Any, file: str, field: str) -> Any:
 def _check_sequence(
     kind: type, inner: tuple[Any, ...], value: Any, file: str, field: str
 ) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         raise _wrong(value, file, field, "a list")
     if kind is tuple and inner and inner[-1] is not ...:
         if len(value) != len(inner):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_xielu.common import files, schema
+from megatron_xielu.common import files, prepared_data, schema
 from megatron_xielu.common.schema import Count, Malformed, Positive
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
@@ -22,7 +22,7 @@ from megatron_xielu.data.recipe import Recipe
 from megatron_xielu.data.records import SPLITS, Record
 from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
-NAME = "manifest.json"
+NAME = prepared_data.MANIFEST
 FIX = "the command without --verify writes it again"
 _VERSION = 1
 
@@ -177,5 +177,5 @@ def data_args(output: Path, shards: Iterable[Mapping[str, Any]]) -> dict[str, st
     per_split = {"train": train, "valid": words["valid"] or None, "test": None}
     return {
         "data_args.txt": "".join(lines),
-        "per_split_data_args.json": json.dumps(per_split, indent=1) + "\n",
+        prepared_data.BY_SPLIT: json.dumps(per_split, indent=1) + "\n",
     }

@@ -7,30 +7,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_xielu.common import data_lists, indexed_dataset, schema
-from megatron_xielu.common.schema import Count, Malformed
+from megatron_xielu.common import data_lists, indexed_dataset, prepared_data
 from megatron_xielu.common.text import is_number
-
-_MANIFEST = "manifest.json"  # what tools/prepare_data.py writes last
-
-
-@dataclass(frozen=True)
-class _Shard:
-    prefix: str
-    split: str
-    text_bytes: Count
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    shards: list[_Shard]
 
 
 def find(request: Namespace) -> list[Path]:
@@ -64,7 +48,8 @@ def find(request: Namespace) -> list[Path]:
         words = data_lists.words("data_args_path", str(request.data_args_path))
     else:
         words = request.data_path
-    whole = request.data_path is not None and len(words) == 1 and _manifest_of(Path(words[0]))
+    one = request.data_path is not None and len(words) == 1
+    whole = prepared_data.find(Path(words[0])) if one else None
     if whole:
         words = _of_manifest(whole, split)
     elif request.data_split and request.per_split_data_args_path is None:
@@ -73,7 +58,10 @@ def find(request: Namespace) -> list[Path]:
     for prefix in prefixes:
         for suffix in (".idx", ".bin"):
             if not Path(f"{prefix}{suffix}").is_file():
-                raise ValueError(f"{flags[0]}: no {prefix}{suffix}")
+                other = data_lists.what_takes(str(prefix))
+                raise ValueError(
+                    f"{flags[0]} {prefix} {other}" if other else f"{flags[0]}: no {prefix}{suffix}"
+                )
         try:
             indexed_dataset.read(prefix)
         except indexed_dataset.Damaged as error:
@@ -83,33 +71,21 @@ def find(request: Namespace) -> list[Path]:
     return list(dict.fromkeys(prefixes))
 
 
-def _manifest_of(path: Path) -> Path | None:
-    """The manifest that this names, itself or by its folder."""
-    path = path / _MANIFEST if path.is_dir() else path
-    return path if path.name == _MANIFEST and path.is_file() else None
-
-
 def _of_manifest(manifest: Path, split: str) -> list[str]:
     try:
-        shards = schema.load(_Manifest, manifest).shards
-    except Malformed as error:
-        raise ValueError(f"--data-path: {error}; is it of tools/prepare_data.py?") from None
+        shards = prepared_data.read(manifest).shards
+    except ValueError as error:
+        raise ValueError(f"--data-path: {error}") from None
     return [str(manifest.parent / s.prefix) for s in shards if split in ("all", s.split)]
 
 
 def described_text_bytes(prefixes: list[Path]) -> int | None:
     """Bytes of text, by the manifests that the files were written with; None if one has none."""
-    total = 0
-    for prefix in prefixes:
-        try:
-            shards = schema.load(_Manifest, prefix.parent.parent / _MANIFEST).shards
-        except (OSError, Malformed):  # some other file of this name
-            return None
-        found = [s for s in shards if s.prefix == f"{prefix.parent.name}/{prefix.name}"]
-        if not found:
-            return None
-        total += found[0].text_bytes
-    return total
+    described = prepared_data.by_folder(map(str, prefixes)).values()
+    shards = {prefix: shard for _, some in described for prefix, shard in some.items()}
+    if len(shards) < len(prefixes):
+        return None
+    return sum(shard.text_bytes for shard in shards.values())
 
 
 class Tokens:

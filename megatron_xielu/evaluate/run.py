@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_xielu import catalog, layer_specs, training_step
+from megatron_xielu.common import data_lists, prepared_data
 from megatron_xielu.evaluate import data, settings, validation
 from megatron_xielu.evaluate.result import Evaluation
 from megatron_xielu.evaluate.statistics import Statistics
@@ -48,6 +50,7 @@ def evaluate(request: Namespace, iteration: int, prefixes: list[Path] | None) ->
         tokens = data.Tokens(prefixes, args.seq_length)
     initialize_megatron()
     _check_vocabulary(args, tokens)
+    _check_data(args, prefixes)
     model = _load(args)
     iterators, rounds = _samples(args, saved, iteration, tokens, chunks=len(model))
     statistics = Statistics(model, args.num_layers) if request.activation_statistics else None
@@ -108,11 +111,22 @@ def _check_vocabulary(args: Namespace, tokens: data.Tokens | None) -> None:
     found = torch.tensor([-least, largest], device="cuda")
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     least, largest = -int(found[0]), int(found[1])
-    if least < 0 or largest >= rows:
-        raise ValueError(
-            f"the data has token {least if least < 0 else largest}, the model's vocabulary only "
-            f"{rows} entries; it was prepared with another tokenizer, or is damaged"
-        )
+    fix = "it was prepared with another tokenizer, or is damaged"
+    if fault := prepared_data.fault_of_tokens("the data", least, largest, rows, fix):
+        raise ValueError(fault)
+
+
+def _check_data(args: Namespace, prefixes: list[Path] | None) -> None:
+    """Refuse data of another tokenizer than the model's; say so where it may be another."""
+    if prefixes is None:
+        faults, doubts = data_lists.look(args, args.padded_vocab_size)
+    else:  # all tokens of which have been looked at
+        named = {str(prefix): "data" for prefix in prefixes}
+        faults, doubts = prepared_data.look(named, args, None)
+    if faults:
+        raise ValueError(faults[0])
+    for doubt in doubts if args.rank == 0 else ():
+        print(f"megatron_xielu: warning: {doubt}", file=sys.stderr, flush=True)
 
 
 def _load(args: Namespace) -> list:

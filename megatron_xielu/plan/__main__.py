@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan, problems = None, error.problems
     if plan is not None and not options.check:
         if options.json:
-            print(json.dumps({**as_dict(plan), "problems": problems}, indent=2))
+            found = as_dict(plan, check_files=not options.no_files)
+            print(json.dumps({**found, "problems": problems}, indent=2))
         else:
-            print(text(plan), flush=True)
+            print(text(plan, check_files=not options.no_files), flush=True)
     for problem in problems:
         print(f"megatron_xielu: error: {problem}", file=sys.stderr)
     if problems:
@@ -109,7 +110,7 @@ def _options() -> argparse.ArgumentParser:
     return parser
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: Plan, *, check_files: bool = True) -> dict[str, Any]:
     """The plan for programs: counts, bytes, FLOPs and seconds."""
     model, memory, checkpoints = plan.model, plan.memory(), plan.checkpoints()
     seconds, steps = plan.seconds_per_step(), plan.schedule().steps
@@ -145,7 +146,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "memory": {**asdict(memory), "total": memory.total},
         "checkpoints": checkpoints and {**asdict(checkpoints), "disk": checkpoints.disk},
         "optimizer_format": plan.optimizer_format and _formats(plan),
-        "warnings": checks.warnings(plan),
+        "warnings": checks.warnings(plan, check_files=check_files),
     }
 
 
@@ -166,7 +167,7 @@ def _formats(plan: Plan) -> dict[str, Any]:
     return formats
 
 
-def text(plan: Plan) -> str:
+def text(plan: Plan, *, check_files: bool = True) -> str:
     """The plan for people, in lines of at most 100 columns."""
     sections = [
         ("model", _model(plan)),
@@ -179,7 +180,8 @@ def text(plan: Plan) -> str:
     for title, rows in sections:
         lines.append(title)
         lines += [f"  {name:<16} {value}" for name, value in rows]
-    lines += [f"warning: {warning}" for warning in checks.warnings(plan)]
+    warnings = checks.warnings(plan, check_files=check_files)
+    lines += [f"warning: {warning}" for warning in warnings]
     return "\n".join(lines)
 
 

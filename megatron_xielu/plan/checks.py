@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from megatron_xielu import catalog
 from megatron_xielu.catalog import TRAINABLE, activations_of
 from megatron_xielu.checkpoints import optimizer_format
-from megatron_xielu.common import data_lists
+from megatron_xielu.common import data_lists, pretrained_tokenizer
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
@@ -36,19 +36,19 @@ def problems(
 
     Args:
         plan: the plan.
-        check_files: whether local files of the command must exist.
+        check_files: whether files of the command are looked at; those by absolute path must exist.
         environment: variables whose secrets must not be on the command line; ours by default.
     """
     found = [*_flags(plan), *_layout(plan), *_batch(plan), *_schedule(plan), *_checkpoints(plan)]
     # Of a layout that cannot run there is no memory to speak of.
     found += [] if found else [*_memory(plan)]
     found += [*_secrets(plan, os.environ if environment is None else environment)]
-    return found + ([*_files(plan), *_data(plan)] if check_files else [])
+    return found + (_data(plan)[0] if check_files else [])
 
 
-def warnings(plan: Plan) -> list[str]:
+def warnings(plan: Plan, *, check_files: bool = True) -> list[str]:
     """What is worth knowing before the launch, and does not end it."""
-    found = []
+    found = _data(plan)[1] if check_files else []
     schedule, given = plan.schedule(), _given(plan)
     if plan.tensor > plan.cluster.gpus_per_node:
         found.append(
@@ -364,42 +364,15 @@ def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
             )
 
 
-def _files(plan: Plan) -> Iterator[str]:
-    """Files by absolute path; others may be meant where the run starts."""
-    args = plan.args
-    if _is_local(args.tokenizer_model) and not os.path.exists(args.tokenizer_model):
-        yield f"--tokenizer-model {args.tokenizer_model} does not exist"
-    try:
-        data_lists.shares(args.split)
-    except ValueError as error:
-        yield str(error)
-        return
-    for argument in data_lists.ARGUMENTS:
-        value = getattr(args, argument)
-        if value is None or (argument in data_lists.FILES and not _is_local(value)):
-            continue
-        try:
-            words = data_lists.words(argument, value)
-        except ValueError as error:
-            yield str(error)
-            continue
-        for prefix in filter(_is_local, words):
-            missing = [s for s in (".bin", ".idx") if not os.path.isfile(prefix + s)]
-            for suffix in missing:
-                yield f"{flag_of(argument)} {prefix}: {prefix}{suffix} does not exist"
-            if not missing:
-                yield from filter(None, [data_lists.fault_of_files(argument, prefix, args.split)])
-
-
-def _data(plan: Plan) -> Iterator[str]:
-    yield from filter(None, [data_lists.fault_of_sources(plan.args)])
-    with contextlib.suppress(ValueError):  # `_files` says what is wrong with a file
-        if fault := data_lists.fault_of_validation(plan.args):
-            yield fault
-
-
-def _is_local(path: str | None) -> bool:
-    return path is not None and path.startswith("/")
+def _data(plan: Plan) -> tuple[list[str], list[str]]:
+    """Of the data and the tokenizer: what ends the run, and what may."""
+    faults, doubts = data_lists.look(plan.args, plan.model.padded_vocabulary, starts_here=False)
+    name = plan.args.tokenizer_model
+    if name and pretrained_tokenizer.is_path(name) and not os.path.exists(name):
+        if os.path.isabs(name):
+            return [f"--tokenizer-model {name} does not exist", *faults], doubts
+        doubts.append(f"--tokenizer-model {name} is not here; does the run start elsewhere?")
+    return faults, doubts
 
 
 def _divisors(number: int, most: int) -> str:

@@ -47,6 +47,7 @@ _STRINGS = {
     "recompute-method": None,
     "save": None,
     "load": None,
+    "tokenizer-type": None,
     "tokenizer-model": None,
     "data-args-path": None,
     "per-split-data-args-path": None,

@@ -387,7 +387,7 @@ def test_dataset_written_by_megatron_is_whole(tmp_path):
 
 def arguments(**more) -> argparse.Namespace:
     lists = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-    files = ("data_args_path", "per_split_data_args_path", "tokenizer_model")
+    files = ("data_args_path", "per_split_data_args_path", "tokenizer_model", "padded_vocab_size")
     return argparse.Namespace(**dict.fromkeys(lists, ()) | dict.fromkeys(files) | more)
 
 
@@ -416,6 +416,21 @@ def test_damaged_lists(content):
         path.write_bytes(content)
         finds_or_names(path, arguments(per_split_data_args_path=str(path)))
         finds_or_names(path, arguments(data_args_path=str(path)))
+
+
+def test_data_of_another_vocabulary(tmp_path, monkeypatch):
+    """The size is that of the training's arguments, which follow after --."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    write_dataset(tmp_path / "text", [3, 5], {7: 300})
+    own = ["--data-path", f"{tmp_path}/text", f"{tmp_path}"]
+    args = preflight.parse([*own, "--", "--padded-vocab-size", "256", "--num-layers", "2"])
+    beyond, folder = reversed(data_files._data_here(args)["problems"])
+    assert beyond.startswith(
+        f"data {tmp_path}/text: {tmp_path}/text.bin has token 300, the model's"
+    )
+    assert folder.startswith(f"{tmp_path} is a folder, and no prefix")
+    assert data_files._data_here(preflight.parse(own))["problems"] == [folder]
 
 
 def test_damaged_indices(tmp_path):

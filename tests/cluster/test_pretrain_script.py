@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import test_kubernetes
+from dataset_files import write_dataset, write_prepared
 from launch import REPOSITORY
 from launcher_command import printed_command
 from megatron_arguments import validated
@@ -265,6 +266,48 @@ def test_data_in_one_list_or_by_split(tmp_path):
         text = re.sub(r"[\\\s]+", " ", text)
         assert flags.format(tmp_path / name) in text
         assert ("--split" in text) == (name == "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("variables", "tokenizer", "padding", "taken"),
+    [
+        ({"DATA_ARGS": "{data}"}, "{data}/tokenizer", "1024", "TOKENIZER= PADDED_VOCAB_SIZE="),
+        ({"DATA": "{data}"}, "{data}/tokenizer", "1024", "TOKENIZER= PADDED_VOCAB_SIZE="),
+        (
+            {"DATA": "{data}/train/00000", "SPLIT": "9,1,0"},
+            *("{data}/tokenizer", "1024", "TOKENIZER= PADDED_VOCAB_SIZE="),
+        ),
+        ({"DATA_ARGS": "{data}", "PADDED_VOCAB_SIZE": "7"}, "{data}/tokenizer", "7", "TOKENIZER="),
+        (
+            {"DATA_ARGS": "{data}/per_split_data_args.json", "TOKENIZER": "{data}/tokenizer"},
+            *("{data}/tokenizer", "1024", "PADDED_VOCAB_SIZE="),
+        ),
+        ({"DATA_ARGS": "{data}", "TOKENIZER": "some/name"}, "some/name", "147456", ""),
+        # The model file's own, with its padding.
+        ({"DATA_ARGS": "{papers}"}, "mistralai/Mistral-Nemo-Base-2407", "147456", ""),
+    ],
+)
+def test_tokenizer_and_vocabulary_of_prepared_data(tmp_path, variables, tokenizer, padding, taken):
+    """What is given wins, then the data, then the model file."""
+    names = {"data": "tokenizer.json", "papers": "mistralai/Mistral-Nemo-Base-2407"}
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir()
+        write_prepared(tmp_path / folder, ["a", "b"], name=name)
+    folders = {folder: tmp_path / folder for folder in names}
+    result = run(LAUNCHER, **{name: text.format(**folders) for name, text in variables.items()})
+    assert result.returncode == 0, result.stderr
+    assert flag(result.stdout, "--tokenizer-model") == tokenizer.format(**folders)
+    assert flag(result.stdout, "--padded-vocab-size") == padding
+    said = re.sub("=[^ \n]*", "=", result.stderr)
+    where = f"pretrain.sh: taken from {tmp_path}/data/manifest.json: "
+    assert said == (f"{where}{taken}\n" if taken else "")
+
+
+def test_data_that_do_not_fit_are_refused_in_a_dry_run(tmp_path):
+    write_dataset(tmp_path / "text", [3] * 600, {0: 256})
+    for data, message in ((f"{tmp_path}/text", "has token 256"), (f"{tmp_path}", "is a folder")):
+        result = run(LAUNCHER, MODEL="debug", DATA=data)
+        assert result.returncode == 2 and message in result.stderr
 
 
 def test_other_scripts_get_the_layer_spec():

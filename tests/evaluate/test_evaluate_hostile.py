@@ -17,10 +17,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_xielu.evaluate import data, result
 
 MANIFEST = {
+    "tokenizer": {"name": "tokenizer.json", "sha256": "0", "vocab_size": 12},
     "shards": [
         {"prefix": "train/00000", "split": "train", "text_bytes": 9, "task": 0},
         {"prefix": "valid/00000", "split": "valid", "text_bytes": 5, "task": 0},
-    ]
+    ],
 }
 
 
@@ -79,6 +80,7 @@ def test_files_by_split(tmp_path, content, split, message):
             {"shards": [{"prefix": "a", "split": "valid", "text_bytes": -1}]},
             "shards[0].text_bytes must be 0 or more, not -1",
         ),
+        ({"shards": []}, "it has no tokenizer"),
     ],
 )
 def test_manifests(tmp_path, content, message):

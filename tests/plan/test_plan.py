@@ -362,7 +362,7 @@ ERRORS = {
     "--xielu-recompute-output --recompute-modules mlp": "--recompute-modules mlp",
     "--xielu-recompute-output --fp8-format hybrid": "--fp8-format",
     "--micro-batch-size 5 --seq-length 16384 --max-position-embeddings 16384": "do not fit into",
-    "--data-path 0.5 /no/such/text": "--data-path /no/such/text: /no/such/text.bin does not exist",
+    "--data-path 0.5 /no/such/text": "--data-path /no/such/text: /no/such/text.idx does not exist",
     "--data-args-path /no/such/list --split 9,1,0": "--data-args-path /no/such/list does not exist",
     "--train-data-path a --valid-data-path b --split 9,1,0": "--split 9,1,0 does not go with --tr",
     "--data-args-path list.txt": "--data-args-path needs --split, such as 969,30,1",
@@ -435,7 +435,7 @@ def test_data_of_a_list_must_exist(tmp_path):
     listed.write_text(f"0.7 {tmp_path}/text\n0.3 {tmp_path}/more\n")
     plan = plan_1b(f"--data-args-path {listed} --split 9,1,0")
     found = plan_checks.problems(plan, environment={})
-    assert [Path(problem.split()[-4]).name for problem in found] == ["more.bin", "more.idx"]
+    assert [Path(problem.split()[-4]).name for problem in found] == ["more.idx"]
     assert plan_checks.problems(plan, environment={}, check_files=False) == []
 
 
@@ -460,10 +460,36 @@ def test_data_listed_by_split_must_exist(tmp_path):
     listed.write_text(json.dumps({"train": [f"{tmp_path}/more"], "valid": None, "test": None}))
     plan = plan_1b(f"--per-split-data-args-path {listed} --eval-iters 0")
     found = plan_checks.problems(plan, environment={})
-    assert [Path(problem.split()[-4]).name for problem in found] == ["more.bin", "more.idx"]
+    assert [Path(problem.split()[-4]).name for problem in found] == ["more.idx"]
     listed.write_text("[]")
     [problem] = plan_checks.problems(plan, environment={})
     assert "is not a JSON object of lists" in problem
+
+
+def test_data_of_another_vocabulary(tmp_path):
+    write_dataset(tmp_path / "text", [3] * 600, {5: 200_000})
+    [problem] = plan_checks.problems(plan_1b(f"--data-path {tmp_path}/text"), environment={})
+    assert "text.bin has token 200000, the model's vocabulary only 131072 entries" in problem
+
+
+def test_relative_paths_that_are_not_here_are_warned_of(tmp_path, monkeypatch):
+    """The run may start elsewhere. Those that are here are looked at."""
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "--data-path a/b": "--data-path a/b is not here",
+        "--data-args-path list --split 9,1,0": "--data-args-path list is not here",
+        "--tokenizer-model ./here": "--tokenizer-model ./here is not here",
+        "--tokenizer-model who/name": "",
+    }
+    for flags, message in paths.items():
+        plan = plan_1b(flags)
+        assert plan_checks.problems(plan, environment={}) == []
+        found = [w for w in plan_checks.warnings(plan) if "not here" in w]
+        assert found == [f"{message}; does the run start elsewhere?"] * bool(message)
+        assert plan_checks.warnings(plan, check_files=False) == []
+    (tmp_path / "list").write_text("")
+    [problem] = plan_checks.problems(plan_1b("--data-args-path list --split 9,1,0"), environment={})
+    assert "--data-args-path list is [], not a list of prefixes" in problem
 
 
 def test_secrets_are_named_and_not_printed():

@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from dataset_files import write_dataset
+from dataset_files import write_dataset, write_prepared
 from hostile import damaged, damaged_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,9 @@ from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
 from megatron_xielu.common import data_lists
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.cpu import __main__ as cpu_command
+from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan import flags as plan_flags
+from megatron_xielu.plan.run import Cluster, Plan
 
 
 def check(flags: str, ranks: int = 1) -> Namespace:
@@ -298,6 +300,83 @@ def test_data_without_end(tmp_path, lengths, flags, message):
     with pytest.raises(ValueError) as error:
         run_checks.check_files(args)
     assert str(error.value).startswith(message.format(prefix, prefix))
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "message"),
+    [
+        ("--data-path", "data", "is prepared data; give {by_split}"),
+        ("--data-path", "data/manifest.json", "is prepared data; give {by_split}"),
+        (
+            "--data-path",
+            "data/train",
+            "is a folder, and no prefix of .bin and .idx; of a folder of",
+        ),
+        (
+            "--data-path",
+            "data/train/00000.bin",
+            "is a file of data; give its prefix, --data-path {p}",
+        ),
+        (
+            "--data-path",
+            "data/data_args.txt",
+            "is no prefix of data; if it lists some, give --data",
+        ),
+        (
+            "--data-path",
+            "data/per_split_data_args.json",
+            "is no prefix of data; if it names some by",
+        ),
+        ("--data-args-path", "data", "is prepared data; give {by_split}"),
+        (
+            "--data-args-path",
+            "data/per_split_data_args.json",
+            "names data by split; give {by_split}",
+        ),
+        (
+            "--data-args-path",
+            "data/train/00000.idx",
+            "is a file of data; give its prefix, --data-p",
+        ),
+        ("--data-args-path", "data/train/00000", "is a prefix of data; give --data-path {p}"),
+        ("--per-split-data-args-path", "data", "is prepared data; give {by_split}"),
+        ("--per-split-data-args-path", "data/data_args.txt", "is no JSON: Extra data"),
+    ],
+)
+@pytest.mark.parametrize("command", ["entry", "plan"])
+def test_a_path_that_another_flag_takes(tmp_path, command, flag, path, message):
+    (tmp_path / "data").mkdir()
+    write_prepared(tmp_path / "data", ["a"])
+    args = [*TINY_LLAMA, "--eval-iters", "0", flag, f"{tmp_path}/{path}", "--split", "1,0,0"]
+    if command == "entry":
+        with pytest.raises(ValueError) as error:
+            run_checks.check_files(parse(args))
+        said = str(error.value)
+    else:
+        plan = Plan(args, cluster=Cluster(nodes=1, gpus_per_node=1))
+        said = plan_checks.problems(plan, environment={})[0]
+    by_split = f"--per-split-data-args-path {tmp_path}/data/per_split_data_args.json"
+    expected = message.format(by_split=by_split, p=f"{tmp_path}/data/train/00000")
+    assert said.startswith(f"{flag} {tmp_path}/{path} {expected}")
+
+
+def test_data_of_another_vocabulary(tmp_path, capsys):
+    """With tensor parallelism it would train to the end, with a better loss."""
+    write_dataset(tmp_path / "text", [3] * 600, {5: 300})
+    args = parse([*TINY_LLAMA, "--data-path", f"{tmp_path}/text"])
+    args.rank, args.padded_vocab_size = 0, 256
+    with pytest.raises(
+        ValueError, match=r"text\.bin has token 300, the model's vocabulary only 256"
+    ):
+        run_checks.check_files(args)
+    write_prepared(tmp_path, ["a"], name="who/name")
+    flags = ["--per-split-data-args-path", f"{tmp_path}/per_split_data_args.json"]
+    args = parse([*TINY_LLAMA, *flags, "--tokenizer-model", "who/else"])
+    args.rank, args.tokenizer_type = 0, "HuggingFaceTokenizer"
+    run_checks.check_files(args)
+    assert capsys.readouterr().err.startswith(
+        "megatron_xielu: warning: --per-split-data-args-path "
+    )
 
 
 def test_shares_are_megatrons():

@@ -66,10 +66,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-args-path", metavar="FILE", help="as Megatron's")
     add("--per-split-data-args-path", metavar="FILE", help="as Megatron's")
     add("--tokenizer-model", metavar="NAME", help="file, folder or Hugging Face name")
+    add("--tokenizer-type", metavar="TYPE", help="as Megatron's")
+    add("--padded-vocab-size", type=count, metavar="N", help="as Megatron's: no token beyond it")
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:end])
     args.training = words[end + 1 :]
+    parser.parse_known_args(args.training, args)  # what both have is the training's
     try:
         torchrun.check(os.environ)
     except ValueError as error:

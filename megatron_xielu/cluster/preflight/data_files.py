@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu.cluster.preflight.exchange import MIB, Board, Problem, most_common
-from megatron_xielu.common import data_lists, indexed_dataset, text
+from megatron_xielu.common import (
+    data_lists,
+    indexed_dataset,
+    prepared_data,
+    pretrained_tokenizer,
+    text,
+)
 
 
 def prefixes(args: Namespace) -> list[str]:
@@ -76,7 +82,13 @@ def _data_here(args: Namespace) -> dict[str, Any]:
             result["sizes"][prefix] = dataset_sizes(prefix)
         except (OSError, ValueError) as error:
             why = str(error)
+            if isinstance(error, FileNotFoundError) and (other := data_lists.what_takes(prefix)):
+                why = f"{prefix} {other}"
             result["problems"].append(why if prefix in why else f"{prefix!a}: {why}")
+    whole = dict.fromkeys(result["sizes"], "data")
+    faults, doubts = prepared_data.look(whole, args, args.padded_vocab_size)
+    result["problems"] += faults
+    result["warnings"] += doubts
     if args.tokenizer_model:
         try:
             warning = tokenizer_warning(args.tokenizer_model)
@@ -117,7 +129,7 @@ def tokenizer_warning(name: str) -> str:
         if not _has_tokenizer(path):
             raise Problem("no tokenizer*.json or tokenizer.model in that folder")
         return ""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if pretrained_tokenizer.is_path(name):
         raise Problem("no such file or folder")
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"

@@ -1,0 +1,107 @@
+"""`common.prepared_data`: data that do not fit the vocabulary or the tokenizer are named."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from dataset_files import write_dataset, write_prepared, write_tokenizer
+
+from megatron_xielu.common import data_lists, prepared_data
+
+WORDS = ["<eod>", "a", "b", "c"]
+
+
+def look(prefix: Path, vocabulary: int | None, model: object, kind: str = "HuggingFaceTokenizer"):
+    args = Namespace(tokenizer_type=kind, tokenizer_model=model and str(model))
+    return prepared_data.look({str(prefix): "--data-path"}, args, vocabulary)
+
+
+@pytest.mark.parametrize("place", [0, 150_000, 299_999])
+def test_tokens_beyond_the_vocabulary_without_a_manifest(tmp_path, place):
+    """Some of the beginning, the middle and the end are read."""
+    write_dataset(tmp_path / "text", [3] * 100_000, {place: 256})
+    [fault], doubts = look(tmp_path / "text", 256, None, "NullTokenizer")
+    assert fault.startswith(
+        f"--data-path {tmp_path}/text: {tmp_path}/text.bin has token 256, the model's vocabulary "
+        "only 256 entries; give the data's tokenizer and --padded-vocab-size more"
+    )
+    assert doubts == [] and look(tmp_path / "text", 257, None) == look(tmp_path, None, None)
+    write_dataset(tmp_path / "text", [3] * 100_000, {place: -1})
+    assert "has token -1," in look(tmp_path / "text", 257, None)[0][0]
+
+
+def test_the_vocabulary_of_a_manifest(tmp_path):
+    write_prepared(tmp_path, WORDS)
+    tokenizer = tmp_path / "tokenizer"
+    [fault], _ = look(tmp_path / "train/00000", 3, tokenizer)
+    assert fault == (
+        f"--data-path {tmp_path}/train/00000: its tokens go up to 3 ({tmp_path}/manifest.json), "
+        f"the model's vocabulary has 3 entries; give --tokenizer-model {tokenizer} and "
+        "--padded-vocab-size 4 or more (TOKENIZER and PADDED_VOCAB_SIZE of pretrain.sh)"
+    )
+    assert look(tmp_path / "train/00000", 4, tokenizer) == ([], [])
+    assert look(tmp_path / "train/00000", 4, None, "NullTokenizer") == ([], [])
+    # One that does not name these data, or says nothing, or is no manifest.
+    write_dataset(tmp_path / "train/00001", [3], {0: 9})
+    assert "has token 9," in look(tmp_path / "train/00001", 4, tokenizer)[0][0]
+    (tmp_path / "manifest.json").write_text("[]")
+    assert look(tmp_path / "train/00000", 3, "some/other") == ([], [])
+
+
+def test_another_tokenizer(tmp_path):
+    """Certain where an id is another token; else to be looked at."""
+    prefix, other = tmp_path / "data/train/00000", tmp_path / "other"
+    (tmp_path / "data").mkdir()
+    write_prepared(tmp_path / "data", WORDS, name="who/name")
+    write_tokenizer(other, ["<eod>", "b", "a", "c", "d"])
+    [fault], doubts = look(prefix, 128, other)
+    assert doubts == [] and fault == (
+        f"--data-path {prefix}: token 1 is 'a' in these data, and 'b' in --tokenizer-model "
+        f"{other}; give --tokenizer-model {tmp_path}/data/tokenizer (TOKENIZER of pretrain.sh)"
+    )
+    write_tokenizer(other, WORDS[:3])
+    assert "token 3 is 'c' in these data, and none in" in look(prefix, 128, other)[0][0]
+    write_tokenizer(other, [*WORDS, "more"])  # means the same, in other bytes
+    assert look(prefix, 128, other) == look(prefix, 128, other / "tokenizer.json") == ([], [])
+    assert look(prefix, 128, "who/name") == ([], [])
+    (other / "tokenizer.json").write_text("{}")
+    for model, kind in (("who/else", None), (other, None), (None, "GPT2BPETokenizer")):
+        faults, [doubt] = look(prefix, 128, model, kind or "HuggingFaceTokenizer")
+        assert (
+            faults == []
+            and f"made with the tokenizer 'who/name', and trained with {model or kind}; "
+        )
+        assert f"if that gives other tokens, give --tokenizer-model {tmp_path}/data/tok" in doubt
+
+
+def test_unigram_tokens_have_scores(tmp_path):
+    write_prepared(tmp_path, WORDS)
+    model = {"vocab": [["<eod>", 0.0], ["b", -1.0]]}
+    (tmp_path / "unigram.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+    [fault], _ = look(tmp_path / "train/00000", 128, tmp_path / "unigram.json")
+    assert "token 1 is 'a' in these data, and 'b' in" in fault
+
+
+def test_what_data_were_prepared_with(tmp_path):
+    for name, words in (("a", WORDS), ("b", [*WORDS, "d"])):
+        (tmp_path / name).mkdir()
+        write_prepared(tmp_path / name, words)
+    write_dataset(tmp_path / "text", [3])
+    for data_args, prefixes in (
+        (f"{tmp_path}/a/per_split_data_args.json", []),
+        (f"{tmp_path}/a/data_args.txt", []),
+        ("", ["1", f"{tmp_path}/a/train/00000", "2", f"{tmp_path}/a/valid/00000"]),
+    ):
+        folder, tokenizer = data_lists.prepared_with(data_args, prefixes)
+        assert (folder, tokenizer.vocab_size) == (tmp_path / "a", 4)
+    for prefixes in (
+        [],
+        [f"{tmp_path}/text"],
+        [f"{tmp_path}/a/train/00000", f"{tmp_path}/text"],
+        [f"{tmp_path}/a/train/00000", f"{tmp_path}/b/train/00000"],
+    ):
+        assert data_lists.prepared_with("", prefixes) is None
+    assert data_lists.prepared_with(f"{tmp_path}/absent.json", []) is None
