@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dataset_files import write_prepared, write_tokenizer
 from hostile import damaged, damaged_bytes
 from hypothesis import given, settings
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_xielu.evaluate import data, result
+from megatron_xielu.evaluate import data, result, run
 
 MANIFEST = {
     "tokenizer": {"name": "tokenizer.json", "sha256": "0", "vocab_size": 12},
@@ -143,6 +144,17 @@ def test_tokens_that_are_none(tmp_path, tokens, dtype, least):
     write_tokens(tmp_path / "a", tokens, dtype)
     found = data.Tokens([tmp_path / "a"], 4)
     assert found.least_and_largest(0, 1) == (least, 10)
+
+
+def test_data_of_another_tokenizer(tmp_path, capsys):
+    write_prepared(tmp_path, ["a", "b"])
+    write_tokenizer(tmp_path / "other", ["b", "a"])
+    args = Namespace(rank=0, tokenizer_type="HuggingFaceTokenizer", tokenizer_model="who/name")
+    run._check_data(args, [tmp_path / "valid/00000"])
+    assert "made with the tokenizer 'tokenizer.json'" in capsys.readouterr().err
+    args.tokenizer_model = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="token 0 is 'a' in these data, and 'b' in --tokenizer-mo"):
+        run._check_data(args, [tmp_path / "valid/00000"])
 
 
 def test_a_result_that_cannot_be_written(tmp_path, capsys):
