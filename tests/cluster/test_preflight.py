@@ -422,7 +422,7 @@ def test_data_of_another_vocabulary(tmp_path, monkeypatch):
     """The size is that of the training's arguments, which follow after --."""
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    for name in ("RANK", "LOCAL_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, "0")
     write_dataset(tmp_path / "text", [3, 5], {7: 300})
     own = ["--data-path", f"{tmp_path}/text", f"{tmp_path}"]
