@@ -31,11 +31,13 @@ def write(prefix: Path, dtype: str, *, documents: int = 3, multimodal: bool = Fa
 def test_what_megatron_writes(tmp_path, dtype, multimodal):
     write(tmp_path / "a.b", dtype, multimodal=multimodal)
     assert indexed_dataset.read(tmp_path / "a.b") == Index(dtype, np.dtype(dtype).itemsize, 3, 4)
+    assert indexed_dataset.sample(tmp_path / "a.b") == (0, 2)
 
 
 def test_without_documents(tmp_path):
     write(tmp_path / "a", "int32", documents=0)
     assert indexed_dataset.read(tmp_path / "a") == Index("int32", 4, 0, 1)
+    assert indexed_dataset.sample(tmp_path / "a") == (0, 0)
 
 
 @pytest.mark.parametrize(
