@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--format", choices=("parquet", "jsonl", "text"), help="default: by the files' names"
     )
-    group.add_argument("--glob", help="which files below a folder: '**/*.py'")
+    group.add_argument("--glob", nargs="+", help="which files below a folder: '**/*.md' '**/*.rst'")
     group.add_argument("--text-key", default="text", help="column of the text [text]")
     group.add_argument(
         "--skip-bad-rows", action="store_true", help="count and log bad rows, do not stop at them"

@@ -10,8 +10,10 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ _ENDINGS = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst"),
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
+_COMPRESSED = (".gz", ".zst")
+_SHOWN = 5  # endings of files that are left out
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -75,14 +79,16 @@ def open_folder(folder: str) -> DataFolder:
     return DataFolder(folder, fs=LocalFileSystem() if folder.startswith("/") else None)
 
 
-def find(source: str, *, subset: str | None, format: str | None, glob: str | None) -> list[Group]:
-    """The groups of one ``--source``.
+def find(
+    source: str, *, subset: str | None, format: str | None, glob: Sequence[str] | None
+) -> list[Group]:
+    """The groups of one ``--source``; says which of its files are left out.
 
     Args:
         source: local path, fsspec URL, or ``owner/name`` of a Hub dataset.
         subset: the Hub dataset's configuration; by default its first.
         format: one of `FORMATS`; by default each file's, by how its name ends.
-        glob: pattern that paths below the folder must match.
+        glob: patterns, of which paths below the folder must match one.
 
     Raises:
         DataError: there is no such source, or it has no files of a known format.
@@ -91,15 +97,22 @@ def find(source: str, *, subset: str | None, format: str | None, glob: str | Non
     if is_local(source) or "://" in source:
         if subset:
             raise DataError(f"--subset belongs to Hub datasets, and {source} is none")
-        locations = [(_absolute(source), glob)]
+        locations: list[tuple[str, Sequence[str] | None]] = [(_absolute(source), glob)]
     elif _HUB_NAME.fullmatch(source):
         locations = _hub_locations(source, subset)
     else:
         raise DataError(f"--source {source}: no such file or folder")
     groups: list[Group] = []
-    for url, pattern in locations:
+    there: set[str] = set()
+    matching: set[str] = set()
+    for url, patterns in locations:
         try:
-            folder, found = _list(url, pattern)
+            folder, every = _list(url)
+            # A file is named itself, whatever the patterns for folders are.
+            wanted = patterns if folder == url else None
+            found = {path: info for path, info in every.items() if _matches(path, wanted)}
+            there |= every.keys()
+            matching |= found.keys()
             for group in groups:  # patterns of a dataset's card may overlap
                 found = {path: found[path] for path in found.keys() - {f.path for f in group.files}}
             groups += _group(folder, found, format)
@@ -107,13 +120,49 @@ def find(source: str, *, subset: str | None, format: str | None, glob: str | Non
             raise
         except Exception as error:  # every file system has exceptions of its own
             raise DataError(f"--source {source}: {url}: {_say(error)}") from error
+    taken = {file.path: group.format for group in groups for file in group.files}
+    if not there:
+        raise DataError(f"--source {source}: the folder has no files")
     if not groups:
-        endings = ", ".join(ending for known in _ENDINGS.values() for ending in known)
+        of_glob = f"match --glob {' '.join(glob)}" if glob else ""
+        endings = f"end in {', '.join(ending for known in _ENDINGS.values() for ending in known)}"
         raise DataError(
-            f"--source {source}: no files {f'match {glob!r}' if glob else f'end in {endings}'}; "
-            "for others say --format, and --glob '**/*.py' for example"
+            f"--source {source}: no files "
+            + (of_glob if not matching else f"that {of_glob} {endings}" if glob else endings)
+            + f"; there are {_say_left_out(matching or there, {}, format)}"
+        )
+    # Of a dataset the card says what is text.
+    if (left_out := there - taken.keys()) and locations[0][1] is glob:
+        print(
+            f"{source}: {len(taken)} of {len(there)} files are taken, not "
+            f"{_say_left_out(left_out, taken, format)}",
+            file=sys.stderr,
         )
     return groups
+
+
+def _say_left_out(paths: Iterable[str], taken: dict[str, str], format: str | None) -> str:
+    """How many files of each ending, and the flags that take them beside those ``taken``."""
+    endings = Counter(map(_ending, sorted(paths))).most_common()
+    shown = [f"{number} {ending or 'without an ending'}" for ending, number in endings[:_SHOWN]]
+    if more := sum(number for _, number in endings[_SHOWN:]):
+        shown.append(f"{more} others")
+    said = ", ".join(shown)
+    if format:
+        return f"{said}; --glob says which"
+    together = set(taken.values()) <= {"text"}
+    wanted = dict.fromkeys([*(map(_ending, taken) if together else ()), *dict(endings[:_SHOWN])])
+    patterns = [f"'**/*{ending}'" for ending in wanted if ending]
+    return (
+        f"{said}; as plain text{'' if together else ', into an --output of their own'}: "
+        + " ".join(["--format text", *(["--glob", *patterns] if patterns else [])])
+    )
+
+
+def _ending(path: str) -> str:
+    """Of a file's name, with that of its compression: ``.md.gz``."""
+    endings = Path(path).suffixes
+    return "".join(endings[-2 if endings[-1:] and endings[-1] in _COMPRESSED else -1 :])
 
 
 def pinned(source: str, groups: Iterable[Group]) -> list[Group]:
@@ -139,8 +188,8 @@ def _absolute(source: str) -> str:
     return str(Path(source).absolute()) if os.path.lexists(source) else source
 
 
-def _hub_locations(name: str, subset: str | None) -> list[tuple[str, str | None]]:
-    """Folder and pattern of every data file entry that the dataset's card has for the subset.
+def _hub_locations(name: str, subset: str | None) -> list[tuple[str, Sequence[str] | None]]:
+    """Folder and patterns of every data file entry that the dataset's card has for the subset.
 
     Datasets without such entries have the Hub's own conversion to parquet.
     """
@@ -161,12 +210,12 @@ def _hub_locations(name: str, subset: str | None) -> list[tuple[str, str | None]
     if not any(data_files is not None for data_files in configurations.values()):
         pattern = f"{subset or 'default'}/train/*.parquet"
         revision = "refs%2Fconvert%2Fparquet"
-        return [(f"hf://datasets/{name}@{revision}", pattern)]
+        return [(f"hf://datasets/{name}@{revision}", [pattern])]
     chosen = subset or ("default" if "default" in configurations else next(iter(configurations)))
     if chosen not in configurations:
         raise DataError(f"--subset {chosen}: {name} has {', '.join(configurations)}")
     return [
-        (f"hf://datasets/{name}@{info.sha}", pattern)
+        (f"hf://datasets/{name}@{info.sha}", [pattern])
         for pattern in _train_patterns(configurations[chosen] or [])
     ]
 
@@ -186,7 +235,8 @@ def _train_patterns(data_files: str | dict | list) -> list[str]:
     return patterns
 
 
-def _list(url: str, pattern: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
+def _list(url: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The folder, and all that is below it; of a file, that file."""
     folder = open_folder(url)
     if folder.fs.isfile(folder.path):
         parent, _, name = url.rpartition("/")
@@ -197,7 +247,7 @@ def _list(url: str, pattern: str | None) -> tuple[str, dict[str, dict[str, Any]]
         found = folder.find("", detail=True)
         if not found:
             folder.info("")  # says so where there is nothing at all
-    return url, {path: info for path, info in found.items() if _matches(path, pattern)}
+    return url, found
 
 
 def _list_local(folder: str) -> dict[str, dict[str, Any]]:
@@ -232,13 +282,16 @@ def _kind(path: str) -> str:
     return "a pipe, socket or device" if os.path.exists(path) else "a link to nothing"
 
 
-def _matches(path: str, pattern: str | None) -> bool:
-    """``**/`` also matches no folder at all, and ``*`` stays within one, as in a shell."""
-    if pattern is None:
-        return True
+def _matches(path: str, patterns: Sequence[str] | None) -> bool:
+    """Whether it matches one of them. ``**/`` also matches no folder at all, as in a shell."""
+    return patterns is None or any(_expression(pattern).match(path) for pattern in patterns)
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
     expression = fnmatch.translate(pattern.removesuffix("/"))
     expression = expression.replace(".*.*/", "(?:.*/)?").replace("(?>.*?/)", "(?:.*/)?")
-    return re.match(expression, path) is not None
+    return re.compile(expression)
 
 
 def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) -> Iterable[Group]:

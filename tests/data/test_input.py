@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -51,11 +52,11 @@ def rows(texts: list[str], *, ensure_ascii: bool = True) -> bytes:
     )
 
 
-def find(source: Path, **options: str) -> list[sources.Group]:
+def find(source: Path, **options: Any) -> list[sources.Group]:
     return sources.find(str(source), **{"subset": None, "format": None, "glob": None, **options})
 
 
-def read(source: Path, **options: str) -> list[str]:
+def read(source: Path, **options: Any) -> list[str]:
     found = []
     for group in find(source, **options):
         reader = make_reader(group, tasks=1, text_key="text", skip_bad_rows=False)
@@ -256,6 +257,45 @@ class TestNames:
                     with pytest.raises(DataError, match=f"x.jsonl: it is {kind}"):
                         find(source)
                 odd.unlink()
+
+    def test_what_is_left_out_is_said(self, tmp_path: Path, capsys):
+        """With the flags that take it, which do as they say."""
+        (tmp_path / "deep").mkdir()
+        for name in ("a.txt", "deep/b.txt.gz", "c.md", "deep/d.md", "e.rst", "Makefile"):
+            text = name.encode()
+            (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+        assert len(read(tmp_path)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(
+            f"{tmp_path}: 2 of 6 files are taken, not 2 .md, 1 without an ending, 1 .rst; as plain "
+            "text: --format text --glob '"
+        )
+        patterns = said.split("--glob ")[1].replace("'", "").split()
+        assert sorted(patterns) == ["**/*.md", "**/*.rst", "**/*.txt", "**/*.txt.gz"]
+        taken = read(tmp_path, format="text", glob=patterns)
+        assert sorted(taken) == ["a.txt", "c.md", "deep/b.txt.gz", "deep/d.md", "e.rst"]
+        assert "5 of 6 files are taken, not 1 without an ending; --glob" in capsys.readouterr().err
+        assert len(read(tmp_path, format="text")) == 6
+        (tmp_path / "f.jsonl").write_bytes(A)
+        find(tmp_path, glob=["*.jsonl", "*.rst"])
+        said = capsys.readouterr().err
+        assert "1 of 7 files" in said and ", into an --output of their own: --format text" in said
+
+    @pytest.mark.parametrize(
+        ("name", "glob", "message"),
+        [
+            (None, None, "the folder has no files"),
+            ("a.md", None, r"no files end in \.parquet, .*; there are 1 \.md; .*'\*\*/\*\.md'$"),
+            ("a.md", ["*.py"], r"no files match --glob \*\.py; there are 1 \.md; as plain text"),
+            ("a.md", ["*.md"], r"no files that match --glob \*\.md end in \.parquet, .* 1 \.md;"),
+            ("a", None, "there are 1 without an ending; as plain text: --format text$"),
+        ],
+    )
+    def test_nothing_is_taken(self, tmp_path: Path, name: str | None, glob: Any, message: str):
+        if name:
+            (tmp_path / name).write_bytes(b"text")
+        with pytest.raises(DataError, match=message):
+            find(tmp_path, glob=glob)
 
     def test_linked_folder(self, tmp_path: Path, capsys):
         (tmp_path / "other").mkdir()

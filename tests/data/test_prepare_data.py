@@ -559,7 +559,7 @@ class TestBadInput:
         message = _message(corpus, tmp_path / "data", source=tmp_path / "texts")
         assert "--format" in message and ".parquet" in message
         assert "no such file" in _message(corpus, tmp_path / "data", source=tmp_path / "nothing")
-        found = sources.find(str(tmp_path / "texts"), subset=None, format="text", glob="**/*.md")
+        found = sources.find(str(tmp_path / "texts"), subset=None, format="text", glob=["**/*.md"])
         assert [file.path for file in found[0].files] == ["a.md"]
 
     def test_disk_too_small(self, corpus: Corpus, tmp_path: Path):
