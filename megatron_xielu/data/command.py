@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from megatron_xielu.common.flags import Limits, flag_of
@@ -19,6 +21,8 @@ from megatron_xielu.data.errors import DataError
 if TYPE_CHECKING:
     from megatron_xielu.data.executors import Request
     from megatron_xielu.data.recipe import Recipe
+    from megatron_xielu.data.sources import Group
+    from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
 _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
@@ -27,6 +31,7 @@ _FEW_DOCUMENTS = 200
 _TASKS, _GIGABYTES = Limits(1, 10**6), Limits(1, 10**5)
 _TOKENS = Limits(1, 10**18, whole=False)
 _SHARE = Limits(0, 1, whole=False, below=True)
+_ENTRIES = Limits(257, 10**6)  # a token for every byte, and one that ends a document
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +59,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--skip-bad-rows", action="store_true", help="count and log bad rows, do not stop at them"
     )
     group = parser.add_argument_group("tokens")
-    group.add_argument("--tokenizer", help="tokenizer.json, its folder, or a name on the Hub")
+    tokenizer = group.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", help="tokenizer.json, its folder, or a name on the Hub")
+    tokenizer.add_argument(
+        "--train-tokenizer",
+        type=_ENTRIES.read,
+        metavar="ENTRIES",
+        help="where you have none: train one of so many entries on the text; 32768 for example",
+    )
     group.add_argument("--eod-token", help="end of document, where the tokeniser does not say it")
     group.add_argument(
         "--special-tokens-as-text",
@@ -95,8 +107,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for word in value if isinstance(value, list) else [str(value)]:
             if not is_utf8(word):
                 parser.error(f"{flag_of(name)} {word!a} is not UTF-8")
-    if not options.verify and not (options.source and options.tokenizer):
-        parser.error("--source and --tokenizer are needed, but for --verify")
+    if not options.verify and not (
+        options.source and (options.tokenizer or options.train_tokenizer)
+    ):
+        parser.error(
+            "--source and --tokenizer (or --train-tokenizer, where you have none) are needed, but "
+            "for --verify"
+        )
     if any("=" not in option for option in options.slurm_option):
         parser.error("--slurm-option takes NAME=VALUE, account=me for example")
     return options
@@ -141,15 +158,22 @@ def _prepare(options: argparse.Namespace) -> None:
             f"--output {str(output)!r}: choose a path without white space, where Megatron cuts "
             "data_args.txt into words, and without ::"
         )
-    info, tokenizer_path, config = tokenizer_files.inspect(
-        options.tokenizer, options.eod_token, special_as_text=options.special_tokens_as_text
+    inspect = partial(
+        tokenizer_files.inspect,
+        eod_token=options.eod_token,
+        special_as_text=options.special_tokens_as_text,
     )
+    inspected = inspect(options.tokenizer) if options.tokenizer else None
     recipe.make_folder(output)
     with _lock(output):
         work = output / "work"
         begun = any((work / "records").glob("*.json")) or (work / "slurm_job").exists()
+        if not inspected:  # one that is there may be in use already
+            begun |= (output / "tokenizer" / "tokenizer.json").exists()
         before = recipe.load(output) if begun else None
-        this = _make_recipe(options, info, before)
+        groups = _find_groups(options, before)
+        info, tokenizer_path, config = inspected or inspect(_train(options, groups, output))
+        this = _make_recipe(options, info, groups, before)
         changed = recipe.changed_tasks(before, this) if before else []
         tokenizer = tokenizer_files.load(tokenizer_path)
         if tokenizer_files.leaves_out(tokenizer):
@@ -171,8 +195,8 @@ def _prepare(options: argparse.Namespace) -> None:
         for task in changed:
             print(f"task {task}: its input was replaced; it is done again", file=sys.stderr)
             records.forget(output, task)
+        this.save(output)  # first: where there is a tokeniser, it says of what
         tokenizer_files.keep(tokenizer_path, config, output / "tokenizer")
-        this.save(output)
         _forget_damaged(this, output)
         left = scheduler.run(this, output, _request(options), expected.train_tokens)
         result = manifest.finish(this, output, left.used)
@@ -190,9 +214,28 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _make_recipe(options: argparse.Namespace, info: object, before: Recipe | None) -> Recipe:
-    from megatron_xielu.data import sentences, sources
-    from megatron_xielu.data.recipe import Recipe
+def _train(options: argparse.Namespace, groups: tuple[Group, ...], output: Path) -> str:
+    """The folder of the trained tokeniser: of an earlier start, or of now."""
+    from megatron_xielu.data import tokenizer_training
+
+    if (kept := output / "tokenizer" / "tokenizer.json").exists():
+        print(f"the tokeniser is there: {kept}")
+        return str(kept.parent)
+    folder = output / "work" / "tokenizer"
+    tokenizer_training.make(
+        folder,
+        groups,
+        options.train_tokenizer,
+        options.eod_token or tokenizer_training.END_OF_DOCUMENT,
+        valid_fraction=options.valid_fraction,
+        text_key=options.text_key,
+        skip_bad_rows=options.skip_bad_rows,
+    )
+    return str(folder)
+
+
+def _find_groups(options: argparse.Namespace, before: Recipe | None) -> tuple[Group, ...]:
+    from megatron_xielu.data import sources
 
     groups = tuple(
         group
@@ -203,6 +246,18 @@ def _make_recipe(options: argparse.Namespace, info: object, before: Recipe | Non
         )
     )
     sources.refuse_twice(groups)
+    return groups
+
+
+def _make_recipe(
+    options: argparse.Namespace,
+    info: TokenizerInfo,
+    groups: tuple[Group, ...],
+    before: Recipe | None,
+) -> Recipe:
+    from megatron_xielu.data import sentences
+    from megatron_xielu.data.recipe import Recipe
+
     files = sum(len(group.files) for group in groups)
     size = sum(file.size for group in groups for file in group.files)
     by_size = max(
@@ -216,13 +271,14 @@ def _make_recipe(options: argparse.Namespace, info: object, before: Recipe | Non
         groups=groups,
         tasks=min(tasks, files),
         text_key=options.text_key,
-        tokenizer=info,  # type: ignore[arg-type]
+        tokenizer=info,
         valid_fraction=options.valid_fraction,
         max_tokens=int(options.max_tokens) if options.max_tokens else None,
         sentences=language,
         punkt_sha256=sentences.fingerprint(language) if language else None,
         skip_bad_rows=options.skip_bad_rows,
         special_tokens_as_text=options.special_tokens_as_text,
+        train_tokenizer=options.train_tokenizer,
     )
 
 
@@ -260,6 +316,7 @@ def _forget_damaged(recipe: Recipe, output: Path) -> None:
 
 def _report(result: dict, output: Path) -> None:
     train, valid = result["train"], result["valid"]
+    entries = result["tokenizer"]["vocab_size"]
     print(
         f"{train['tokens']:,} training tokens in {train['documents']:,} documents, "
         f"{valid['tokens']:,} validation tokens in {valid['documents']:,}; "
@@ -283,6 +340,19 @@ def _report(result: dict, output: Path) -> None:
             f"  the smallest shard has {least} documents; with --split, Megatron loops forever on "
             "one that has none for a part of it: use the next line's, or fewer --tasks"
         )
-    both = "both" if result["valid"]["documents"] else "training documents; none is held out"
+    both = "both" if valid["documents"] else "training documents; none is held out"
     print(f"--per-split-data-args-path {output / 'per_split_data_args.json'}   ({both})")
-    print(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output / 'tokenizer'}")
+    print(
+        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output / 'tokenizer'}   "
+        f"({entries:,} entries)"
+    )
+    if not valid["documents"]:
+        print(
+            "examples/pretrain.sh validates: choose a larger --valid-fraction, and another --output"
+        )
+        return
+    # A multiple of 128, as Megatron pads by itself.
+    print(
+        f"examples/pretrain.sh: DATA_ARGS={quote(str(output / 'per_split_data_args.json'))} "
+        f"TOKENIZER={quote(str(output / 'tokenizer'))} PADDED_VOCAB_SIZE={-(-entries // 128) * 128}"
+    )

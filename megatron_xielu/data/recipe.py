@@ -21,6 +21,7 @@ _FLAGS = {
     "tasks": "--tasks",
     "text_key": "--text-key",
     "valid_fraction": "--valid-fraction",
+    "train_tokenizer": "--train-tokenizer",
     "sentences": "--split-sentences and --language",
     "punkt_sha256": "the Punkt data",
     "special_tokens_as_text": "--special-tokens-as-text",
@@ -43,6 +44,7 @@ class Recipe:
     punkt_sha256: str | None = None
     skip_bad_rows: bool = False
     special_tokens_as_text: bool = False
+    train_tokenizer: Positive | None = None  # entries of one that was trained for this
 
     @property
     def input_bytes(self) -> int:
@@ -120,6 +122,8 @@ def _formats(recipe: Recipe) -> dict[tuple[str, str], str]:
 
 
 def _say(value: object) -> str:
+    if value is None:
+        return "none"
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 

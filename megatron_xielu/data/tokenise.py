@@ -61,7 +61,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
             str(output), None, str(output / "tokenizer" / "tokenizer.json"), eod_token, _BATCH
         )
         self.output = output
-        self.valid_below = int(valid_fraction * 2**64)
+        self.valid_fraction = valid_fraction
         self.language = language
         self.limits = limits
         self.readers = readers
@@ -127,7 +127,7 @@ class SplitTokenizer(MegatronDocumentTokenizer):
                         left_out += 1
                         continue
                     text = document.text.encode()
-                    split = "valid" if self._is_valid(text) else "train"
+                    split = "valid" if is_held_out(text, self.valid_fraction) else "train"
                     write_document(out[split], sequences)
                     tokens = sum(map(len, sequences))
                     count = counts[split]
@@ -185,10 +185,6 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         sequences[-1].append(end)
         return found
 
-    def _is_valid(self, text: bytes) -> bool:
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.valid_below
-
     def _publish(self, attempt: Attempt, record: Record) -> None:
         """Rename the shards to their place, then write the record that vouches for them."""
         for split, shard in record.shards.items():
@@ -201,6 +197,12 @@ class SplitTokenizer(MegatronDocumentTokenizer):
                 else:  # Megatron cannot map an empty file
                     place.unlink(missing_ok=True)
         records.save(self.output, attempt.task, record)
+
+
+def is_held_out(text: bytes, fraction: float) -> bool:
+    """Whether a document is of the validation split."""
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < int(fraction * 2**64)
 
 
 def write_document(file: MegatronTokenizedFile, sequences: list[list[int]]) -> None:

@@ -152,24 +152,17 @@ def train_tokenizer(corpus: Path, path: Path, vocab_size: int) -> None:
     Raises:
         SystemExit: the text has too few different pairs for so many tokens.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from megatron_xielu.data import tokenizer_training
+    from megatron_xielu.data.errors import DataError
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stdout.isatty(),
-    )
     print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
-    tokenizer.train_from_iterator(_texts(corpus), trainer)
-    tokenizer.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
-    if tokenizer.token_to_id(END_OF_DOCUMENT) != vocab_size - 1:
+    try:
+        tokenizer = tokenizer_training.train(_texts(corpus), vocab_size, END_OF_DOCUMENT)
+    except DataError as error:
+        said, _, _ = str(error).partition(":")
         raise SystemExit(
-            f"compare: the text gives a tokenizer of {tokenizer.get_vocab_size():,} tokens, not "
-            f"{vocab_size:,}; give more text, or compare with the preset tiny"
-        )
+            f"compare: {said}; give more text, or compare with the preset tiny"
+        ) from None
     files.write(path, tokenizer.to_str(pretty=True))
 
 
