@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,14 @@ _FEW_DOCUMENTS = 200
 _TASKS, _GIGABYTES = Limits(1, 10**6), Limits(1, 10**5)
 _TOKENS = Limits(1, 10**18, whole=False)
 _SHARE = Limits(0, 1, whole=False, below=True)
+# Flags that mean nothing to another executor.
+_OF_EXECUTORS = {
+    "memory_gb": ("slurm", "ray"),
+    "ray_address": ("ray",),
+    "slurm_partition": ("slurm",),
+    "slurm_time": ("slurm",),
+    "slurm_option": ("slurm",),
+}
 _ENTRIES = Limits(257, 10**6)  # a token for every byte, and one that ends a document
 
 
@@ -89,15 +98,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--workers", type=_TASKS.read, default=os.cpu_count(), help="tasks at a time"
     )
     group.add_argument("--tasks", type=_TASKS.read, help="shards [one per 512 MB of input]")
-    group.add_argument(
-        "--memory-gb", type=_GIGABYTES.read, default=2, help="of a Slurm or Ray task [2]"
-    )
+    group.add_argument("--memory-gb", type=_GIGABYTES.read, help="of a Slurm or Ray task [2]")
     group.add_argument("--ray-address", help="[a Ray of its own on this machine]")
-    group.add_argument("--slurm-partition", default="")
-    group.add_argument("--slurm-time", default="24:00:00", help="limit of a task [24:00:00]")
-    group.add_argument(
-        "--slurm-option", action="append", default=[], metavar="NAME=VALUE", help="for sbatch"
-    )
+    group.add_argument("--slurm-partition")
+    group.add_argument("--slurm-time", help="limit of a task [24:00:00]")
+    group.add_argument("--slurm-option", action="append", metavar="NAME=VALUE", help="for sbatch")
     group.add_argument("--no-disk-check", action="store_true")
     group = parser.add_argument_group("instead of the work")
     group.add_argument("--dry-run", action="store_true", help="say what it would be")
@@ -114,7 +119,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             "--source and --tokenizer (or --train-tokenizer, where you have none) are needed, but "
             "for --verify"
         )
-    if any("=" not in option for option in options.slurm_option):
+    for name, executors in _OF_EXECUTORS.items():
+        if getattr(options, name) is not None and options.executor not in executors:
+            parser.error(
+                f"{flag_of(name)} is of --executor {' and '.join(executors)}, this is --executor "
+                f"{options.executor}: leave it out, or say --executor {executors[0]}"
+            )
+    if any("=" not in option for option in options.slurm_option or ()):
         parser.error("--slurm-option takes NAME=VALUE, account=me for example")
     return options
 
@@ -158,6 +169,12 @@ def _prepare(options: argparse.Namespace) -> None:
             f"--output {str(output)!r}: choose a path without white space, where Megatron cuts "
             "data_args.txt into words, and without ::"
         )
+    if options.executor == "slurm" and (odd := re.search(r"[^\w@+=:,./-]", str(output))):
+        raise DataError(
+            f"--output {output}: choose a path without {odd[0]!r}, for --executor slurm puts it "
+            "into a batch script"
+        )
+    request = _request(options)
     inspect = partial(
         tokenizer_files.inspect,
         eod_token=options.eod_token,
@@ -198,7 +215,7 @@ def _prepare(options: argparse.Namespace) -> None:
         this.save(output)  # first: where there is a tokeniser, it says of what
         tokenizer_files.keep(tokenizer_path, config, output / "tokenizer")
         _forget_damaged(this, output)
-        left = scheduler.run(this, output, _request(options), expected.train_tokens)
+        left = scheduler.run(this, output, request, expected.train_tokens)
         result = manifest.finish(this, output, left.used)
     _report(result, output)
 
@@ -296,11 +313,11 @@ def _request(options: argparse.Namespace) -> Request:
         executor=options.executor,
         workers=options.workers,
         tasks=0,
-        memory_gb=options.memory_gb,
+        memory_gb=options.memory_gb or 2,
         ray_address=options.ray_address,
-        slurm_partition=options.slurm_partition,
-        slurm_time=options.slurm_time,
-        slurm_options=dict(option.split("=", 1) for option in options.slurm_option),
+        slurm_partition=options.slurm_partition or "",
+        slurm_time=options.slurm_time or "24:00:00",
+        slurm_options=dict(option.split("=", 1) for option in options.slurm_option or ()),
     )
 
 

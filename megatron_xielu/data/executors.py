@@ -16,6 +16,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import multiprocess
@@ -133,8 +134,8 @@ def _job_id(printed: str) -> str:
 
 
 def _environment() -> str:
-    lines = [f"export PATH={Path(sys.executable).parent}:$PATH"]
-    lines += [f"export {name}='{value}'" for name, value in task_environment().items()]
+    lines = [f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH"]
+    lines += [f"export {name}={quote(value)}" for name, value in task_environment().items()]
     return "\n".join(lines)
 
 
