@@ -1,4 +1,5 @@
-# make setup         install into .venv (nothing is done when nothing changed)
+# make help          these lines
+# make setup         install into .venv, 7 GB (nothing is done when nothing changed)
 # make test          every test, on the CPU; FILES=tests/kernels for those of one room
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
@@ -20,15 +21,20 @@ ON_GPU = PYTHONPATH=$(CURDIR):$$PYTHONPATH $(if $(wildcard .venv/installed),$(BI
 # PyTorch builds C++ extensions with the ninja that is installed here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test test-gpu test-image test-cluster docs lint demo bench bench-gpu
+.PHONY: help setup test test-gpu test-image test-cluster docs lint demo bench bench-gpu
+
+help:
+	@sed -n 's/^# make/make/p' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "megatron_xielu needs Python 3.12 or newer; this is %s (set PYTHON=…)" % sys.version.split()[0])'
+	@echo 'installing into .venv: about 7 GB, 3 to 5 minutes where the network is fast'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+	@echo 'installed: source .venv/bin/activate, or $(BIN)/python in place of python'
 
 test: setup
 	$(PYTEST_TWICE) $(FILES)

@@ -47,3 +47,10 @@ def test_with_sequence_parallelism(tmp_path):
         command=module,
     )
     assert_learns(run.output)
+
+
+def test_make_alone_names_every_target():
+    targets = re.search(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[1]
+    done = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"^make (\S+)  ", done.stdout, re.M)) == sorted(targets.split())
