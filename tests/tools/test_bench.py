@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import gc
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -482,14 +483,23 @@ def test_no_cuda_device(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_the_gpu_run_needs_one(tmp_path: Path) -> None:
-    """It says so before it makes or deletes anything; also where there is no PyTorch."""
-    script = Path(bench_activation.__file__).with_name("on_gpu.sh")
-    for python, why in (
-        (sys.executable, "on_gpu.sh: PyTorch sees no CUDA device here"),
-        (f"{sys.executable} -S", "on_gpu.sh: No module named 'torch'"),
+    """It says so before it makes or deletes anything; also where there is no PyTorch.
+
+    Of PATH's Python, until one is set up in the checkout."""
+    script = tmp_path / "tools" / "bench" / "on_gpu.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(Path(bench_activation.__file__).with_name("on_gpu.sh"), script)
+    for place, python, why in (
+        ("python3", sys.executable, "on_gpu.sh: PyTorch sees no CUDA device here"),
+        ("python3", f"{sys.executable} -S", "on_gpu.sh: No module named 'torch'"),
+        (".venv/bin/python", sys.executable, "on_gpu.sh: PyTorch sees no CUDA device here"),
     ):
-        (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
-        (tmp_path / "python3").chmod(0o755)
+        command = tmp_path / place
+        command.parent.mkdir(parents=True, exist_ok=True)
+        command.write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+        command.chmod(0o755)
+        if command.parent != tmp_path:
+            (tmp_path / ".venv" / "installed").touch()
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(tmp_path / "out")}
         done = subprocess.run([script, "check"], env=environment, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr == f"{why}\n"
