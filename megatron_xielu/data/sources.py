@@ -122,19 +122,23 @@ def find(
             raise DataError(f"--source {source}: {url}: {_say(error)}") from error
     taken = {file.path: group.format for group in groups for file in group.files}
     if not there:
-        raise DataError(f"--source {source}: the folder has no files")
+        raise DataError(f"--source {source}: it has no files")
     if not groups:
-        of_glob = f"match --glob {' '.join(glob)}" if glob else ""
-        endings = f"end in {', '.join(ending for known in _ENDINGS.values() for ending in known)}"
+        words = ["no files"]
+        if asked := " ".join(pattern for _, patterns in locations for pattern in patterns or ()):
+            words.append(f"that match {asked}" if matching else f"match {asked}")
+        if matching:
+            endings = (ending for known in _ENDINGS.values() for ending in known)
+            words.append(f"end in {', '.join(endings)}")
         raise DataError(
-            f"--source {source}: no files "
-            + (of_glob if not matching else f"that {of_glob} {endings}" if glob else endings)
-            + f"; there are {_say_left_out(matching or there, {}, format)}"
+            f"--source {source}: {' '.join(words)}; there are "
+            f"{_say_left_out(matching or there, {}, format)}"
         )
-    # Of a dataset the card says what is text.
-    if (left_out := there - taken.keys()) and locations[0][1] is glob:
+    # Of a dataset the card says which files are data.
+    candidates = there if locations[0][1] is glob else matching
+    if left_out := candidates - taken.keys():
         print(
-            f"{source}: {len(taken)} of {len(there)} files are taken, not "
+            f"{source}: {len(taken)} of {len(candidates)} files are taken, not "
             f"{_say_left_out(left_out, taken, format)}",
             file=sys.stderr,
         )

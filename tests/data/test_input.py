@@ -205,7 +205,7 @@ def test_any_damage_of_a_dataset_card(configs):
         for subset in (None, "b"):
             try:
                 found = sources._hub_locations("owner/name", subset)
-                assert all(isinstance(pattern, str) for _, pattern in found)
+                assert all(isinstance(one, str) for _, patterns in found for one in patterns)
             except DataError as error:
                 assert "\n" not in str(error)
 
@@ -284,10 +284,10 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "glob", "message"),
         [
-            (None, None, "the folder has no files"),
+            (None, None, "it has no files"),
             ("a.md", None, r"no files end in \.parquet, .*; there are 1 \.md; .*'\*\*/\*\.md'$"),
-            ("a.md", ["*.py"], r"no files match --glob \*\.py; there are 1 \.md; as plain text"),
-            ("a.md", ["*.md"], r"no files that match --glob \*\.md end in \.parquet, .* 1 \.md;"),
+            ("a.md", ["*.py"], r"no files match \*\.py; there are 1 \.md; as plain text"),
+            ("a.md", ["*.md"], r"no files that match \*\.md end in \.parquet, .* 1 \.md;"),
             ("a", None, "there are 1 without an ending; as plain text: --format text$"),
         ],
     )
