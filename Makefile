@@ -30,7 +30,7 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "megatron_xielu needs Python 3.12 or newer; this is %s (set PYTHON=…)" % sys.version.split()[0])'
-	@echo 'installing into .venv: about 7 GB, 3 to 5 minutes where the network is fast'
+	@echo 'installing into .venv: about 7 GB, 3 to 5 minutes; the last of them, "Installing collected packages", are silent'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
