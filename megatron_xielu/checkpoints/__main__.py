@@ -1,6 +1,6 @@
 """Keeps a run's checkpoint folder trustworthy: verify, repair, watch, status.
 
-``python3 -m megatron_xielu.checkpoints SAVE_DIR COMMAND``
+``python3 -m megatron_xielu.checkpoints RUN COMMAND``
 
 A Megatron save folder holds ``iter_0000200/`` and a tracker, ``latest_checkpointed_iteration.txt``,
 and Megatron checks neither. A kill or a full disk leaves half a folder, or an empty tracker, on
@@ -29,9 +29,11 @@ from megatron_xielu.checkpoints.check import Damaged, check
 from megatron_xielu.checkpoints.folder import (
     RELEASE,
     TRACKER,
+    TwoSaveFolders,
     checkpoints,
     is_there,
     read_tracker,
+    save_folder,
     size_and_stamp,
 )
 from megatron_xielu.checkpoints.ledger import Record, kept
@@ -79,7 +81,12 @@ def status(save_dir: Path) -> None:
 def main() -> None:
     """Parse the command line and run one command."""
     parser = argparse.ArgumentParser(prog="python3 -m megatron_xielu.checkpoints")
-    parser.add_argument("save_dir", type=Path, metavar="SAVE_DIR", help="Megatron's --save folder")
+    parser.add_argument(
+        "save_dir",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder, or its checkpoints folder (Megatron's --save)",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="check them all, newest first")
     command.add_argument("--last", type=POSITIVE.read, metavar="N", help="only the N newest")
@@ -96,12 +103,13 @@ def main() -> None:
     try:
         if not is_there(args.save_dir) and args.command in ("verify", "status"):
             parser.error(f"no such folder: {args.save_dir}")
+        args.save_dir = save_folder(args.save_dir)
         _run(args)
     except NoGoodCheckpoint as error:
         event_log.write("no-good-checkpoint", str(error))
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
-    except OSError as error:
+    except (OSError, TwoSaveFolders) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+IN_RUN = "checkpoints"  # the save folder in a run's folder
 RELEASE = "release"  # what the tracker says where a model was converted; and its folder
 
 # Up to 64 bits, in which Megatron counts iterations.
@@ -23,6 +24,44 @@ _CHECKPOINT = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,17})")
 
 class NoCheckpoint(ValueError):
     """A save folder means no checkpoint; the message names the tracker."""
+
+
+class TwoSaveFolders(ValueError):
+    """A folder holds checkpoints, and so does the one in it."""
+
+
+def save_folder(folder: Path) -> Path:
+    """The save folder: the one that is named, or of a run's folder the one in it.
+
+    Args:
+        folder: ``RUN/checkpoints``, or ``RUN``, as examples/pretrain.sh makes it.
+
+    Raises:
+        TwoSaveFolders: both hold checkpoints.
+        OSError: it cannot be read.
+    """
+    inside = folder / IN_RUN
+    if not inside.is_dir():
+        return folder
+    if not _holds_any(folder):
+        return inside
+    if _holds_any(inside):
+        raise TwoSaveFolders(
+            f"{folder} holds checkpoints, and so does {inside}: which are meant? Name the latter, "
+            "or move one of the two elsewhere"
+        )
+    return folder
+
+
+def run_folder(folder: Path) -> Path:
+    """The run's folder, of it or of its checkpoints folder: where evaluation.json lies."""
+    if folder.absolute().name == IN_RUN and not (folder / IN_RUN).is_dir():
+        return folder.parent if folder.name == IN_RUN else folder.absolute().parent
+    return folder
+
+
+def _holds_any(folder: Path) -> bool:
+    return (folder / TRACKER).exists() or bool(checkpoints(folder))
 
 
 def is_there(save_dir: Path) -> bool:

@@ -9,7 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_xielu.checkpoints import fork
-from megatron_xielu.checkpoints.folder import NoCheckpoint, find, read_tracker
+from megatron_xielu.checkpoints.folder import (
+    TRACKER,
+    NoCheckpoint,
+    TwoSaveFolders,
+    checkpoints,
+    find,
+    save_folder,
+)
 from megatron_xielu.checkpoints.legacy import open_legacy
 from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
@@ -18,10 +25,10 @@ from megatron_xielu.checkpoints.torch_dist import TorchDist
 def open_source(
     checkpoint: Path, *, trust_pickle: bool = False, report: Callable[[str], None] = print
 ) -> Source:
-    """Open a checkpoint: one of its own (``iter_…``), or the last one of a checkpoints folder.
+    """Open a checkpoint: one of its own (``iter_…``), or a run's last one.
 
     Args:
-        checkpoint: the folder.
+        checkpoint: its folder, or the run's, or the run's checkpoints folder.
         trust_pickle: whether the pickles of a legacy checkpoint (``mp_rank_…``) may be executed.
         report: told, a line each, what was found and put right.
 
@@ -42,9 +49,14 @@ def open_source(
 def _find(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         raise Refused(f"{checkpoint} is not a folder")
-    if read_tracker(checkpoint) == "missing" and not any(checkpoint.glob("iter_*")):
-        return checkpoint
     try:
-        return find(checkpoint)
+        folder = save_folder(checkpoint)
+        return find(folder)
+    except TwoSaveFolders as error:
+        raise Refused(str(error)) from None
     except NoCheckpoint as error:
-        raise Refused(f"{error}; name one of the iter_* folders instead") from None
+        if checkpoints(folder):
+            raise Refused(f"{error}; name one of the iter_* folders instead") from None
+        if (folder / TRACKER).exists():
+            raise Refused(f"{error}, and there are no iter_* folders") from None
+        return folder

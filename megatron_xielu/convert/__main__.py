@@ -2,7 +2,7 @@
 
 ``python -m megatron_xielu.convert``:
 
-to-hf CHECKPOINT OUT     Megatron → Hugging Face
+to-hf RUN OUT            Megatron → Hugging Face
 from-hf MODEL OUT        Hugging Face → Megatron
 """
 
@@ -23,6 +23,7 @@ from megatron_xielu.common.text import ready_output, reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _ROWS = Limits(1, 9_999_999)  # of a vocabulary
+_LEAST_SHARD = 10**3  # bytes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -57,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("to-hf", help="Megatron → Hugging Face")
     export.set_defaults(run=_to_hf)
     export.add_argument(
-        "checkpoint", type=_path, help="the checkpoints folder of a run (its last one), or iter_…"
+        "checkpoint",
+        type=_path,
+        metavar="RUN",
+        help="a run's folder, or its checkpoints folder (its last one), or an iter_… in it",
     )
     export.add_argument("out", type=_path, help="the Hugging Face folder to write")
     export.add_argument(
@@ -141,7 +145,12 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?B?)", text.upper())
     if not match or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
-    return max(1, int(float(match[1]) * _UNITS[match[2]]))
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < _LEAST_SHARD:
+        raise argparse.ArgumentTypeError(
+            f"{text} is less than 1KB, which would make a file of each tensor; say 5GB or 500MB"
+        )
+    return size
 
 
 def _path(text: str) -> Path:

@@ -68,7 +68,15 @@ def export(
     rows = options.vocabulary or full.vocabulary
     least = 1 if words is None else words.entries
     if not least <= rows <= full.vocabulary:
-        raise Refused(f"--trim-vocab {rows}: must be {least} to {full.vocabulary}")
+        raise Refused(
+            f"--trim-vocab {rows}: the model has {full.vocabulary} rows, "
+            f"{'the least is 1' if words is None else f'its tokenizer {least} entries'}; "
+            + (
+                "there is nothing to trim, leave it out"
+                if least == full.vocabulary
+                else f"give {least} to {full.vocabulary}"
+            )
+        )
     architecture = replace(full, vocabulary=rows)
 
     files = _plan(source, architecture, options)

@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte of a ``torch_dist`` checkpoint on prepared data.
 
-``python -m megatron_xielu.evaluate --load RUN/checkpoints --data-path DATA``
+``python -m megatron_xielu.evaluate --load RUN --data-path DATA``
 
 The model is the one that `megatron_xielu.pretrain_gpt` trains, with the checkpoint's arguments;
 torchrun and Megatron's flags split it in any way, whatever layout it was trained in. Two numbers,
@@ -27,6 +27,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_xielu import startup
+from megatron_xielu.checkpoints.folder import save_folder
 from megatron_xielu.common.text import one_line, ready_output
 from megatron_xielu.evaluate import checkpoint, data, result
 
@@ -37,8 +38,8 @@ def main() -> None:
     # Megatron prints hundreds of lines about training. Errors and warnings go elsewhere.
     printed = io.StringIO()
     try:
-        iteration = checkpoint.find(request.load, request.ckpt_step)
-        checkpoint.check(request.load, request.ckpt_step)
+        request.load = save_folder(request.load)
+        iteration = checkpoint.check(checkpoint.find(request.load, request.ckpt_step))
         output = result.output_file(request.evaluation_output, request.load)
         prefixes = None if request.eval_iters else data.find(request)
         # What Megatron reads.
@@ -72,7 +73,11 @@ def _parse(words: list[str]) -> tuple[Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="RUN/checkpoints", help="Its last checkpoint …"
+        "--load",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="A run's folder, or its checkpoints folder: its last checkpoint …",
     )
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="… or that of iteration N.")
     parser.add_argument(

@@ -9,11 +9,11 @@ from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 
 
-def find(folder: Path, step: int | None) -> int:
-    """The iteration of the checkpoint that Megatron would load; 0 for a ``release``.
+def find(folder: Path, step: int | None) -> Path:
+    """The checkpoint that Megatron would load.
 
     Args:
-        folder: ``--load``.
+        folder: of checkpoints.
         step: ``--ckpt-step``, None for the last one.
 
     Raises:
@@ -21,13 +21,11 @@ def find(folder: Path, step: int | None) -> int:
     """
     if not folder.is_dir():
         raise ValueError(f"--load {folder}: no such folder")
-    if not step and save_folder.read_tracker(folder) == "missing":
-        inside = folder / "checkpoints" / TRACKER
-        hint = f"; say --load {inside.parent}" if inside.is_file() else ""
-        raise ValueError(f"--load {folder}: no checkpoint, {TRACKER} is missing{hint}")
     try:
         checkpoint = save_folder.find(folder, step)
     except save_folder.NoCheckpoint as error:
+        if not save_folder.checkpoints(folder) and not (folder / TRACKER).exists():
+            raise ValueError(f"--load {folder}: there is no checkpoint in it") from None
         raise ValueError(
             f"{error}; mend it with python3 -m megatron_xielu.checkpoints {folder} repair"
         ) from None
@@ -39,18 +37,21 @@ def find(folder: Path, step: int | None) -> int:
         raise ValueError(
             f"{checkpoint} is not a complete checkpoint of the format torch_dist: no .metadata"
         )
-    return 0 if checkpoint.name == RELEASE else int(checkpoint.name.removeprefix("iter_"))
+    return checkpoint
 
 
-def check(folder: Path, step: int | None) -> None:
-    """Refuse arguments that Megatron would not have saved, and code in ``.metadata``.
-
-    Megatron reads both, whatever they are.
+def check(checkpoint: Path) -> int:
+    """Refuse arguments that Megatron would not have saved, and code in ``.metadata``: Megatron
+    reads both, whatever they are.
 
     Args:
-        folder, step: as `find` accepted them.
+        checkpoint: as `find` found it.
+
+    Returns:
+        Its iteration; 0 of a ``release``.
 
     Raises:
         ValueError: naming the argument, or the file.
     """
-    TorchDist(save_folder.find(folder, step))
+    TorchDist(checkpoint)
+    return 0 if checkpoint.name == RELEASE else int(checkpoint.name.removeprefix("iter_"))

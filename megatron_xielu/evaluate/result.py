@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.checkpoints.folder import run_folder
 from megatron_xielu.common import files
 from megatron_xielu.common.text import table
 
@@ -17,7 +18,7 @@ from megatron_xielu.common.text import table
 class Layer:
     """Pre-activations of one layer's MLP: what goes into its activation."""
 
-    layer: int  # from 1
+    layer: int  # from 0
     negative_share: float
     mean: float
     std: float
@@ -64,15 +65,15 @@ class Evaluation:
 
 
 def output_file(asked: Path | None, load: Path) -> Path | None:
-    """Where to write: as asked, else ``RUN/evaluation.json`` for ``RUN/checkpoints``, else nowhere.
+    """Where to write: as asked, else ``RUN/evaluation.json`` for RUN/checkpoints, else nowhere.
 
     Raises:
         ValueError: it cannot be written there.
     """
-    run = load.absolute()
-    if asked is None and run.name != "checkpoints":
+    run = run_folder(load)
+    if asked is None and run == load:
         return None
-    path = asked or run.with_name("evaluation.json")
+    path = asked or run.absolute() / "evaluation.json"
     flag = f"--evaluation-output {path}"
     if not path.parent.is_dir():
         raise ValueError(f"{flag}: no folder {path.parent}")

@@ -46,7 +46,7 @@ class Statistics:
                 fc1 = getattr(layer.mlp, "linear_fc1", None)
                 if fc1 is None:
                     raise ValueError(
-                        f"--activation-statistics: layer {layer.layer_number} has "
+                        f"--activation-statistics: layer {layer.layer_number - 1} has "
                         f"{type(layer.mlp).__name__}, not one MLP; leave it out"
                     )
                 # First of all hooks: one of ours keeps the bias back for the activation.
@@ -85,7 +85,7 @@ class Statistics:
         width = 2 * _RANGE / _BINS
         edges = [-_RANGE + width * i for i in range(_BINS + 1)]
         layers = []
-        for number, sums in enumerate(self.sums.tolist(), start=1):
+        for number, sums in enumerate(self.sums.tolist()):
             n = sums[_NUMBER]
             mean = sums[_SUM] / n
             layers.append(

@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,13 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_xielu.checkpoints import optimizer_format, reader
 from megatron_xielu.checkpoints.folder import (
-    RELEASE,
     TRACKER,
     NoCheckpoint,
     checkpoints,
     complete_checkpoints,
     find,
-    read_tracker,
+    run_folder,
+    save_folder,
 )
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.evaluate import checkpoint as evaluate
@@ -47,8 +49,7 @@ def by_megatron(folder, step):
 
 def by_evaluate(folder, step):
     with suppress(ValueError):
-        iteration = evaluate.find(folder, step)
-        return RELEASE if read_tracker(folder) == RELEASE else f"iter_{iteration:07d}"
+        return evaluate.find(folder, step).name
 
 
 def by_resume(folder, step):
@@ -126,3 +127,55 @@ def test_a_checkpoint_itself(save_dir):
 def test_what_is_no_name_of_a_checkpoint(tmp_path, name):
     (tmp_path / name).mkdir()
     assert checkpoints(tmp_path) == {}
+
+
+def test_a_run_folder_is_as_good_as_its_checkpoints_folder(tmp_path, monkeypatch):
+    """As examples/pretrain.sh makes it, before the first checkpoint and after."""
+    run, inside = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    inside.mkdir(parents=True)
+    for _ in range(2):
+        assert save_folder(run) == save_folder(inside) == inside
+        assert run_folder(run) == run_folder(inside) == run
+        (inside / "iter_0000002").mkdir(exist_ok=True)
+        (inside / TRACKER).write_text("2")
+    monkeypatch.chdir(inside)
+    assert run_folder(Path()) == run
+    dcp.save({"x": torch.ones(1)}, checkpoint_id=inside / "iter_0000002", no_dist=True)
+    assert reader._find(run) == reader._find(inside) == inside / "iter_0000002"
+
+
+def test_a_save_folder_of_another_name_is_its_own(tmp_path):
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    assert save_folder(tmp_path) == run_folder(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("room", ["checkpoints", "convert", "evaluate", "report"])
+def test_two_save_folders_in_one_another(tmp_path, room, monkeypatch, capsys):
+    """None of them can be meant for certain: one line, and nothing is written."""
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        (folder / "iter_0000002").mkdir(parents=True)
+    words = {
+        "checkpoints": [str(tmp_path), "verify"],
+        "convert": ["to-hf", str(tmp_path), str(tmp_path / "out")],
+        "evaluate": ["--load", str(tmp_path), "--data-path", "x"],
+        "report": [str(tmp_path)],
+    }[room]
+    monkeypatch.setattr("sys.argv", [room, *words])
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"megatron_xielu.{room}.__main__").main()
+    said = f"{ended.value}{capsys.readouterr().err}"
+    assert f"{tmp_path} holds checkpoints, and so does {tmp_path / 'checkpoints'}" in said
+    assert ended.value.code and "Traceback" not in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "report").exists()
+
+
+def test_verify_of_a_run_folder(tmp_path, monkeypatch, capsys):
+    inside = tmp_path / "checkpoints"
+    dcp.save({"x": torch.ones(1)}, checkpoint_id=inside / "iter_0000002", no_dist=True)
+    (inside / TRACKER).write_text("2")
+    for folder in (tmp_path, inside):
+        monkeypatch.setattr("sys.argv", ["checkpoints", str(folder), "verify"])
+        with pytest.raises(SystemExit):
+            import_module("megatron_xielu.checkpoints.__main__").main()
+        assert capsys.readouterr().out.startswith("iter 2 ")

@@ -262,7 +262,10 @@ def test_tokenizer_and_padded_rows(trained, tokenizer, tmp_path):
 
     for flags, message in (
         (("--tokenizer", tmp_path / "none"), "no such folder"),
-        (("--tokenizer", tokenizer, "--trim-vocab", 100), "--trim-vocab 100"),
+        (
+            ("--tokenizer", tokenizer, "--trim-vocab", 100),
+            "--trim-vocab 100: the model has 128 rows, its tokenizer 120 entries; give 120 to 128",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             convert("to-hf", checkpoint, tmp_path / "refused", *flags)

@@ -289,6 +289,8 @@ def test_a_weight_that_float16_cannot_hold(tmp_path):
         (("from-hf", "a", "b\0c"), "out"),
         (("to-hf", "a", "b", "--max-shard-size", "9" * 400 + "GB"), "--max-shard-size"),
         (("to-hf", "a", "b", "--max-shard-size", "1e400GB"), "--max-shard-size"),
+        (("to-hf", "a", "b", "--max-shard-size", "0"), "--max-shard-size"),
+        (("to-hf", "a", "b", "--max-shard-size", "5"), "--max-shard-size"),
         (("from-hf", "a", "b", "--make-vocab-size-divisible-by", "9" * 400), "--make-vocab"),
         (("to-hf", "a", "b", "--trim-vocab", "²"), "--trim-vocab"),
     ],

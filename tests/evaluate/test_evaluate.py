@@ -123,7 +123,7 @@ def _printed(run: Run, when: str) -> str:
 
 def _assert_same_layers(found: dict, expected: dict) -> None:
     """The statistics of two evaluations, but for rounding at the edges of a histogram."""
-    assert [layer["layer"] for layer in found["layers"]] == list(range(1, LAYERS + 1))
+    assert [layer["layer"] for layer in found["layers"]] == list(range(LAYERS))
     for layer, other in zip(found["layers"], expected["layers"], strict=True):
         for name in ("negative_share", "mean", "std"):
             assert layer[name] == pytest.approx(other[name], abs=1e-5)
@@ -343,19 +343,17 @@ def test_tokens_in_sequences(prepared, tmp_path):
 def test_which_checkpoint(tmp_path):
     for folder, message in (
         (tmp_path / "no", "no such folder"),
-        (tmp_path, r"latest_checkpointed_iteration\.txt is missing$"),
+        (tmp_path, "there is no checkpoint in it$"),
     ):
         with pytest.raises(ValueError, match=message):
             checkpoint.find(folder, None)
     folder = tmp_path / "checkpoints"
     (folder / "iter_0000003").mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
-    with pytest.raises(ValueError, match=r"say --load .*checkpoints"):
-        checkpoint.find(tmp_path, None)
     with pytest.raises(ValueError, match="not a complete checkpoint of the format torch_dist"):
         checkpoint.find(folder, None)
     (folder / "iter_0000003" / ".metadata").touch()
-    assert checkpoint.find(folder, None) == checkpoint.find(folder, 3) == 3
+    assert checkpoint.find(folder, None) == checkpoint.find(folder, 3) == folder / "iter_0000003"
     with pytest.raises(ValueError, match=r"--ckpt-step 4: no .*; there is iter_0000003"):
         checkpoint.find(folder, 4)
 
