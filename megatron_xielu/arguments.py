@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu import catalog
+from megatron_xielu import __version__, catalog
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.text import one_line
+from megatron_xielu.common.versions import made_with
 from megatron_xielu.features import recompute, shared_alphas
 from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import checkpoint_arguments, releases
@@ -460,6 +461,9 @@ def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = Tr
         restore_from_checkpoint(args)
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
+    # For the report: a checkpoint and the event files keep the arguments, on these two ranks.
+    if args.rank in (0, args.world_size - 1):
+        args.xielu_made_with = made_with(__version__)
     # Megatron names an activation of its own by a flag, and --spec by a module: check both first.
     optimizer_format.check_optimizer(args)
     validate(args)

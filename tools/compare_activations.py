@@ -44,7 +44,6 @@ from compare.variants import ACTIVATIONS, Variant, parse
 
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.common import files, schema
-from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import describe, is_utf8, one_line, ready_output, reason
 from megatron_xielu.report import __main__ as report
@@ -52,6 +51,7 @@ from megatron_xielu.report import __main__ as report
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
 _DEFAULT_BASELINE = "swiglu"
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
+_FETCHED_TEXT = [name for name, settings in PRESETS.items() if settings.tokenizer == "bpe"]
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,16 @@ def _run(options: argparse.Namespace, out: Path) -> None:
             return
         if options.check_resume:
             raise SystemExit(1 if check_resume(options, out).differing else 0)
-        records = _compare(options, out)
+        records, notes = _compare(options, out)
     except Stopped as stopped:
         print(f"\nstopped; run the same command again to resume (kept in {out})", flush=True)
         raise SystemExit(128 + stopped.signum) from None
     folders = [folder_of(out, name, seed) for name, found in records.items() for seed in found]
-    write_page(folders, out / "report")
-    print(f"{_minutes(time.monotonic() - begin)}; written to {out}:")
-    print("  results/: results.md, results.json, pictures; a folder for every run")
+    page = write_page(folders, out / "report", notes)
+    print(f"{_minutes(time.monotonic() - begin)}; what to open:")
+    if page:
+        print(f"  {page}: every run, in pictures")
+    print(f"  {out / 'results' / 'results.md'}: the comparison; its pictures lie beside it")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -170,7 +172,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     instead.add_argument(
         "--prepare-text",
         action="store_true",
-        help="only write OUT/text, which can be carried to a machine without a network",
+        help=f"of {' and '.join(_FETCHED_TEXT)}: only write OUT/text, which can be carried to a "
+        "machine without a network",
     )
     instead.add_argument(
         "--check-resume",
@@ -189,9 +192,13 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, name in [("--baseline", options.baseline), *(("--ffn", n) for n, _ in options.ffn)]:
         if name not in names:
             parser.error(f"{flag} {name}: not among what is compared, {', '.join(names)}")
-    for flag in ("prepare_text", "check_resume"):
-        if getattr(options, flag) and options.preset in _CLUSTER_PRESETS:
-            parser.error(f"{flag_of(flag)}: {options.preset} runs nothing here")
+    if options.prepare_text and options.preset not in _FETCHED_TEXT:
+        parser.error(
+            f"--prepare-text is for {' and '.join(_FETCHED_TEXT)}, whose text is fetched and takes "
+            f"minutes; {options.preset} needs no network: leave it out"
+        )
+    if options.check_resume and options.preset in _CLUSTER_PRESETS:
+        parser.error(f"--check-resume: {options.preset} runs nothing here")
     if options.out and not is_utf8(str(options.out)):
         parser.error(f"--out {str(options.out)!a} is not UTF-8")
     if options.text and not options.text.is_dir():
@@ -229,7 +236,10 @@ def _width(value: str) -> tuple[str, int]:
     return name, int(width)
 
 
-def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Record]]:
+def _compare(
+    options: argparse.Namespace, out: Path
+) -> tuple[dict[str, dict[int, Record]], tuple[str, ...]]:
+    """The records, and what to keep in mind with them."""
     settings = PRESETS[options.preset]
     lock = hold_lock(out)
     finished_records(out, options.variants, options.seeds)  # can be read
@@ -255,7 +265,7 @@ def _compare(options: argparse.Namespace, out: Path) -> dict[str, dict[int, Reco
     records = finished_records(out, options.variants, options.seeds)
     setup = _setup(options, settings, machine, text)
     print("\n" + results.write(out / "results", records, options.variants, costs, setup))
-    return records
+    return records, setup.notes
 
 
 def _only_prepare_text(options: argparse.Namespace, out: Path) -> None:
@@ -523,14 +533,15 @@ def _finished(path: Path, variant: Variant, seed: int) -> Record:
 def _setup(
     options: argparse.Namespace, settings: Settings, machine: Machine, text: Text
 ) -> results.Setup:
-    tiny = options.preset in ("quick", "tiny")
-    notes = [results.TINY_NOTE] if tiny else []
-    notes += [results.ONE_SEED_NOTE] if len(options.seeds) == 1 else []
     return results.Setup(
         preset=options.preset,
         unit=text.unit,
         baseline=options.baseline,
-        notes=tuple(notes),
+        notes=results.caveats(
+            tiny=options.preset in ("quick", "tiny"),
+            on_gpu=machine.on_gpu,
+            seeds=len(options.seeds),
+        ),
         context={
             "command": " ".join(["tools/compare_activations.py", *_words(options)]),
             **_context(machine),
@@ -571,17 +582,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def write_page(folders: Sequence[Path], out: Path) -> None:
-    """Have `megatron_xielu.report` write its page of the runs; a failure is only a warning."""
-    words = [*map(str, folders), "--output", str(out)]
+def write_page(folders: Sequence[Path], out: Path, notes: Sequence[str]) -> Path | None:
+    """Have `megatron_xielu.report` write its page of the runs; a failure is only a warning.
+
+    Returns:
+        The page, if it was written.
+    """
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            report.main(words)
+            report.write(folders, out, notes)
     except (Exception, SystemExit) as error:
         why = reason(error) if isinstance(error, SystemExit) else describe(error)
         print(f"warning: no page in {out}: {why}", flush=True)
-    else:
-        print(f"the page: {out}", flush=True)
+        return None
+    return out / report.PAGE
 
 
 def _minutes(seconds: float) -> str:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write a report; exit with one line on standard error if there is nothing to report on."""
     args = _parser().parse_args(argv)
     try:
-        _report(args.runs, args.output)
+        write(args.runs, args.output)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _PLOTS:
             raise
@@ -43,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         "activations by depth, speed; from event files, checkpoints and evaluation.json.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are compared"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder, or its checkpoints folder; several are compared",
     )
     parser.add_argument(
         "--output",
@@ -55,12 +59,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(folders: Sequence[Path], output: Path | None) -> None:
+def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = ()) -> None:
+    """Write a report.
+
+    Args:
+        folders: of runs.
+        output: a folder to be; None for the default.
+        notes: about all runs, for the page.
+
+    Raises:
+        NoReport: there is nothing to report on, or nowhere to write.
+    """
     from megatron_xielu.report import layer_plots, page, run_plots, terminal
-    from megatron_xielu.report.load import load
+    from megatron_xielu.report.load import find, load
     from megatron_xielu.report.run import name_apart, readable
 
-    folders = list({os.path.realpath(folder): folder for folder in folders}.values())
+    folders = list({os.path.realpath(folder): folder for folder in map(find, folders)}.values())
     if output is None:
         output = folders[0] / "report" if len(folders) == 1 else Path("report")
     if output.exists() and not output.is_dir():
@@ -80,7 +94,7 @@ def _report(folders: Sequence[Path], output: Path | None) -> None:
         for number, run in enumerate(runs, 1)
     ]
     files = {picture.file: picture.png for made in (together, *layers) for picture in made}
-    _write(output, files, page.render(runs, together, layers))
+    _write(output, files, page.render(runs, together, layers, notes))
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(terminal.render(runs, colours=colours))

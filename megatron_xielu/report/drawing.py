@@ -1,12 +1,13 @@
 """What all pictures share: their look, colours for runs and for depth, thinned and smoothed curves.
 
-Colours are Petroff's for runs, and viridis, light to dark, for depth: colour-blind readers can tell
-both apart.
+Each activation has its colour in all pictures; runs of one activation have Petroff's, and depth has
+viridis, light to dark: colour-blind readers can tell them apart.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,17 @@ Array = NDArray[np.float64]
 if "petroff10" not in matplotlib.color_sequences:
     raise ModuleNotFoundError("matplotlib 3.10 or newer is needed", name="matplotlib")
 RUN_COLOURS = matplotlib.color_sequences["petroff10"]
+# By the names of `catalog.ACTIVATIONS`. Any two are told apart by their hue, and where the eye has
+# not all three kinds of cones by their lightness.
+ACTIVATION_COLOURS = {
+    "xielu": "#0057b0",
+    "xiprelu": "#62c4f0",
+    "swiglu": "#222222",
+    "relu2": "#1f9e6f",
+    "quick_geglu": "#f0c808",
+    "gelu": "#d55e00",
+}
+_UNKNOWN = "#8a8a8a"
 _DASHES = ["-", "--", "-.", ":"]  # for as many runs each
 # The yellow end of viridis is too pale on white.
 DEPTHS: Colormap = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, 256)))
@@ -80,8 +92,9 @@ class Drawing:
     Args:
         title: above everything; the page shows it too.
         x_label, y_label: with units; of the lowest row, and of the first column.
-        rows, columns: of panels. They share the x axis, and the y axis in a row.
+        rows, columns: of panels. See ``shared``: the x axis of all, and the y axis in a row.
         size: of the whole, in inches.
+        shared: whether panels share their axes.
     """
 
     def __init__(
@@ -93,11 +106,12 @@ class Drawing:
         rows: int = 1,
         columns: int = 1,
         size: tuple[float, float] = _SIZE,
+        shared: bool = True,
     ) -> None:
         with matplotlib.rc_context(_STYLE):
             self.figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
             self.panels = self.figure.subplots(
-                rows, columns, squeeze=False, sharex=True, sharey="row"
+                rows, columns, squeeze=False, sharex=shared, sharey="row" if shared else False
             )
             self.axes: Axes = self.panels[0, 0]
             for axes in self.panels[-1]:
@@ -149,12 +163,24 @@ class Drawing:
         return small.getvalue()
 
 
-def run_style(number: int) -> dict[str, Any]:
-    """Colour and dashes of the ``number``-th run."""
-    return {
-        "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-        "linestyle": _DASHES[number // len(RUN_COLOURS) % len(_DASHES)],
-    }
+def run_styles(activations: Sequence[str | None]) -> list[dict[str, Any]]:
+    """Colour and dashes of each run, in order, from its activation.
+
+    Runs of the same activation differ in their dashes; where all are of one, in their colours.
+    """
+    if len(set(activations)) == 1:
+        return [
+            _style(RUN_COLOURS[number % len(RUN_COLOURS)], number // len(RUN_COLOURS))
+            for number in range(len(activations))
+        ]
+    return [
+        _style(ACTIVATION_COLOURS.get(name or "", _UNKNOWN), activations[:number].count(name))
+        for number, name in enumerate(activations)
+    ]
+
+
+def _style(colour: Any, dashes: int) -> dict[str, Any]:
+    return {"color": colour, "linestyle": _DASHES[dashes % len(_DASHES)]}
 
 
 def depth_colour(depth: int, deepest: int) -> Any:

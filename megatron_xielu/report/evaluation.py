@@ -35,14 +35,9 @@ class Histogram:
 class MeasuredLayer:
     """Pre-activations of a layer's MLP (``--activation-statistics``)."""
 
-    layer: Annotated[int, Limits(1, 10**6)]
+    layer: Annotated[int, Limits(0, 10**6)]
     negative_share: Annotated[float, Limits(0, 1, whole=False)]
     histogram: Histogram | None = None
-
-    @property
-    def depth(self) -> int:
-        """From 0."""
-        return self.layer - 1
 
     @property
     def inputs(self) -> Inputs | None:
@@ -57,4 +52,15 @@ class Evaluation:
     loss: float | None = None
     iteration: Count | None = None
     bits_per_byte: float | None = None
+    data: list[str] | None = None
+    bytes: Count | None = None
+    eval_iters: Count | None = None
+    sequence_length: Count | None = None
     layers: list[MeasuredLayer] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers and min(layer.layer for layer in self.layers) > 0:
+            raise ValueError(
+                "its layers count from 1, as those of older versions did; run "
+                "python -m megatron_xielu.evaluate again"
+            )

@@ -20,7 +20,13 @@ from megatron_xielu.checkpoints.alphas import (
     read_alphas,
 )
 from megatron_xielu.checkpoints.alphas import beta as beta_of
-from megatron_xielu.checkpoints.folder import complete_checkpoints
+from megatron_xielu.checkpoints.folder import (
+    IN_RUN,
+    TwoSaveFolders,
+    complete_checkpoints,
+    run_folder,
+    save_folder,
+)
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.common import schema
@@ -36,14 +42,22 @@ from megatron_xielu.report.run import History, Layer, Run, depth, readable
 
 EVALUATION = "evaluation.json"
 
-_EVENT_FOLDERS, _CHECKPOINT_FOLDERS = (".", "tensorboard", "events"), (".", "checkpoints")
+_EVENT_FOLDERS = (".", "tensorboard", "events")
 _SHOWN_ALPHAS = 1000  # points in time: as many as a picture is wide
 _READ_CHECKPOINTS = 50
 _AGREEMENT = 1e-5  # event files hold 24 bits, checkpoints too, and softplus rounds between
 
 
+def find(folder: Path) -> Path:
+    """The run's folder, of it or of its checkpoints folder."""
+    return folder if folder.is_dir() and _event_files(folder) else run_folder(folder)
+
+
 def load(folder: Path) -> Run:
     """Read a run.
+
+    Args:
+        folder: as `find` gives it.
 
     Raises:
         NoReport: the folder is none.
@@ -51,9 +65,10 @@ def load(folder: Path) -> Run:
     if not folder.is_dir():
         raise NoReport(f"{folder} is not a folder")
     event_files = _event_files(folder)
-    checkpoints: dict[int, Path] = {}
-    for path in _folders(folder, _CHECKPOINT_FOLDERS):
-        checkpoints |= complete_checkpoints(path)
+    try:
+        checkpoints = complete_checkpoints(save_folder(folder))
+    except TwoSaveFolders as error:
+        raise NoReport(str(error)) from None
     evaluation_file = folder / EVALUATION
     if not event_files and not checkpoints and not evaluation_file.exists():
         raise NoReport(_why_no_run(folder))
@@ -83,7 +98,7 @@ def load(folder: Path) -> Run:
         activation=None if arguments is None else activation_of(arguments),
         parameters=parameters,
         evaluation=evaluation,
-        measured={f"layer_{layer.depth:02d}": layer for layer in measured},
+        measured={f"layer_{layer.layer:02d}": layer for layer in measured},
         notes=notes,
     )
     if run.train is None and event_files:
@@ -96,20 +111,17 @@ def load(folder: Path) -> Run:
     return run
 
 
-def _folders(run: Path, names: Sequence[str]) -> list[Path]:
-    """Those that are there, each once."""
-    return list({p.resolve(): p for p in map(run.joinpath, names) if p.is_dir()}.values())
-
-
 def _event_files(run: Path) -> list[Path]:
-    return [file for place in _folders(run, _EVENT_FOLDERS) for file in place.glob(events.PATTERN)]
+    """Of the folders that are there, each once."""
+    places = {p.resolve(): p for p in map(run.joinpath, _EVENT_FOLDERS) if p.is_dir()}
+    return [file for place in places.values() for file in place.glob(events.PATTERN)]
 
 
 def _why_no_run(folder: Path) -> str:
     inside = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_dir() and (_event_files(path) or complete_checkpoints(path / "checkpoints"))
+        if path.is_dir() and (_event_files(path) or complete_checkpoints(path / IN_RUN))
     ]
     if inside and {path.name for path in inside} - set(_EVENT_FOLDERS):
         return f"{folder} holds runs but is none; name them: {' '.join(map(str, inside))}"

@@ -11,16 +11,20 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_xielu import __version__
-from megatron_xielu.report import summary
+from megatron_xielu.report import description, summary
 from megatron_xielu.report.drawing import Picture, ink_on, share_colour
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, nonlinearity
+from megatron_xielu.report.ranking import rank
 from megatron_xielu.report.run import Run
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def render(
-    runs: Sequence[Run], together: Sequence[Picture], layers: Sequence[Sequence[Picture]]
+    runs: Sequence[Run],
+    together: Sequence[Picture],
+    layers: Sequence[Sequence[Picture]],
+    notes: Sequence[str],
 ) -> str:
     """The page.
 
@@ -28,6 +32,7 @@ def render(
         runs: in order.
         together: pictures of all runs.
         layers: pictures of each run's trained activations; empty for a run without.
+        notes: about all runs.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),
@@ -42,12 +47,21 @@ def render(
         "ink": ink_on,
     }
     normal = Inputs.standard_normal()
+    run_columns, run_rows = summary.run_table(runs)
+    fact_columns, fact_rows = description.unlike(runs)
     return environment.get_template(_TEMPLATE.name).render(
         title=f"Training report: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=__version__,
-        run_columns=summary.RUN_COLUMNS,
-        run_rows=[[(text, None) for text in summary.run_row(run)] for run in runs],
+        run_columns=run_columns,
+        run_rows=_uncoloured(run_rows),
+        of_all=[*notes, *description.differences(runs).values()],
+        ranking=rank(runs),
+        facts=description.alike(runs),
+        fact_columns=["run", *fact_columns],
+        fact_rows=_uncoloured(
+            [[run.name, *texts] for run, texts in zip(runs, fact_rows, strict=True)]
+        ),
         notes=[(run.name, lines) for run in runs if (lines := _notes(run))],
         together=together,
         command=summary.missing_statistics(runs),
@@ -60,6 +74,10 @@ def render(
         known=", ".join(f"{name} {nonlinearity(f, normal):.3f}" for name, f in FIXED.items()),
         scale=",".join(share_colour(share) for share in np.linspace(0, 1, 11)),
     )
+
+
+def _uncoloured(rows: Sequence[Sequence[str]]) -> list[list[tuple[str, float | None]]]:
+    return [[(text, None) for text in row] for row in rows]
 
 
 def _base64(content: bytes) -> str:

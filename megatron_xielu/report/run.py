@@ -133,6 +133,16 @@ class Run:
         """The last, of the first validation set."""
         return next((float(series.values[-1]) for series in self.validation.values()), None)
 
+    @property
+    def evaluated_loss(self) -> float | None:
+        """Of ``megatron_xielu.evaluate``, nats per token."""
+        return self.evaluation.loss if self.evaluation else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the same."""
+        return self.evaluation.bits_per_byte if self.evaluation else None
+
     def tokens(self, iterations: NDArray[np.int64]) -> Array | None:
         """Tokens consumed after ``iterations``; None where nothing says how many."""
         sequence = getattr(self.arguments, "seq_length", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from megatron_xielu.report.drawing import (
     Picture,
     envelope,
     plain,
-    run_style,
+    run_styles,
     shortened,
     smoothed,
     unit,
@@ -65,17 +66,21 @@ class TimeAxis:
         return (steps if tokens is None else tokens) / self.divisor
 
 
-def _with(runs: Sequence[Run], curve: Callable[[Run], object]) -> list[tuple[int, Run]]:
-    return [(number, run) for number, run in enumerate(runs) if curve(run)]
+Style = dict[str, Any]
+
+
+def _with(runs: Sequence[Run], curve: Callable[[Run], object]) -> list[tuple[Style, Run]]:
+    """Those that have the curve, each with the style that it has in all pictures."""
+    styles = run_styles([run.activation for run in runs])
+    return [(style, run) for style, run in zip(styles, runs, strict=True) if curve(run)]
 
 
 def _name(run: Run) -> str:
     return plain(shortened(run.name))
 
 
-def _line(drawing: Drawing, number: int, x: Array, y: Array, label: str) -> int:
+def _line(drawing: Drawing, style: Style, x: Array, y: Array, label: str) -> int:
     """Raw behind smoothed; the smoothing window."""
-    style = run_style(number)
     mean_x, mean_y, window = smoothed(x, y)
     if window > 1:
         drawing.axes.plot(*envelope(x, y), color=style["color"], alpha=0.25, linewidth=0.7)
@@ -89,7 +94,7 @@ def _smoothing(windows: Sequence[int]) -> str:
     return f"Dark: mean of up to {max(windows):,} logged iterations; pale: every one."
 
 
-def _finals(runs: Sequence[tuple[int, Run]], value: Callable[[Run], float | None]) -> str:
+def _finals(runs: Sequence[tuple[Style, Run]], value: Callable[[Run], float | None]) -> str:
     finals = ((run.name, value(run)) for _, run in runs)
     return "; ".join(f"{name} {decimal(final, 3)}" for name, final in finals if final is not None)
 
@@ -102,10 +107,10 @@ def _train_loss(runs: Sequence[Run]) -> Picture | None:
     title = f"Training loss against {axis.noun}"
     drawing = Drawing(title, axis.label, "training loss [nats per token]")
     windows, later = [], []
-    for number, run in shown:
+    for style, run in shown:
         assert run.train is not None
         x, y = axis(run, run.train.steps), run.train.values
-        windows.append(_line(drawing, number, x, y, _name(run)))
+        windows.append(_line(drawing, style, x, y, _name(run)))
         later.append(y[int(len(y) * _CUT_OFF) :])
     everything = np.concatenate(later)
     everything = everything[np.isfinite(everything)]
@@ -131,12 +136,12 @@ def _train_loss_by_flops(runs: Sequence[Run]) -> Picture | None:
     title = "Training loss against FLOPs"
     drawing = Drawing(title, "training FLOPs", "training loss [nats per token]")
     windows = []
-    for number, run in shown:
+    for style, run in shown:
         assert run.train is not None and run.model is not None
         tokens = run.tokens(run.train.steps)
         assert tokens is not None
         x = tokens * run.model.flops_per_token()
-        windows.append(_line(drawing, number, x, run.train.values, _name(run)))
+        windows.append(_line(drawing, style, x, run.train.values, _name(run)))
     drawing.axes.set_xscale("log")
     drawing.legend()
     per_token = "; ".join(
@@ -160,14 +165,12 @@ def _validation(
     axis = TimeAxis([run for _, run in shown])
     title = f"Validation {word} against {axis.noun}"
     drawing = Drawing(title, axis.label, y_label)
-    for number, run in shown:
+    for style, run in shown:
         for index, (name, series) in enumerate(run.validation.items()):
             x, y = axis(run, series.steps), transform(series.values)
             marker = "osD^v"[index % 5] if len(x) <= 60 else None
             label = f"{_name(run)}, {plain(name)}" if name else _name(run)
-            drawing.axes.plot(
-                *envelope(x, y), label=label, marker=marker, markersize=4, **run_style(number)
-            )
+            drawing.axes.plot(*envelope(x, y), label=label, marker=marker, markersize=4, **style)
     low, high = drawing.axes.dataLim.intervaly
     if word == "perplexity" and low > 0 and high > 10 * low:
         drawing.axes.set_yscale("log")
@@ -222,10 +225,10 @@ def _curve(
     axis = TimeAxis([run for _, run in shown])
     drawing = Drawing(title, axis.label, y_label)
     windows, medians = [], []
-    for number, run in shown:
+    for style, run in shown:
         series = curve(run)
         assert series is not None
-        windows.append(_line(drawing, number, axis(run, series.steps), series.values, _name(run)))
+        windows.append(_line(drawing, style, axis(run, series.steps), series.values, _name(run)))
         finite = series.values[np.isfinite(series.values)]
         medians.append(float(np.median(finite)) if len(finite) else 0.0)
     # A few outliers (a first step, a wait for a disk) shall not flatten all the rest.
@@ -251,12 +254,10 @@ def _nonlinearity(runs: Sequence[Run]) -> Picture | None:
         return None
     title = "Nonlinearity by depth"
     drawing = Drawing(title, "layer", "1 − R² of the best straight line")
-    for number, run in shown:
+    for style, run in shown:
         depths = [layer.depth for layer in run.layers]
         values = [layer.by_normal for layer in run.layers]
-        drawing.axes.plot(
-            depths, values, label=_name(run), marker="o", markersize=4, **run_style(number)
-        )
+        drawing.axes.plot(depths, values, label=_name(run), marker="o", markersize=4, **style)
     drawing.axes.set_ylim(0, 1)
     drawing.layers_below()
     drawing.legend()
@@ -274,15 +275,15 @@ def _negative_shares(runs: Sequence[Run]) -> Picture | None:
         return None
     title = "Negative pre-activations"
     drawing = Drawing(title, "layer", "share below 0 [%]")
-    for number, run in shown:
-        layers = sorted(run.measured.values(), key=lambda layer: layer.depth)
+    for style, run in shown:
+        layers = sorted(run.measured.values(), key=lambda layer: layer.layer)
         drawing.axes.plot(
-            [layer.depth for layer in layers],
+            [layer.layer for layer in layers],
             [100 * layer.negative_share for layer in layers],
             label=_name(run),
             marker="o",
             markersize=4,
-            **run_style(number),
+            **style,
         )
     drawing.axes.set_ylim(0, 102)
     drawing.layers_below()

@@ -19,16 +19,28 @@ RUN_COLUMNS = (
     "parameters",
     "tokens",
     "FLOPs",
-    "train loss",
-    "valid. loss",
-    "valid. PPL",
-    "bits/byte",
+    "training loss",
+    "validation loss",
+    "validation PPL",
+    "evaluate: loss",
+    "evaluate: bits/byte",
     "tokens/s",
 )
 
 
-def run_row(run: Run) -> list[str]:
-    """The texts under `RUN_COLUMNS`."""
+def run_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows; a column that no run has a text for is left out."""
+    columns = [
+        column
+        for column in zip(RUN_COLUMNS, *map(_run_row, runs), strict=True)
+        if set(column[1:]) != {MISSING}
+    ]
+    head, *rows = map(list, zip(*columns, strict=True))
+    return head, rows
+
+
+def _run_row(run: Run) -> list[str]:
+    """The texts under `RUN_COLUMNS`. Each column has its losses from one place alone."""
     valid = run.final_validation_loss
     return [
         run.name,
@@ -40,7 +52,8 @@ def run_row(run: Run) -> list[str]:
         decimal(run.final_train_loss, 4),
         decimal(valid, 4),
         decimal(math.exp(min(valid, 700.0)) if valid is not None else None, 3),
-        decimal(run.evaluation.bits_per_byte if run.evaluation else None, 4),
+        decimal(run.evaluated_loss, 4),
+        decimal(run.bits_per_byte, 4),
         size(run.tokens_per_second),
     ]
 
@@ -125,6 +138,6 @@ def missing_statistics(runs: Sequence[Run]) -> str | None:
     if not lacking:
         return None
     return (
-        f"python -m megatron_xielu.evaluate --load {lacking[0].folder}/checkpoints "
+        f"python -m megatron_xielu.evaluate --load {lacking[0].folder} "
         "--data-path DATA --activation-statistics"
     )

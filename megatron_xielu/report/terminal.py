@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from megatron_xielu.common.text import table
 from megatron_xielu.report import summary
+from megatron_xielu.report.description import differences
 from megatron_xielu.report.drawing import ink_on, share_colour, shortened
+from megatron_xielu.report.ranking import rank
 from megatron_xielu.report.run import Run
 
 _PER_LINE = 12
@@ -20,19 +22,23 @@ def render(runs: Sequence[Run], *, colours: bool) -> str:
         colours: a block of colour behind each layer's number.
     """
     layers = [_layers(run, colours) for run in runs if run.layers]
-    return "\n\n".join([_table(runs), *layers])
+    return "\n\n".join([_table(runs), *_compared(runs), *layers])
 
 
 def _table(runs: Sequence[Run]) -> str:
-    cells = [[shortened(run.name), *summary.run_row(run)[1:]] for run in runs]
-    # A column that no run has a number for says nothing.
-    columns = [
-        (name, *column)
-        for name, column in zip(summary.RUN_COLUMNS, zip(*cells, strict=True), strict=True)
-        if set(column) != {summary.MISSING}
-    ]
-    head, *lines = table(list(zip(*columns, strict=True)), left=(0, 1)).split("\n")
+    names, rows = summary.run_table(runs)
+    rows = [[shortened(name), *rest] for name, *rest in rows]
+    head, *lines = table([names, *rows], left=(0, 1)).split("\n")
     return "\n".join([head, "─" * len(head), *lines])
+
+
+def _compared(runs: Sequence[Run]) -> list[str]:
+    """What stands between the runs, a line each; and their order."""
+    parts = ["\n".join(f"note: {line}" for line in differences(runs).values())]
+    if found := rank(runs):
+        rows = [f"  {place}. {row}" for place, row in enumerate(found.rows, 1)]
+        parts.append("\n".join([found.title, *rows, found.certainty]))
+    return [part for part in parts if part]
 
 
 def _layers(run: Run, colours: bool) -> str:

@@ -100,8 +100,8 @@ def statistics(layers: int = 4) -> list[dict[str, Any]]:
     """``layers`` of an evaluation.json: normal pre-activations, further below 0 with depth."""
     edges = torch.linspace(-6, 6, 121, dtype=torch.float64)
     entries = []
-    for layer in range(1, layers + 1):
-        mean = -0.2 * layer
+    for layer in range(layers):
+        mean = -0.2 * (layer + 1)
         below = 0.5 * (1 + torch.erf((edges - mean) / math.sqrt(2)))
         entries.append(
             {

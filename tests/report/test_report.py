@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -15,9 +16,11 @@ import pytest
 import report_runs
 import torch
 from launch import REPOSITORY, train
+from matplotlib.colors import to_rgb
 from report_runs import statistics, write_checkpoint, write_events
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_xielu import catalog
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints.alphas import beta, initial_alphas, read_alphas
@@ -26,8 +29,11 @@ from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, terminal
 from megatron_xielu.report.__main__ import main
-from megatron_xielu.report.load import load
+from megatron_xielu.report.description import differences
+from megatron_xielu.report.drawing import ACTIVATION_COLOURS, run_styles
+from megatron_xielu.report.load import find, load
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, Shape, nonlinearity
+from megatron_xielu.report.ranking import rank
 from megatron_xielu.report.run import name_apart
 
 
@@ -106,8 +112,10 @@ def test_a_real_run(trained, tmp_path, capsys):
     assert run.train.values[-1] == pytest.approx(losses[-1], rel=1e-5)
     assert run.validation[""].steps.tolist() == [3, 6]
     assert run.notes == []
+    assert "Megatron-core 0" in run.arguments.xielu_made_with
+    assert find(folder / "checkpoints") == find(folder) == folder
 
-    page = report([folder], tmp_path / "out")
+    page = report([folder / "checkpoints"], tmp_path / "out")
     files = {image["data-file"] for image in page.images}
     assert files == {
         f"{name}.png"
@@ -247,6 +255,123 @@ def test_runs_of_every_kind_together(tmp_path, capsys):
     measured = load(awkward)
     assert measured.measured["layer_03"].negative_share == pytest.approx(0.788, abs=1e-3)
     assert measured.layers[0].by_measured != measured.layers[0].by_normal
+
+
+TOKENS = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "a/tokenizer"}
+
+
+def write_runs(folder: Path, **arguments: dict[str, object]) -> list[Path]:
+    """A run for each of these, with the arguments on top of the usual ones; later, the worse."""
+    for number, (name, more) in enumerate(arguments.items()):
+        values = report_runs.ARGUMENTS | TOKENS | {"data_path": ["d"], "seed": 42} | more
+        write_events(folder / name, range(1, 51), shift=0.1 * number, arguments=values)
+    return [folder / name for name in arguments]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            {"tokenizer_model": "b/tokenizer"},
+            "differ in tokenizer or vocabulary (one: HuggingFaceTokenizer a/tokenizer, 128 entries "
+            "with padding; two: HuggingFaceTokenizer b/tokenizer, 128 entries with padding): their "
+            "losses cannot be compared",
+        ),
+        ({"padded_vocab_size": 640}, "two: HuggingFaceTokenizer a/tokenizer, 640 entries"),
+        ({"data_path": ["e"]}, "differ in data (one: d; two: e): "),
+        ({"split": "9,1,0"}, "differ in data (one: d; two: d, split 9,1,0): "),
+        ({"seq_length": 64}, "differ in sequence length (one: 32; two: 64): "),
+        ({"global_batch_size": 16}, "differ in batch (one: 8; two: 16): "),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_runs_differ_in_is_said(tmp_path, capsys, more, line):
+    page = report(write_runs(tmp_path, one={}, two=more), tmp_path / "out")
+    (said,) = [row for row in capsys.readouterr().out.splitlines() if line in row]
+    assert said.removeprefix("note: ") in page.text
+    ranked = "Which is best cannot be said" not in page.text
+    assert ranked == ("global_batch_size" in more)
+
+
+def test_other_padding_is_no_other_vocabulary(tmp_path):
+    """Of another tensor-parallel size."""
+    divisible = {"make_vocab_size_divisible_by": 16}
+    five = {"tensor_model_parallel_size": 5, "padded_vocab_size": 160}
+    folders = write_runs(tmp_path, one=divisible, two=divisible | five)
+    assert not differences([load(folder) for folder in folders])
+
+
+def test_the_best_run_comes_first_and_how_sure_that_is(tmp_path, capsys):
+    gated = {"xielu": False, "swiglu": True}
+    folders = write_runs(tmp_path, ours=gated | {"seed": 1}, a={"seed": 1}, b={"seed": 2})
+    page = report(folders[::-1], tmp_path / "out")
+    for text in (capsys.readouterr().out, page.text):
+        assert "Best first, by the last validation loss during training" in text
+        assert text.index("SwiGLU: 3.4038") < text.index("xIELU: 3.5538 ± 0.0707 (2 seeds)")
+        assert "cannot be said" in text  # SwiGLU has one run
+
+    for folder, loss, size in zip(folders, (2.5, 2.4, 2.3), (9, 9, 9), strict=True):
+        of = {"loss": loss, "iteration": 50, "bits_per_byte": loss, "bytes": size, "data": ["x"]}
+        (folder / "evaluation.json").write_text(json.dumps(of))
+    found = rank([load(folder) for folder in folders])
+    assert found is not None and "the loss of megatron_xielu.evaluate" in found.title
+    assert found.rows == ["xIELU: 2.3500 ± 0.0707 (2 seeds)", "SwiGLU: 2.5000"]
+
+    # Of other tokenizers, on the same text.
+    of["data"] = ["y"]
+    (folders[2] / "evaluation.json").write_text(json.dumps(of))
+    found = rank([load(folder) for folder in folders])
+    assert found is not None and "bits per byte" in found.title
+    of["bytes"] = 8
+    (folders[2] / "evaluation.json").write_text(json.dumps(of))
+    found = rank([load(folder) for folder in folders])
+    assert found is not None and "validation loss during training" in found.title
+
+
+def test_a_column_has_its_losses_from_one_place(tmp_path, capsys):
+    one, two = write_runs(tmp_path, one={}, two={})
+    (two / "evaluation.json").write_text('{"loss": 9.5, "iteration": 50, "bits_per_byte": 3.5}')
+    report([one, two], tmp_path / "out")
+    head, _, first, second = capsys.readouterr().out.splitlines()[:4]
+    assert re.search(r"validation loss +validation PPL +evaluate: loss +evaluate: bits/byte", head)
+    assert re.search(r" 3\.40\d+ .* 30\.\d+ +– +– ", first)
+    assert re.search(r" 3\.50\d+ .* 33\.\d+ +9\.5000 +3\.5000 ", second)
+
+
+def test_the_page_says_what_each_run_was(tmp_path):
+    arguments = {"lr": 0.002, "seed": 7, "xielu_made_with": "megatron_xielu 0.1.0 (commit abc)"}
+    page = report(write_runs(tmp_path, one=arguments), tmp_path / "out")
+    for text in (
+        *("4 layers × 32, 4 heads", "8 sequences of 32 tokens", "lr 0.002", "TP 2", "data", "d"),
+        *("HuggingFaceTokenizer a/tokenizer", "seed", "7", "commit abc"),
+    ):
+        assert text in page.text
+    two = report(write_runs(tmp_path, one=arguments, two={"lr": 0.1}), tmp_path / "both")
+    assert "Where they differ" in two.text and "lr 0.1" in two.text
+    assert two.text.count("4 layers × 32") == 1  # what is alike stands once
+
+
+def test_activations_keep_their_colours():
+    """And any two can be told apart, also by eyes without one kind of cones (Machado 2009)."""
+    styles = run_styles(["xielu", "gelu", "xielu", None])
+    assert styles[0]["color"] == styles[2]["color"] == ACTIVATION_COLOURS["xielu"]
+    assert styles[0]["linestyle"] != styles[2]["linestyle"]
+    assert run_styles(["gelu", "xielu"])[1] == styles[0]
+    assert len({style["color"] for style in run_styles(["xielu"] * 5)}) == 5
+    assert set(ACTIVATION_COLOURS) == set(catalog.ACTIVATIONS)
+
+    red_blind = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+    green_blind = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+    to_xyz = np.array([[0.434, 0.376, 0.190], [0.213, 0.715, 0.072], [0.018, 0.109, 0.873]])
+    for eye in (np.eye(3), np.array(red_blind), np.array(green_blind)):
+        seen = []
+        for colour in ACTIVATION_COLOURS.values():
+            rgb = np.array(to_rgb(colour))
+            linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+            x, y, z = np.cbrt(to_xyz @ np.clip(eye @ linear, 0, 1))
+            seen.append((116 * y - 16, 500 * (x - y), 200 * (y - z)))  # CIELAB
+        apart = [math.dist(a, b) for a, b in itertools.combinations(seen, 2)]
+        assert min(apart) > 25  # 2.3 is a just noticeable difference
 
 
 def test_colours_only_where_asked(tmp_path):

@@ -164,8 +164,12 @@ def test_alphas_of_another_shape(tmp_path, shape):
         ({"iteration": -1}, "iteration must be 0 or more, not -1"),
         ({"layers": {"layer": 1}}, "layers is {'layer': 1}, not a list"),
         (
-            {"layers": [{"layer": 0, "negative_share": 0.5}]},
-            "layers[0].layer must be 1 or more, not 0",
+            {"layers": [{"layer": -1, "negative_share": 0.5}]},
+            "layers[0].layer must be 0 or more, not -1",
+        ),
+        (
+            {"layers": [{"layer": n, "negative_share": 0.5} for n in (1, 2)]},
+            "its layers count from 1, as those of older versions did",
         ),
         (
             {"layers": [{"layer": 1, "negative_share": 5}]},

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from html import unescape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -317,6 +318,7 @@ class TestOptions:
             ("tiny --text /nowhere", "--text /nowhere: no such folder"),
             ("paper-1b --check-resume", "--check-resume: paper-1b runs nothing here"),
             ("tiny --check-resume --prepare-text", "not allowed with argument"),
+            ("quick --prepare-text", "--prepare-text is for small and minutes"),
         ],
     )
     def test_refusals(self, options: str, message: str, capsys) -> None:
@@ -424,6 +426,15 @@ class TestResume:
         os.close(lock)
         assert f"the training of xIELU failed; its whole log: {log}" in str(error.value)
         assert "--fp8-format needs a GPU" in str(error.value)
+
+
+def test_a_start_is_said_once(capsys, monkeypatch) -> None:
+    """However long it takes; where the output is no terminal, each line stays."""
+    monkeypatch.setattr(training, "_PLAIN_REPORT_SECONDS", 0)
+    progress = training._Progress("[1/2] xIELU, seed 42:", 100)
+    for gained in ("", "loading\n", "more\n"):
+        progress.read(gained)
+    assert capsys.readouterr().out == "[1/2] xIELU, seed 42: starting\n"
 
 
 class TestCheckResume:
@@ -661,7 +672,16 @@ class TestQuick:
         assert files == {
             *("results.md", "results.json", "loss.png", "differences.png", "alphas.png")
         }
-        assert list((comparison.out / "report").glob("*.html"))
+        page = comparison.out / "report" / "report.html"
+        assert f"  {page}: " in shown
+        written = comparison.out / "results" / "results.md"
+        assert f"  {written}: " in shown
+        caveats = results.caveats(tiny=True, on_gpu=False, seeds=2)
+        assert len(caveats) == 2 and "say nothing of GPUs" in caveats[1]
+        html = page.read_text()
+        for said in (shown, written.read_text(), unescape(html)):
+            assert all(caveat in said for caveat in caveats)
+        assert "Best first, by the last validation loss" in html
 
 
 @pytest.fixture(scope="module")

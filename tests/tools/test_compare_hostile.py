@@ -85,7 +85,8 @@ def test_flags(options, message, capsys):
 def test_a_file_of_a_text_that_cannot_be_read(preset, name, make, message, tmp_path):
     (tmp_path / "texts").mkdir()
     make(os.fsencode(tmp_path / "texts") + b"/" + name)
-    words = [preset, "--prepare-text", "--text", str(tmp_path / "texts")]
+    words = [preset, *["--prepare-text"] * (preset == "small")]
+    words += ["--text", str(tmp_path / "texts")]
     said = refusal([*words, "--out", str(tmp_path / "out")])
     assert said.startswith("compare: ") and message in said and said.isascii()
 
@@ -100,8 +101,8 @@ def test_the_command_of_one_seed_gives_one_seed():
 def test_a_folder_that_cannot_be_written(tmp_path, out):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    for more in ([], ["--prepare-text"], ["--check-resume"]):
-        line = refusal(["quick", *more, "--out", str(tmp_path / out)])
+    for words in (["quick"], ["small", "--prepare-text"], ["quick", "--check-resume"]):
+        line = refusal([*words, "--out", str(tmp_path / out)])
         assert line.startswith(f"compare: --out {tmp_path / out} cannot be written to: ")
         assert "\n" not in line
 

@@ -10,7 +10,7 @@ from compare.paired import DIFFERENCE, Comparison, Spread
 from compare.records import Records
 from compare.variants import Variant
 from megatron_xielu.common import files
-from megatron_xielu.report.drawing import Drawing, depth_colour, run_style
+from megatron_xielu.report.drawing import Drawing, depth_colour, run_styles
 from megatron_xielu.report.events import Curve
 
 _MARKERS = "os^DvP*X<>"  # tell variants and layers apart in grey too
@@ -28,11 +28,13 @@ def plot_losses(
         f"loss [nats per {unit}]",
         columns=2,
         size=(11, 4.8),
+        shared=False,  # the first validation comes late, when much of the loss has gone
     )
     left, right = drawing.panels[0]
     top = 0.0
+    styles = _styles(variants)
     for number, variant in enumerate(variants):
-        of_seed, style = records[variant.name].values(), run_style(number)
+        of_seed, style = records[variant.name].values(), styles[variant.name]
         train = over_seeds([running_mean(record.train, _SMOOTHED_ITERATIONS) for record in of_seed])
         valid = over_seeds([record.valid for record in of_seed])
         top = max(top, train[len(train) // _SHOWN_FROM][1])
@@ -58,31 +60,38 @@ def plot_differences(
     unit: str,
 ) -> None:
     """Every seed's difference to the baseline, the mean, and its 95 % interval."""
-    places = {variant.name: number for number, variant in enumerate(variants)}
+    styles = _styles(variants)
     labels = {variant.name: variant.label for variant in variants}
     baseline = labels[comparisons[0].baseline]
+    several = any(comparison.interval for comparison in comparisons)
+    key = "dots: seeds, diamond: mean, bar: 95 % interval" if several else "one seed"
     drawing = Drawing(
         f"Paired differences to {baseline}\n{caption}",
         f"held-out loss minus that of {baseline} with the same seed [nats per {unit}]\n"
-        "← better        dots: seeds, diamond: mean, bar: 95 % interval        worse →",
+        f"← better        {key}        worse →",
         "",
         size=(8.5, 1.9 + 0.62 * len(comparisons)),
     )
     axes = drawing.axes
+    axes.margins(x=0.08)
     axes.axvline(0, color="0.35", linewidth=1)
     for place, comparison in enumerate(comparisons):
-        colour = run_style(places[comparison.variant])["color"]
+        colour = styles[comparison.variant]["color"]
         if comparison.interval:
             low, high = comparison.interval
             axes.errorbar(
                 (low + high) / 2, place, xerr=(high - low) / 2, color=colour, capsize=5, fmt="none"
             )
         differences = list(comparison.differences.values())
+        if not several:
+            axes.plot(differences, [place], "o", color=colour, ms=8)
+            continue
         axes.plot(differences, [place] * len(differences), "o", color=colour, alpha=0.45, ms=5)
         filled = colour if comparison.verdict == DIFFERENCE else "white"
         axes.plot(comparison.mean, place, "D", color=colour, markerfacecolor=filled, ms=9)
     axes.set_yticks(
-        range(len(comparisons)), [f"{labels[c.variant]}\n{c.verdict}" for c in comparisons]
+        range(len(comparisons)),
+        [labels[c.variant] + (f"\n{c.verdict}" if several else "") for c in comparisons],
     )
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -120,6 +129,11 @@ def plot_alphas(records: Records, variants: Sequence[Variant], path: Path, *, ca
             axes.set_title(f"{variant.label}: {symbol}")
     drawing.depth_bar(deepest)
     files.write(path, drawing.png())
+
+
+def _styles(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    styles = run_styles([variant.name.partition("-")[0] for variant in variants])
+    return dict(zip((variant.name for variant in variants), styles, strict=True))
 
 
 def _band(axes: Any, points: Sequence[tuple[int, float, float, float]], **style: Any) -> None:

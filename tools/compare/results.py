@@ -19,10 +19,16 @@ from compare.text import write_json
 from compare.variants import Variant
 from megatron_xielu.common import files
 
-TINY_NOTE = (
-    "These are tiny models on very little text: no evidence for or against the paper's claim."
+_TINY_NOTE = (
+    "These are tiny models on very little text, far from the paper's 1.1B parameters and 125B "
+    "tokens, with one learning rate that is tuned for none: they show that each activation trains, "
+    "and are no evidence for or against the paper's claim."
 )
-ONE_SEED_NOTE = "One seed shows no noise: whether a difference is one cannot be said (--seeds 3)."
+_CPU_NOTE = (
+    "Times and memory are of a CPU and say nothing of GPUs: in Megatron's CPU mode xIELU and "
+    "xIPReLU are several PyTorch operations each, and none of this package's kernels runs."
+)
+_ONE_SEED_NOTE = "One seed shows no noise: whether a difference is one cannot be said (--seeds 3)."
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,12 @@ class Setup:
     def caption(self) -> str:
         """Under every picture's title."""
         return f"{self.preset}, {self.context['device']}, {self.context['date']}"
+
+
+def caveats(*, tiny: bool, on_gpu: bool, seeds: int) -> tuple[str, ...]:
+    """What to keep in mind with the results: in the terminal, in results.md and on the page."""
+    notes = [(_TINY_NOTE, tiny), (_CPU_NOTE, not on_gpu), (_ONE_SEED_NOTE, seeds == 1)]
+    return tuple(note for note, holds in notes if holds)
 
 
 def write(

@@ -202,7 +202,7 @@ class _Progress:
         self._tokens = tokens_per_iteration
         self._recent: deque[float] = deque(maxlen=20)  # milliseconds per iteration
         self._rest = ""
-        self._state = "starting"
+        self._state, self._last = "starting", ""
         self.iteration = 0
         self._live = sys.stdout.isatty()
         self._begin = self._shown = time.monotonic()
@@ -240,4 +240,7 @@ class _Progress:
 
     def _show(self) -> None:
         line = f"{self._label} {self._state}"
+        if line == self._last and not self._live:  # a start that takes its time is said once
+            return
+        self._last = line
         print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)

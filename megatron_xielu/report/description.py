@@ -1,0 +1,197 @@
+"""What a run was, as facts with a name; and in which of them runs differ that are compared."""
+
+from __future__ import annotations
+
+import math
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from megatron_xielu.report.run import Run
+from megatron_xielu.report.summary import MISSING, size
+
+_NAMED = 3  # runs in a line; of more their number
+
+
+def facts(run: Run) -> dict[str, str]:
+    """By name, in the order to show them; of arguments, so none where those are not known."""
+    args = run.arguments
+    if args is None:
+        return {}
+    return {
+        "model": _model(args),
+        "MLP": f"ffn {_of(args, 'ffn_hidden_size')}",
+        "batch": _batch(args),
+        "rates": _rates(args),
+        "layout": _layout(args),
+        "data": _data(args),
+        "tokenizer": _tokenizer(args),
+        "seed": _of(args, "seed"),
+        "made with": _of(args, "xielu_made_with"),
+    }
+
+
+def alike(runs: Sequence[Run]) -> dict[str, str]:
+    """The facts that all runs share."""
+    first, *others = [facts(run) for run in runs]
+    return {
+        name: text for name, text in first.items() if all(of.get(name) == text for of in others)
+    }
+
+
+def unlike(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """The names of the other facts, and each run's texts of them."""
+    of_runs = [facts(run) for run in runs]
+    shared = alike(runs)
+    names = [name for name in dict.fromkeys(n for of in of_runs for n in of) if name not in shared]
+    return names, [[of.get(name, MISSING) for name in names] for of in of_runs]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, str]:
+    """A line for each thing that losses depend on and in which the runs differ, by its name.
+
+    A run whose arguments are not known is in none of them.
+    """
+    found = {}
+    known = [(run, run.arguments) for run in runs if run.arguments is not None]
+    for what, value, means in _COMPARED:
+        groups: dict[str, list[str]] = {}
+        for run, args in known:
+            groups.setdefault(value(run, args), []).append(run.name)
+        if what == VOCABULARY and _padding_alone([args for _, args in known]):
+            continue
+        if len(groups) > 1:
+            of_groups = "; ".join(f"{_names(names)}: {text}" for text, names in groups.items())
+            found[what] = f"the runs differ in {what} ({of_groups}): {means}"
+    return found
+
+
+VOCABULARY, DATA, SEQUENCE = "tokenizer or vocabulary", "data", "sequence length"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _of(args: Namespace, name: str) -> str:
+    value = getattr(args, name, None)
+    return MISSING if value is None else str(value)
+
+
+def _model(args: Namespace) -> str:
+    text = f"{_of(args, 'num_layers')} layers × {_of(args, 'hidden_size')}"
+    text += f", {_of(args, 'num_attention_heads')} heads"
+    if getattr(args, "group_query_attention", False):
+        text += f" in {_of(args, 'num_query_groups')} groups"
+    if getattr(args, "num_experts", None):
+        text += f", {args.num_experts} experts"
+    tied = not getattr(args, "untie_embeddings_and_output_weights", False)
+    return text + f", {'tied' if tied else 'separate'} embeddings"
+
+
+def _batch(args: Namespace) -> str:
+    text = f"{_of(args, 'global_batch_size')} sequences of {_of(args, 'seq_length')} tokens"
+    if getattr(args, "rampup_batch_size", None):
+        text += f", ramped up: {' '.join(map(str, args.rampup_batch_size))}"
+    return text + f" (micro-batches of {_of(args, 'micro_batch_size')})"
+
+
+def _rates(args: Namespace) -> str:
+    unit = "samples" if getattr(args, "train_samples", None) else "iters"
+    length = "train_samples" if unit == "samples" else "train_iters"
+    return (
+        f"lr {_of(args, 'lr')} to {_of(args, 'min_lr')}, {_of(args, 'lr_decay_style')}, warm-up "
+        f"{_of(args, f'lr_warmup_{unit}')} of {_of(args, length)} {unit}, "
+        f"{_of(args, 'optimizer')}, weight decay {_of(args, 'weight_decay')}, "
+        f"clip {_of(args, 'clip_grad')}"
+    )
+
+
+def _layout(args: Namespace) -> str:
+    sizes = (
+        f"{letters} {getattr(args, argument)}"
+        for letters, argument in (
+            ("TP", "tensor_model_parallel_size"),
+            ("PP", "pipeline_model_parallel_size"),
+            ("CP", "context_parallel_size"),
+            ("DP", "data_parallel_size"),
+        )
+        if getattr(args, argument, None) is not None
+    )
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    return ", ".join([*sizes, precision])
+
+
+def _data(args: Namespace) -> str:
+    found = []
+    for argument, label in (
+        ("data_path", ""),
+        ("data_args_path", ""),
+        ("per_split_data_args_path", ""),
+        ("train_data_path", "train "),
+        ("valid_data_path", "valid "),
+    ):
+        value = getattr(args, argument, None)
+        if value:
+            words = value if isinstance(value, list) else [str(value)]
+            found.append(label + " ".join(os.path.normpath(word) for word in words))
+    if getattr(args, "mock_data", False):
+        return "mock data"
+    if found and getattr(args, "split", None):
+        found.append(f"split {args.split}")
+    return ", ".join(found) or MISSING
+
+
+def _tokenizer(args: Namespace) -> str:
+    entries, rows = (getattr(args, name, None) for name in ("vocab_size", "padded_vocab_size"))
+    text = _tokenizer_file(args)
+    if entries:
+        return f"{text}, {entries:,} entries"
+    return f"{text}, {rows:,} entries with padding" if rows else text
+
+
+def _tokenizer_file(args: Namespace) -> str:
+    kind = _of(args, "tokenizer_type")
+    file = getattr(args, "tokenizer_model", None) or getattr(args, "vocab_file", None)
+    return f"{kind} {os.path.normpath(file)}" if file and not kind.startswith("Null") else kind
+
+
+def _padding_alone(arguments: Sequence[Namespace]) -> bool:
+    """Whether one vocabulary, padded for other parallel sizes, could be all of theirs."""
+    if len({(_tokenizer_file(args), _of(args, "vocab_size")) for args in arguments}) > 1:
+        return False
+    most, least = math.inf, 0
+    for args in arguments:
+        rows = getattr(args, "padded_vocab_size", None) or 0
+        multiple = getattr(args, "make_vocab_size_divisible_by", None) or 1
+        multiple *= getattr(args, "tensor_model_parallel_size", None) or 1
+        most, least = min(most, rows), max(least, rows - multiple + 1)
+    return least <= most
+
+
+def _trained(run: Run, args: Namespace) -> str:
+    tokens = run.total_tokens
+    return f"{size(tokens)} tokens" if tokens else f"{run.iterations:,} iterations"
+
+
+_COMPARED: tuple[tuple[str, Callable[[Run, Namespace], str], str], ...] = (
+    (
+        VOCABULARY,
+        lambda run, args: _tokenizer(args),
+        "their losses cannot be compared; bits per byte of the same text can "
+        "(python -m megatron_xielu.evaluate)",
+    ),
+    (DATA, lambda run, args: _data(args), "their losses are of different texts"),
+    (
+        SEQUENCE,
+        lambda run, args: _of(args, "seq_length"),
+        "longer sequences give more context, and so lower losses",
+    ),
+    (
+        "batch",
+        lambda run, args: _of(args, "global_batch_size"),
+        "after the same tokens they have taken other numbers of steps",
+    ),
+    ("length of training", _trained, "the losses at their ends are after more or less of it"),
+)
