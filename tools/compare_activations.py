@@ -23,7 +23,6 @@ import argparse
 import fcntl
 import io
 import os
-import platform
 import re
 import shutil
 import time
@@ -42,10 +41,12 @@ from compare.text import Text, write_json
 from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
+from megatron_xielu import __version__
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import describe, is_utf8, one_line, ready_output, reason
+from megatron_xielu.common.versions import made_with
 from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
@@ -557,8 +558,7 @@ def _context(machine: Machine) -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": machine.device if machine.on_gpu else f"{_cores()} CPU cores",
-        "versions": f"Megatron-core {version('megatron-core')}, PyTorch {version('torch')}, "
-        f"Python {platform.python_version()}",
+        "versions": made_with(__version__),
     }
 
 

@@ -139,6 +139,11 @@ class Drawing:
         """The horizontal axis counts layers."""
         self.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
+    def shares(self, *, percent: bool = False) -> None:
+        """The vertical axis is of shares: from 0, and not far beyond the largest."""
+        whole = 100 if percent else 1
+        self.axes.set_ylim(0, min(1.02 * whole, 1.25 * self.axes.dataLim.ymax) or whole)
+
     def depth_bar(self, deepest: int) -> None:
         """The key of `depth_colour`."""
         with matplotlib.rc_context(_STYLE):

@@ -187,7 +187,7 @@ def _nonlinearity(run: Run) -> Picture:
             label="measured pre-activations",
         )
         drawing.legend()
-    drawing.axes.set_ylim(0, 1)
+    drawing.shares()
     drawing.layers_below()
     return drawing.finish(
         "nonlinearity.png",

@@ -22,7 +22,7 @@ from megatron_xielu.report.events import Series
 from megatron_xielu.report.run import Run
 from megatron_xielu.report.summary import decimal, scientific
 
-_OUTLIER = 4.0  # times the median
+_OUTLIER = 2.0  # times the median
 _FEW = 40  # points
 _CUT_OFF = 0.05  # of the steepest part of a loss curve, which would flatten all the rest
 
@@ -236,7 +236,7 @@ def _curve(
     if 0 < top < drawing.axes.get_ylim()[1]:
         drawing.axes.set_ylim(0, top)
         cut = f" The axis ends at {_OUTLIER:g} times the greatest median."
-    else:
+    elif drawing.axes.get_ylim()[0] < drawing.axes.get_ylim()[1] / 2:
         drawing.axes.set_ylim(bottom=0)
     drawing.legend()
     named = [(run.name, median) for (_, run), median in zip(shown, medians, strict=True)]
@@ -258,7 +258,7 @@ def _nonlinearity(runs: Sequence[Run]) -> Picture | None:
         depths = [layer.depth for layer in run.layers]
         values = [layer.by_normal for layer in run.layers]
         drawing.axes.plot(depths, values, label=_name(run), marker="o", markersize=4, **style)
-    drawing.axes.set_ylim(0, 1)
+    drawing.shares()
     drawing.layers_below()
     drawing.legend()
     return drawing.finish(
@@ -285,7 +285,7 @@ def _negative_shares(runs: Sequence[Run]) -> Picture | None:
             markersize=4,
             **style,
         )
-    drawing.axes.set_ylim(0, 102)
+    drawing.shares(percent=True)
     drawing.layers_below()
     drawing.legend()
     return drawing.finish(

@@ -51,5 +51,5 @@ def _layers(run: Run, colours: bool) -> str:
             cell = f"\x1b[48;2;{red};{green};{blue};{ink}m{cell}\x1b[0m"
         cells.append(cell)
     lines = ["".join(cells[at : at + _PER_LINE]) for at in range(0, len(cells), _PER_LINE)]
-    title = f"{shortened(run.name)}: nonlinearity by layer, from the first (0: a straight line)"
+    title = f"{shortened(run.name)}: nonlinearity by layer, from layer 0 (0.00 is a straight line)"
     return "\n".join([title, *lines])

@@ -44,9 +44,8 @@ def plot_losses(
     seeds = max(map(len, records.values()))
     band = f";\nbands: lowest to highest of {seeds} seeds" if seeds > 1 else ""
     left.set_title(f"training text (mean of {_SMOOTHED_ITERATIONS} iterations{band})")
-    right.set_title("held-out text")
+    right.set_title("held-out text (other axes)")
     left.set_ylim(top=top)
-    left.set_xlim(left=0)
     drawing.legend(title="held-out loss after the last iteration")
     files.write(path, drawing.png())
 

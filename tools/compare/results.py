@@ -195,7 +195,7 @@ def _comparison_lines(
 
 
 def _alpha_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
-    lines = ["Effective alphas after the last iteration, mean over seeds, first layer to last:", ""]
+    lines = ["Effective alphas after the last iteration, mean over seeds, layer 0 to the last:", ""]
     for variant in variants:
         alphas = [record.alphas for record in records[variant.name].values() if record.alphas]
         for symbol, side in (("αp", "positive"), ("αn", "negative")) if alphas else ():
