@@ -24,7 +24,7 @@ def render(
     runs: Sequence[Run],
     together: Sequence[Picture],
     layers: Sequence[Sequence[Picture]],
-    notes: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> str:
     """The page.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from megatron_xielu.report.description import DATA, SEQUENCE, VOCABULARY, differences, facts
 from megatron_xielu.report.run import Run
@@ -34,7 +35,7 @@ def rank(runs: Sequence[Run]) -> Ranking | None:
         )
     title, of = measure
     groups = [(name, [_number(of(run)) for run in members]) for name, members in _groups(runs)]
-    groups.sort(key=lambda group: _order(statistics.fmean(group[1])))
+    groups.sort(key=lambda group: _order(_mean(group[1])))
     rows = [f"{name}: {_spread(values)}" for name, values in groups]
     return Ranking(f"Best first, by {title}", rows, _certainty([v for _, v in groups]))
 
@@ -44,17 +45,28 @@ def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] |
     apart = differences(runs).keys()
     found = [run.evaluation for run in runs]
     at_end = all(e and e.iteration == run.iterations for e, run in zip(found, runs, strict=True))
-    if at_end and VOCABULARY not in apart and _same(found, "data", "eval_iters", "sequence_length"):
-        return "the loss of megatron_xielu.evaluate", lambda run: run.evaluated_loss
-    if at_end and _same(found, "bytes") and found[0] and found[0].bytes:
-        return "bits per byte of megatron_xielu.evaluate", lambda run: run.bits_per_byte
-    if apart & {VOCABULARY, DATA, SEQUENCE}:
-        return None
-    for title, of in (
-        ("the last validation loss during training", lambda run: run.final_validation_loss),
-        ("the training loss at the end", lambda run: run.final_train_loss),
+    one_loss = at_end and _same(found, "data", "eval_iters", "sequence_length")
+    one_text = at_end and found[0] and found[0].bytes and _same(found, "bytes")
+    of_training = not apart & {VOCABULARY, DATA, SEQUENCE}
+    for title, of, comparable in (
+        (
+            "the loss of megatron_xielu.evaluate",
+            lambda run: run.evaluated_loss,
+            one_loss and VOCABULARY not in apart,
+        ),
+        (
+            "bits per byte of megatron_xielu.evaluate",
+            lambda run: run.bits_per_byte,
+            one_text,
+        ),
+        (
+            "the last validation loss during training",
+            lambda run: run.final_validation_loss,
+            of_training,
+        ),
+        ("the training loss at the end", lambda run: run.final_train_loss, of_training),
     ):
-        if all(of(run) is not None for run in runs):
+        if comparable and all(of(run) is not None for run in runs):
             return title, of
     return None
 
@@ -89,10 +101,17 @@ def _order(value: float) -> tuple[bool, float]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    mean = decimal(statistics.fmean(values), 4)
+    mean = decimal(_mean(values), 4)
     if len(values) == 1:
         return mean
-    return f"{mean} ± {decimal(statistics.stdev(values), 4)} ({len(values)} seeds)"
+    with np.errstate(all="ignore"):
+        deviation = float(np.std(values, ddof=1))
+    return f"{mean} ± {decimal(deviation, 4)} ({len(values)} seeds)"
+
+
+def _mean(values: Sequence[float]) -> float:
+    with np.errstate(all="ignore"):  # of a run that diverged
+        return float(np.mean(values))
 
 
 def _certainty(values: Sequence[Sequence[float]]) -> str:
