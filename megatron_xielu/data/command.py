@@ -368,8 +368,4 @@ def _report(result: dict, output: Path) -> None:
             "examples/pretrain.sh validates: choose a larger --valid-fraction, and another --output"
         )
         return
-    # A multiple of 128, as Megatron pads by itself.
-    print(
-        f"examples/pretrain.sh: DATA_ARGS={quote(str(output / 'per_split_data_args.json'))} "
-        f"TOKENIZER={quote(str(output / 'tokenizer'))} PADDED_VOCAB_SIZE={-(-entries // 128) * 128}"
-    )
+    print(f"DATA_ARGS={quote(str(output))} examples/pretrain.sh   (tokenizer and vocabulary, too)")
