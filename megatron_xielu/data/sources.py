@@ -123,6 +123,8 @@ def find(
     taken = {file.path: group.format for group in groups for file in group.files}
     if not there:
         raise DataError(f"--source {source}: it has no files")
+    if groups and not any(file.size for group in groups for file in group.files):
+        raise DataError(f"--source {source}: its files are empty")
     if not groups:
         words = ["no files"]
         if asked := " ".join(pattern for _, patterns in locations for pattern in patterns or ()):
@@ -316,7 +318,8 @@ def _group(folder: str, found: dict[str, dict[str, Any]], format: str | None) ->
                 raise BadInputError(f"{name}: it is {kind}: replace it by a file, or leave it out")
             if file.size < 0:
                 raise BadInputError(f"{name}: its server does not say its size: download it first")
-            if file.size == 0:
+            # An empty text is one; a table or a line of JSON is missing.
+            if file.size == 0 and known != "text":
                 raise BadInputError(f"{name}: row 1: the file is empty")
         if files:
             yield Group(folder, known, files)

@@ -486,6 +486,17 @@ BAD = {
 
 
 class TestBadInput:
+    def test_an_empty_text_is_none_and_a_folder_of_them_is_refused(
+        self, corpus: Corpus, tmp_path: Path
+    ):
+        texts = tmp_path / "texts"
+        texts.mkdir()
+        (texts / "__init__.txt").touch()
+        assert "its files are empty" in _message(corpus, tmp_path / "none", source=texts)
+        (texts / "module.txt").write_text("x = 1")
+        printed = corpus.prepare(tmp_path / "data", "--valid-fraction", "0", source=texts)
+        assert "1 rows without text" in printed and "in 1 documents" in printed
+
     @pytest.mark.parametrize("name", BAD)
     def test_names_file_and_row(self, corpus: Corpus, tmp_path: Path, name: str):
         content, expected = BAD[name]
