@@ -265,7 +265,8 @@ def _compare(
         do_run(run, f"[{number}/{len(runs)}]", settings, machine, lock)
     records = finished_records(out, options.variants, options.seeds)
     setup = _setup(options, settings, machine, text)
-    print("\n" + results.write(out / "results", records, options.variants, costs, setup))
+    shown = results.write(out / "results", records, options.variants, costs, setup)
+    print("\n" + results.for_terminal(shown))
     return records, setup.notes
 
 
@@ -322,7 +323,7 @@ def check_resume(options: argparse.Namespace, out: Path) -> resume.Outcome:
     shown = found.markdown(title, _context(machine))
     files.write(out / "results" / "resume.md", shown)
     os.close(lock)
-    print("\n" + shown)
+    print("\n" + results.for_terminal(shown))
     return found
 
 

@@ -776,3 +776,8 @@ class TestHuggingFace:
         (file,) = (tmp_path / "results").rglob("results_*.json")
         results = json.loads(file.read_text())["results"]["python_lines"]
         assert results["acc,none"] == 1.0
+
+
+def test_the_terminal_has_no_markdown():
+    shown = "# Title\n\n**note**\n\n| | n |\n|---|---|\n| xIELU | 3 |\n\n![loss](loss.png)\n\nend\n"
+    assert results.for_terminal(shown) == "Title\n\nnote\n\n       n\nxIELU  3\n\nend\n"

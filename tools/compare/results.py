@@ -17,7 +17,7 @@ from compare.paired import Comparison, Spread
 from compare.records import Records
 from compare.text import write_json
 from compare.variants import Variant
-from megatron_xielu.common import files
+from megatron_xielu.common import files, text
 
 _TINY_NOTE = (
     "These are tiny models on very little text, far from the paper's 1.1B parameters and 125B "
@@ -93,6 +93,24 @@ def write(
         plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
     files.write(out / "results.md", shown)
     return shown
+
+
+def for_terminal(markdown: str) -> str:
+    """The report of `markdown` as plain text: its tables in columns, without its pictures."""
+    lines: list[str] = []
+    rows: list[list[str]] = []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            if line.strip("|-"):
+                rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if rows:
+            lines.append(text.table(rows, left=(0,)))
+            rows = []
+        if line.startswith("![") or (not line and lines[-1:] == [""]):
+            continue
+        lines.append(line.removeprefix("# ").replace("**", ""))
+    return "\n".join(lines)
 
 
 def _compare(records: Records, baseline: str) -> list[Comparison]:
