@@ -155,7 +155,7 @@ def validate(args: Namespace) -> None:
         ValueError: naming the flag to change.
     """
     builder = activation_builder(args)
-    for problem in catalog.out_of_range(args):
+    for problem in (*catalog.out_of_range(args), *catalog.contradictions(args)):
         raise ValueError(problem)
     if builder is None:
         switches = ("xielu_recompute_output", "xielu_check_tp_sync", *_TRAINED_ALPHAS)

@@ -154,8 +154,12 @@ NUMBERS = {
     "--clip-grad": Limits(-math.inf, whole=False),
     "--rope-scaling-factor": Limits(0, 1e30, whole=False, above=True),
     "--rotary-percent": Limits(0, 1, whole=False, above=True),
-    **dict.fromkeys(("--adam-beta1", "--adam-beta2"), Limits(0, 1, whole=False, below=True)),
-    **dict.fromkeys(("--lr-warmup-fraction", "--hidden-dropout", "--attention-dropout"), _SHARE),
+    # Megatron's schedule ends with an assertion at a warm-up as long as itself.
+    **dict.fromkeys(
+        ("--adam-beta1", "--adam-beta2", "--lr-warmup-fraction"),
+        Limits(0, 1, whole=False, below=True),
+    ),
+    **dict.fromkeys(("--hidden-dropout", "--attention-dropout"), _SHARE),
     **dict.fromkeys(map(flag_of, SETTINGS), _ALPHA),
 }
 
@@ -331,6 +335,48 @@ UNREAD = (
     Refusal("--apply-residual-connection-post-layernorm", _UNREAD),
     Refusal("--openai-gelu", _UNREAD),
 )
+
+
+def contradictions(arguments: Any) -> Iterator[str]:
+    """Which of Megatron's own flags do not go together, as its assertions have it; a line each.
+
+    Args:
+        arguments: of a command line, before Megatron derives anything; any may be missing.
+    """
+
+    def given(name: str) -> Any:
+        return getattr(arguments, name, None)
+
+    stages = [
+        flag_of(name)
+        for name in (
+            "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank",
+            "pipeline_model_parallel_layout",
+        )
+        if given(name)
+    ]
+    if len(stages) > 1:
+        yield f"give one of {' and '.join(stages)}"
+    selective = given("recompute_activations") or given("recompute_granularity") == "selective"
+    if selective and given("recompute_method"):
+        yield (
+            "--recompute-method goes with --recompute-granularity full, not with selective "
+            "recomputation; drop one of them"
+        )
+    if given("distribute_saved_activations") and not (
+        given("recompute_granularity") == "full"
+        and given("recompute_method")
+        and not selective
+        and (given("tensor_model_parallel_size") or 1) > 1
+        and not given("sequence_parallel")
+    ):
+        yield (
+            "--distribute-saved-activations needs --tensor-model-parallel-size above 1, "
+            "--recompute-granularity full and --recompute-method, and no --sequence-parallel; "
+            "drop it"
+        )
+
 
 # Megatron builds these from other specs than the dense one before 0.19; the patch knows the first
 # two.

@@ -127,6 +127,7 @@ def _flags(plan: Plan) -> Iterator[str]:
             anyhow = not refusal.values and not refusal.harmless and refusal.flag in given
             if anyhow or refusal.is_given(args):
                 yield refusal.with_("--xielu-recompute-output")
+    yield from catalog.contradictions(args)
     for refusal in catalog.UNREAD:
         if refusal.flag in given:
             yield refusal.alone()

@@ -57,7 +57,7 @@ def test_the_command_itself_is_good():
         ("--save-interval -1", "must be 0 or more, not -1"),
         ("--save-retain-interval 0", "must be 1 or more, not 0"),
         ("--lr-warmup-samples -5", "must be 0 or more, not -5"),
-        ("--lr-warmup-fraction 2", "must be at most 1, not 2.0"),
+        ("--lr-warmup-fraction 2", "must be below 1, not 2.0"),
         ("--lr-warmup-fraction nan", "must be a number, not nan"),
         ("--hidden-dropout inf", "must be at most 1, not inf"),
         ("--lr nan", "must be a number, not nan"),

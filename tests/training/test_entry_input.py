@@ -27,6 +27,7 @@ from megatron_xielu.common.flags import flag_of
 from megatron_xielu.cpu import __main__ as cpu_command
 from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan import flags as plan_flags
+from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.run import Cluster, Plan
 
 
@@ -86,7 +87,7 @@ def test_ranges_are_of_megatrons_flags():
         ("--weight-decay inf", "must be at most 1e+30, not inf"),
         ("--qk-clip-threshold nan", "must be a number, not nan"),
         ("--adam-beta1 1", "must be below 1, not 1.0"),
-        ("--lr-warmup-fraction 2", "must be at most 1, not 2.0"),
+        ("--lr-warmup-fraction 1", "must be below 1, not 1.0"),
         ("--xielu-alpha-p-init 1e4", "must be at most 1000, not 10000.0"),
         ("--xielu-alpha-n-init 1e4", "must be at most 1000, not 10000.0"),
         ("--xielu-alpha-n-init inf", "of XIELU must be a finite number above 0.5, got inf"),
@@ -148,6 +149,29 @@ def test_what_does_not_go_together(flags, ranks, message):
     with pytest.raises(ValueError, match=message) as error:
         check(flags, ranks)
     assert len(str(error.value).splitlines()) == 1
+
+
+PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1", "give one of --num-layers-per-"),
+        ("--recompute-method block --recompute-activations", "--recompute-method goes with"),
+        ("--distribute-saved-activations", "--distribute-saved-activations needs --tensor-model"),
+        ("--lr-warmup-fraction 1", "--lr-warmup-fraction must be below 1, not 1.0"),
+    ],
+)
+def test_the_plan_refuses_it_in_the_same_words(flags, message):
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        check(flags, ranks=2)
+    words = [*TINY_LLAMA, "--xielu", *flags.split()]
+    try:
+        found = plan_checks.problems(Plan(words, cluster=Cluster(1, 2)), environment={})
+    except PlanError as refused:
+        found = refused.problems
+    assert str(error.value) in found
 
 
 @pytest.mark.parametrize(
