@@ -1,11 +1,13 @@
-"""Writes the documents that are generated: ``make docs``.
+"""Writes the files that are generated: ``make docs``.
 
-docs/limits.md from `megatron_xielu.catalog` and the tables of other rooms. `DOCUMENTS` has a
-function for each; tests/docs/test_generated.py says which one is stale.
+docs/limits.md from `megatron_xielu.catalog` and the tables of other rooms; for the plan, which runs
+where there is no Megatron, the names of all flags. `DOCUMENTS` has a function for each;
+tests/docs/test_generated.py says which one is stale.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from megatron_xielu import catalog
 from megatron_xielu.catalog import Refusal
 from megatron_xielu.checkpoints.optimizer_format import UNEVEN_STAGES
 from megatron_xielu.convert.megatron_arguments import IMPLIED
+from megatron_xielu.plan.flags import KNOWN
 
-DOCS = Path(__file__).parents[1] / "docs"
+TOP = Path(__file__).parents[1]
 
 
 def limits() -> str:
@@ -120,9 +123,28 @@ def _implied() -> str:
     return "\n".join(f"| `{name}` | {_listed(values)} |" for name, values in shown.items())
 
 
-DOCUMENTS: dict[str, Callable[[], str]] = {"limits.md": limits}
+def known_flags() -> str:
+    """The flags of the installed Megatron and ours, and those of other releases that are there.
+
+    To add a release: ``PYTHONPATH=TREE python tools/make_docs.py``, its wheel unpacked in TREE.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_xielu.arguments import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    # Ours are those of this version, and no other.
+    kept = {flag for flag in KNOWN.read_text().split() if not flag.startswith("--xi")}
+    return "\n".join(sorted(flags | kept)) + "\n"
+
+
+DOCUMENTS: dict[str, Callable[[], str]] = {
+    "docs/limits.md": limits,
+    KNOWN.relative_to(TOP).as_posix(): known_flags,
+}
 
 
 if __name__ == "__main__":
     for name, write in DOCUMENTS.items():
-        (DOCS / name).write_text(write())
+        (TOP / name).write_text(write())

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_xielu.catalog import NUMBERS, SETTINGS, out_of_range
+
+# The names of all flags of the Megatron releases that docs/versions.md has, and ours: `make docs`.
+KNOWN = Path(__file__).with_name("megatron_flags.txt")
 
 # Of `catalog.NUMBERS`; the others are None.
 _DEFAULTS = {
