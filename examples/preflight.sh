@@ -9,7 +9,7 @@
 # follow after --: then the first rank also checks that checkpoints of its layout keep the optimizer's
 # state. Environment:
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
-#   MASTER_ADDR   node 0   [localhost]    MASTER_PORT   one below the port used here   [29500]
+#   MASTER_ADDR   node 0   [localhost, for one node]    MASTER_PORT   one below the port used here   [29500]
 #   LOCAL_ADDR    this node's own address, where its name leads elsewhere
 #   RUN_DIR       checked, and where every node leaves a sign of life
 #   DEVICE        gpu or cpu   [gpu]    TP   tensor parallel size   [1]    PYTHON   [python3]
@@ -18,13 +18,14 @@
 #   LAYOUT_CHECK  0: not that   [1]
 #   NODE_LIST     names of all nodes, as MEGATRON_XIELU_NODE or their host names: those that do not
 #                 join are then named
+#   MEGATRON_XIELU_NODE   this node's name   [uname -n]    OMP_NUM_THREADS   [1]
 #   PREFLIGHT_TIMEOUT   seconds to wait for all nodes   [120]
 #
 # Exit codes: 0 all checks passed; 1 one failed, or a node did not join; 2 wrong usage.
 set -euo pipefail
 unset CDPATH # with it cd prints, and may go elsewhere
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
+: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}"
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${RUN_DIR:=}" "${DEVICE:=gpu}" "${TP:=1}"
 : "${PYTHON:=python3}" "${PREFLIGHT_TIMEOUT:=120}" "${NODE_LIST:=}"
 export NODE_RANK
@@ -41,6 +42,12 @@ for argument in "$@"; do
     fi
 done
 
+"$PYTHON" -m megatron_xielu.plan.variables preflight.sh || exit 2
+if ((NNODES > 1)) && [[ -z $MASTER_ADDR ]]; then
+    echo "preflight.sh: error: NNODES=$NNODES needs MASTER_ADDR, the address of node 0" >&2
+    exit 2
+fi
+: "${MASTER_ADDR:=localhost}"
 flags=(--tensor-model-parallel-size "$TP")
 case $DEVICE in
     gpu) ;;

@@ -21,12 +21,14 @@
 #   TOKENIZER    Hugging Face name or folder, or null
 #                [that of prepared data, else the model file's, or mistralai/Mistral-Nemo-Base-2407]
 #   PADDED_VOCAB_SIZE  rows of the embedding   [as TOKENIZER; none: Megatron's, by the tokenizer]
-#   LR, SEQ_LENGTH, GATED_FFN_SIZE, ...   every value of the model file
+#   NUM_LAYERS, HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, GATED_FFN_SIZE (SwiGLU's; the others' is 3/2 of
+#   it), SEQ_LENGTH, ROTARY_BASE, TIE_EMBEDDINGS, VOCAB_SIZE, LR, and WARMUP_STEPS and DECAY_STEPS of
+#   STEPS, which are shares of TOKENS   [the model file's]
 #   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
 # Where
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
-#   MASTER_ADDR   node 0   [localhost]    LOCAL_ADDR  this node's own address
+#   MASTER_ADDR   node 0   [localhost, for one node]    LOCAL_ADDR  this node's own address
 #   MASTER_PORT   the preflight takes the next; another for each run on one node   [29500]
 #   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
 #   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
@@ -34,6 +36,9 @@
 #   RENDEZVOUS_TIMEOUT  seconds that nodes wait for each other   [600]
 #   PREFLIGHT    0 skips the checks before training   [1]    PYTHON   [python3]
 #   LAYOUT_CHECK 0 skips one: that checkpoints of this layout keep the optimizer's state   [1]
+#   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of a GPU, for the plan's memory and hours   [80, 989, 0.4]
+#   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]
+#   CUDA_DEVICE_MAX_CONNECTIONS  Megatron's   [1]
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
@@ -75,6 +80,10 @@ for argument in "$@"; do
     esac
 done
 
+# Found by its folder when the package is not installed: in a checkout, on a login node.
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
+"${PYTHON:=python3}" -m megatron_xielu.plan.variables pretrain.sh || exit 2
+
 # --- what to train -------------------------------------------------------------------------------
 
 : "${MODEL:=llama_1b}" "${ACTIVATION:=xielu}"
@@ -82,14 +91,18 @@ model_file=$here/models/$MODEL.sh
 [[ $MODEL == */* || $MODEL == *.sh ]] && model_file=$MODEL
 [[ -f $model_file ]] || die 2 "MODEL=$MODEL: no file $model_file; there are: $(cd "$here/models" && echo *.sh)"
 given_tokenizer=${TOKENIZER:-}${VOCAB_SIZE:-} given_padding=${PADDED_VOCAB_SIZE:-}${VOCAB_SIZE:-}
+# Tokens a step and the learning rate chosen for them, before the environment has its say.
+# shellcheck source=models/llama_1b.sh
+made_for=$(unset GLOBAL_BATCH SEQ_LENGTH LR && source "$model_file" &&
+    echo "$((GLOBAL_BATCH * SEQ_LENGTH)) $LR") 2>/dev/null || made_for=''
 # shellcheck source=models/llama_1b.sh
 source "$model_file"
 
 : "${DEVICE:=gpu}" "${PRECISION:=bf16}" "${SEED:=42}" "${SPLIT:=990,10,0}"
 : "${TOKENIZER:=mistralai/Mistral-Nemo-Base-2407}" "${PADDED_VOCAB_SIZE:=}" "${VOCAB_SIZE:=}"
 : "${DATA_ARGS:=}" "${DATA:=}" "${MOCK_DATA:=0}" "${WANDB_PROJECT:=}"
-: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
-: "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${PREFLIGHT:=1}" "${PYTHON:=python3}" "${NETWORK:=}"
+: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}"
+: "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${PREFLIGHT:=1}" "${NETWORK:=}"
 : "${SAVE_INTERVAL:=1000}" "${KEEP_LAST:=3}" "${KEEP_EVERY:=5000}" "${LOG_INTERVAL:=10}"
 : "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=20}" "${TIMEOUT_MINUTES:=10}"
 : "${OPTIMIZER_FORMAT:=dp}" "${BUCKET_SIZE:=40000000}"
@@ -97,8 +110,6 @@ source "$model_file"
 : "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${INPROCESS_RESTART:=0}"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
 : "${ENTRY:=-m megatron_xielu.pretrain_gpt}"
-# Found by its folder when the package is not installed: in a checkout, on a login node.
-export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
 
 [[ -z $DATA_ARGS && -f $DATA/manifest.json ]] && DATA_ARGS=$DATA DATA=''
 [[ -f $DATA_ARGS/manifest.json ]] && DATA_ARGS=$DATA_ARGS/per_split_data_args.json
@@ -132,6 +143,10 @@ for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ
     # Of 64 bits, and decimal to the shell as well.
     [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
 done
+no_master=''
+((NNODES > 1)) && [[ -z $MASTER_ADDR ]] &&
+    no_master="NNODES=$NNODES needs MASTER_ADDR, the address of node 0"
+: "${MASTER_ADDR:=localhost}"
 ((NODE_RANK < NNODES)) || die 2 "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
 ((MASTER_PORT < 65535)) || die 2 "MASTER_PORT=$MASTER_PORT must be below 65535: the preflight takes the next"
 [[ $RUN_DIR != -* ]] || die 2 "RUN_DIR=$RUN_DIR looks like an option; write ./$RUN_DIR"
@@ -271,7 +286,9 @@ command=(
 )
 
 plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE"
-    --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY")
+    --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY" --from-variables "${#megatron[@]}")
+((ours)) || plan+=(--other-entry)
+[[ $made_for =~ ^[0-9]+\ [0-9.e+-]+$ ]] && plan+=(--made-for "${made_for% *}" "${made_for#* }")
 [[ -n ${GPU_MEMORY_GIB:-} ]] && plan+=(--gpu-memory "$GPU_MEMORY_GIB")
 [[ -n ${MFU:-} ]] && plan+=(--mfu "$MFU")
 [[ -n ${PEAK_TFLOPS:-} ]] && plan+=(--peak-tflops "$PEAK_TFLOPS")
@@ -284,11 +301,13 @@ if ((dry_run)); then
     done
     printf '\n\n'
     "${plan[@]}" -- "${megatron[@]}" "${trailing[@]}"
+    [[ -n $no_master ]] && echo "to set before the run: MASTER_ADDR, the address of node 0"
     ((no_data)) && echo "to set before the run: DATA_ARGS=FILE, DATA=PREFIX or MOCK_DATA=1"
     exit 0
 fi
-((no_data)) && die 2 "no data: set DATA_ARGS=FILE, DATA='PREFIX ...' or MOCK_DATA=1"
 "${plan[@]}" --check -- "${megatron[@]}" "${trailing[@]}" || exit 2
+[[ -z $no_master ]] || die 2 "$no_master"
+((no_data)) && die 2 "no data: set DATA_ARGS=FILE, DATA='PREFIX ...' or MOCK_DATA=1"
 
 # --- the run -------------------------------------------------------------------------------------
 

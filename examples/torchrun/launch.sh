@@ -8,6 +8,7 @@
 # passed on, through ssh's standard input: keys appear in no process list. Ctrl-C or SIGTERM saves a
 # checkpoint and ends; the same command goes on from there.
 #
+#   RUN_DIR        a relative one is of this folder   [runs/MODEL-ACTIVATION]
 #   MASTER_ADDR    address of the first host that the others reach   [the first host's name]
 #   SSH            remote shell   [ssh -o BatchMode=yes -o ServerAliveInterval=15]
 #   RESTART_DELAY  seconds before starting again   [10]

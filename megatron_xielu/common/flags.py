@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,24 @@ def flag_of(argument: str) -> str:
 def argument_of(flag: str) -> str:
     """The argument of a flag, as argparse names it."""
     return flag.removeprefix("--").replace("-", "_")
+
+
+# What other trainers call it, where the letters are not near Megatron's.
+_ELSEWHERE = {
+    "--learning-rate": "--lr",
+    "--max-steps": "--train-iters",
+    "--tp": "--tensor-model-parallel-size",
+    "--pp": "--pipeline-model-parallel-size",
+}
+
+
+def unknown_flag(flag: str, known: Collection[str]) -> str:
+    """The error for a flag that is not known, with the nearest that is."""
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    near = [_ELSEWHERE[flag]] if flag in _ELSEWHERE else near
+    return f"{flag} is no flag of Megatron's or this package's; " + (
+        f"did you mean {near[0]}?" if near else "drop it"
+    )
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,30 @@ from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.common.flags import Limits
 from megatron_xielu.common.text import ready_output
-from megatron_xielu.plan import checks
+from megatron_xielu.plan import checks, flags
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan
+from megatron_xielu.plan.variables import in_variables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan; end with status 2 and one line a problem where there are any."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
-    options = _options().parse_args(words[:split])
+    options, command = _options().parse_args(words[:split]), words[split + 1 :]
+    launcher = options.from_variables is not None
+
+    def said(lines: Sequence[str]) -> list[str]:
+        """In the words of who called: pretrain.sh's variables, or flags."""
+        typed = flags.given(command[options.from_variables :])
+        return [in_variables(line, typed) if launcher else line for line in lines]
+
+    unknown = flags.unknown(command, others=("--dry-run", "--help") if launcher else ())
+    problems, warnings = ([], unknown) if options.other_entry else (unknown, [])
+    plan = None
     try:
         plan = Plan(
-            words[split + 1 :],
+            command,
             cluster=Cluster(
                 options.nodes,
                 options.gpus_per_node,
@@ -45,15 +56,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep_checkpoints=options.keep_checkpoints,
             keep_every=options.keep_every,
         )
-        problems = checks.problems(plan, check_files=not options.no_files)
+        problems += checks.problems(plan, check_files=not options.no_files)
+        made_for = options.made_for and (int(options.made_for[0]), options.made_for[1])
+        warnings += checks.warnings(
+            plan, made_for=made_for, check_files=not options.no_files
+        )
     except PlanError as error:
-        plan, problems = None, error.problems
+        problems += error.problems
+    problems, warnings = said(problems), said(warnings)
     if plan is not None and not options.check:
         if options.json:
-            found = as_dict(plan, check_files=not options.no_files)
-            print(json.dumps({**found, "problems": problems}, indent=2))
+            findings = {"problems": problems, "warnings": warnings}
+            print(json.dumps({**as_dict(plan), **findings}, indent=2))
         else:
-            print(text(plan, check_files=not options.no_files), flush=True)
+            print(text(plan, problems=len(problems), warnings=warnings), flush=True)
     for problem in problems:
         print(f"megatron_xielu: error: {problem}", file=sys.stderr)
     if problems:
@@ -107,6 +123,24 @@ def _options() -> argparse.ArgumentParser:
     add("--no-files", action="store_true", help="do not look whether files exist")
     add("--check", action="store_true", help="print nothing but problems")
     add("--json", action="store_true")
+    add(
+        "--made-for",
+        type=Limits(0, 1e30, whole=False).read,
+        nargs=2,
+        metavar=("TOKENS", "LR"),
+        help="tokens a step, and the learning rate that was chosen for them; another size is told",
+    )
+    add(
+        "--from-variables",
+        type=every,
+        metavar="N",
+        help="for pretrain.sh: the first N arguments come from its variables, which are then named",
+    )
+    add(
+        "--other-entry",
+        action="store_true",
+        help="the script is not Megatron's or this package's, and may have flags of its own",
+    )
     return parser
 
 
@@ -146,7 +180,6 @@ def as_dict(plan: Plan, *, check_files: bool = True) -> dict[str, Any]:
         "memory": {**asdict(memory), "total": memory.total},
         "checkpoints": checkpoints and {**asdict(checkpoints), "disk": checkpoints.disk},
         "optimizer_format": plan.optimizer_format and _formats(plan),
-        "warnings": checks.warnings(plan, check_files=check_files),
     }
 
 
@@ -167,20 +200,24 @@ def _formats(plan: Plan) -> dict[str, Any]:
     return formats
 
 
-def text(plan: Plan, *, check_files: bool = True) -> str:
-    """The plan for people, in lines of at most 100 columns."""
-    sections = [
-        ("model", _model(plan)),
-        ("batch", _batch(plan)),
-        ("compute", _compute(plan)),
-        ("memory per GPU", _memory(plan)),
-        ("checkpoints", _checkpoints(plan)),
-    ]
+def text(plan: Plan, *, problems: int = 0, warnings: Sequence[str] = ()) -> str:
+    """The plan for people, in lines of at most 100 columns.
+
+    Args:
+        plan: the plan.
+        problems: how many there are; what a run would cost that cannot run is not told.
+        warnings: stand at the end.
+    """
+    sections = [("model", _model(plan)), ("batch", _batch(plan)), ("memory per GPU", _memory(plan))]
     lines = []
+    if problems:
+        lines.append(f"THIS PLAN CANNOT RUN: {problems} problem{'s' * (problems > 1)}, told below")
+    else:
+        sections.insert(2, ("compute", _compute(plan)))
+        sections.append(("checkpoints", _checkpoints(plan)))
     for title, rows in sections:
         lines.append(title)
         lines += [f"  {name:<16} {value}" for name, value in rows]
-    warnings = checks.warnings(plan, check_files=check_files)
     lines += [f"warning: {warning}" for warning in warnings]
     return "\n".join(lines)
 

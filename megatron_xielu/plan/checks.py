@@ -7,6 +7,7 @@ do not.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from megatron_xielu.catalog import TRAINABLE, activations_of
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.common import data_lists, pretrained_tokenizer
 from megatron_xielu.common.flags import flag_of
+from megatron_xielu.plan import flags
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
@@ -46,10 +48,25 @@ def problems(
     return found + (_data(plan)[0] if check_files else [])
 
 
-def warnings(plan: Plan, *, check_files: bool = True) -> list[str]:
-    """What is worth knowing before the launch, and does not end it."""
+def warnings(
+    plan: Plan, *, made_for: tuple[int, float] | None = None, check_files: bool = True
+) -> list[str]:
+    """What is worth knowing before the launch, and does not end it.
+
+    Args:
+        plan: the plan.
+        made_for: tokens a step, and the learning rate that was chosen for them.
+        check_files: look at the data.
+    """
     found = _data(plan)[1] if check_files else []
     schedule, given = plan.schedule(), _given(plan)
+    if made_for and plan.args.lr == made_for[1] and plan.tokens_per_step() != made_for[0]:
+        ratio = plan.tokens_per_step() / made_for[0]
+        found.append(
+            f"a step of {plan.tokens_per_step():,} tokens is {ratio:.3g} times the model file's "
+            f"{made_for[0]:,}, for which its --lr {plan.args.lr:g} was chosen; rules of thumb, not "
+            f"measured here, are × {ratio**0.5:.3g} (square root) or × {ratio:.3g} (linear)"
+        )
     if plan.tensor > plan.cluster.gpus_per_node:
         found.append(
             f"--tensor-model-parallel-size {plan.tensor} is more than the "
@@ -92,7 +109,7 @@ def warnings(plan: Plan, *, check_files: bool = True) -> list[str]:
 
 
 def _given(plan: Plan) -> set[str]:
-    return {word.partition("=")[0] for word in plan.argv if word.startswith("--")}
+    return set(flags.given(plan.argv))
 
 
 def _flags(plan: Plan) -> Iterator[str]:
@@ -188,7 +205,7 @@ def _layout(plan: Plan) -> Iterator[str]:
     }
     for what, size in split.items():
         if size % tensor:
-            yield f"{tp} does not divide {what}; use one of {_divisors(size, _MOST_LISTED)}"
+            yield f"{tp} does not divide {what}; use one of {_one_of(_divisors(size))}"
     if m.groups % tensor and tensor % m.groups:
         yield f"{tp} neither divides --num-query-groups {m.groups} nor is a multiple of it"
     if m.heads % m.groups:
@@ -221,7 +238,7 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     if layers % pipeline:
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide --num-layers {layers}; "
-            f"use one of {_divisors(layers, _MOST_LISTED)}"
+            f"use one of {_one_of(_divisors(layers))}"
         )
     elif per_chunk and layers // pipeline % per_chunk:
         yield (
@@ -247,30 +264,40 @@ def _pipeline(plan: Plan) -> Iterator[str]:
 
 def _batch(plan: Plan) -> Iterator[str]:
     batch, micro, data = plan.global_batch, plan.micro_batch, plan.data
-    unit = micro * data
-    if batch % unit == 0 or "--decrease-batch-size-if-needed" in _given(plan):
+    now = plan.cluster.nodes
+    if _batch_divides(plan):
         return
+    works = []
+    for number in dict.fromkeys((batch // data * data, -(-batch // data) * data)):
+        # The nearest to what was asked for that fits.
+        sizes = _divisors(number // data)
+        sizes.sort(key=lambda size: abs(math.log(size / micro)))
+        for size in sizes:
+            other = f"--global-batch-size {number}" if number != batch else ""
+            other += f" --micro-batch-size {size}" if size != micro else ""
+            if _memory_with(plan, other) <= _room(plan):
+                works.append((abs(number - batch), other.strip()))
+                break
     parts = plan.tensor * plan.pipeline * plan.context
-    works = [
-        f"--global-batch-size {n}" for n in (batch // unit * unit, (batch // unit + 1) * unit) if n
-    ]
-    if batch % data == 0:
-        works.append(f"--micro-batch-size {_divisors(batch // data, _MOST_LISTED)}")
-    fewer = range(plan.cluster.nodes - 1, 0, -1)
-    nodes = (
-        n
-        for n in fewer
-        if n * plan.cluster.gpus_per_node % parts == 0
-        and batch % (micro * (n * plan.cluster.gpus_per_node // parts)) == 0
-    )
-    if most := next(nodes, None):
-        works.append(f"--nodes {most}")
+    for nodes in sorted(range(1, 2 * now), key=lambda nodes: abs(nodes - now)):
+        gpus = nodes * plan.cluster.gpus_per_node
+        if gpus % parts == 0 and batch % (micro * (gpus // parts)) == 0:
+            works.append((0, f"--nodes {nodes}"))
+            break
     reason = (
         f"has fewer samples than the {data} data-parallel ranks"
         if batch < data
         else f"is not a multiple of --micro-batch-size {micro} × {data} data-parallel ranks"
     )
-    yield f"--global-batch-size {batch} {reason}; these work: {', or '.join(works)}"
+    these = ", or ".join(way for _, way in sorted(works, key=lambda found: found[0]))
+    yield f"--global-batch-size {batch} {reason}; " + (
+        f"these work: {these}" if these else "change one of them, or the layout"
+    )
+
+
+def _batch_divides(plan: Plan) -> bool:
+    divides = plan.global_batch % (plan.micro_batch * plan.data) == 0
+    return divides or "--decrease-batch-size-if-needed" in _given(plan)
 
 
 def _schedule(plan: Plan) -> Iterator[str]:
@@ -289,6 +316,7 @@ def _schedule(plan: Plan) -> Iterator[str]:
         yield f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}"
     if schedule.steps < 1:
         yield f"--train-{unit} is less than one step of --global-batch-size {plan.global_batch}"
+        return
     if args.lr_decay_style == "WSD" and not getattr(args, f"lr_wsd_decay_{unit}"):
         yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}"
     if schedule.stable < 0 or schedule.decay < 0:
@@ -331,26 +359,36 @@ def _fixes(plan: Plan) -> str:
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     ways.append([full] if args.recompute_granularity is None else [])
 
-    def size(flags: str) -> float:
-        """GiB with these flags; infinite where they cannot run."""
-        other = Plan([*plan.argv, *flags.split()], cluster=cluster, vocab_size=m.vocabulary)
-        wrong = [*_flags(other), *_layout(other), *_batch(other)]
-        return float("inf") if wrong else other.memory().total / GIB
+    def size(more: str) -> float:
+        return _memory_with(plan, more)
 
-    room = cluster.gpu_memory_gib * (1 - MEMORY_MARGIN)
+    room = _room(plan)
     fitting = []
     for way in ways:
-        sizes = [(flags, gib) for flags in way if (gib := size(flags)) <= room]
-        fitting += [f"{flags} ({gib:.1f} GiB)" for flags, gib in sizes[:1]]
+        sizes = [(more, gib) for more in way if (gib := size(more)) <= room]
+        fitting += [f"{more} ({gib:.1f} GiB)" for more, gib in sizes[:1]]
     if fitting:
         return "add " + ", or ".join(fitting[:3])
     together = ""
     for way in ways:
-        possible = [more for flags in way if size(more := f"{together} {flags}") < float("inf")]
+        possible = [more for one in way if size(more := f"{together} {one}") < float("inf")]
         together = possible[-1] if possible else together
         if size(together) <= room:
             return f"add{together} ({size(together):.1f} GiB)"
     return "no flags are enough: use more pipeline stages, or GPUs with more memory"
+
+
+def _memory_with(plan: Plan, more: str) -> float:
+    """GiB with these flags added; infinite where they cannot run."""
+    argv = [*plan.argv, *more.split()]
+    other = Plan(argv, cluster=plan.cluster, vocab_size=plan.model.vocabulary)
+    wrong = [*_flags(other), *_layout(other)] or not _batch_divides(other)
+    return float("inf") if wrong else other.memory().total / GIB
+
+
+def _room(plan: Plan) -> float:
+    """GiB of a GPU that may be planned with."""
+    return plan.cluster.gpu_memory_gib * (1 - MEMORY_MARGIN)
 
 
 def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
@@ -376,8 +414,8 @@ def _data(plan: Plan) -> tuple[list[str], list[str]]:
     return faults, doubts
 
 
-def _divisors(number: int, most: int) -> str:
-    return _one_of([n for n in range(1, min(number, most) + 1) if number % n == 0])
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, min(number, _MOST_LISTED) + 1) if number % n == 0]
 
 
 def _one_of(numbers: list[int]) -> str:

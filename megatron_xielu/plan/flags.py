@@ -5,11 +5,13 @@ Standard library only, Python 3.9 and newer, as is all of this room.
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_xielu.catalog import NUMBERS, SETTINGS, out_of_range
+from megatron_xielu.common.flags import unknown_flag
 
 # The names of all flags of the Megatron releases that docs/versions.md has, and ours: `make docs`.
 KNOWN = Path(__file__).with_name("megatron_flags.txt")
@@ -65,6 +67,24 @@ _LISTS: dict[str, list[str] | None] = {
     "valid-data-path": None,
     "test-data-path": None,
 }
+
+
+def given(argv: Sequence[str]) -> list[str]:
+    """The flags among arguments, as Megatron's parser tells them from values: no abbreviations."""
+    words = [word.partition("=")[0] for word in argv]
+    return [word for word in words if re.fullmatch(r"--?[A-Za-z][^ ]*", word)]
+
+
+def unknown(argv: Sequence[str], *, others: Sequence[str] = ()) -> list[str]:
+    """One line for each flag at which Megatron's parser would end, whatever the release.
+
+    Args:
+        argv: Megatron's arguments.
+        others: flags of the caller, which may have been meant.
+    """
+    known = KNOWN.read_text().split()
+    wrong = dict.fromkeys(flag for flag in given(argv) if flag not in known)
+    return [unknown_flag(flag, [*known, *others]) for flag in wrong]
 
 
 class PlanError(ValueError):

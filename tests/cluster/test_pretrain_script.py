@@ -23,6 +23,7 @@ from megatron_xielu.checkpoints.optimizer_format import default_bucket_size
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.model import Model
 from megatron_xielu.plan.run import Cluster, Plan
+from megatron_xielu.plan.variables import VARIABLES
 
 MODELS = ["llama_1b", "llama_3b", "debug"]
 ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
@@ -64,6 +65,7 @@ def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
     return command, variables | injected, sets
 
 
+FRONT_END_SCRIPTS = ("slurm/pretrain.sbatch", "torchrun/launch.sh")
 FRONT_ENDS |= {f"kubernetes-{k.lower()}": kubernetes(k) for k in test_kubernetes.INJECTED}
 
 SMALL = {"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "PREFLIGHT": "0"}
@@ -216,6 +218,65 @@ def test_where_cd_looks_elsewhere_first(command):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--dryrun",
+            "--dryrun is no flag of Megatron's or this package's; did you mean --dry-",
+        ),
+        ("--learning-rate 1e-3", "did you mean LR?"),
+        ("--micro-batch 2 --no-such-thing", "did you mean MICRO_BATCH?"),
+    ],
+)
+def test_a_flag_that_nobody_knows(flags, message, tmp_path):
+    """Before anything is started; with a script that may have flags of its own a warning."""
+    small = SMALL | {"RUN_DIR": f"{tmp_path}/run", "PREFLIGHT": "1"}
+    result = run(f"examples/pretrain.sh {flags}", **small)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.splitlines()) == len(re.findall("--", flags))
+    assert not (tmp_path / "run").exists()
+    other = output(f"{LAUNCHER} {flags}", **SMALL, ENTRY="script.py")
+    assert "warning: --" in other and message in other
+
+
+def test_names_that_a_cluster_may_set_are_warned_of():
+    result = run(LAUNCHER, **SMALL, NUM_NODES="4", TOKEN="secret", TZ="UTC", MODELS="/models")
+    assert result.returncode == 0
+    assert result.stderr == (
+        "pretrain.sh: warning: NUM_NODES=4 is not read; the variable is NNODES\n"
+    )
+    assert not run(LAUNCHER, **SMALL, NUM_NODES="4", NODES="4", NNODES="2").stderr
+
+
+def test_another_step_than_the_learning_rate_was_chosen_for_is_told():
+    assert (
+        "warning: a step of 7,208,960 tokens is 4 times the model file's 1,802,240, for which its "
+        "LR=0.0008 was chosen; rules of thumb, not measured here, are × 2 (square root) or × 4 "
+        "(linear)\n"
+    ) in output(LAUNCHER, GLOBAL_BATCH="1760")
+    for flags, variables in (("", {}), ("", {"LR": "1e-3"}), (" --lr 1e-3", {})):
+        batch = {"GLOBAL_BATCH": "1760"} if flags or variables else {}
+        assert "the model file's" not in output(LAUNCHER + flags, **batch, **variables)
+
+
+def test_a_plan_that_cannot_run_does_not_look_like_one_that_can():
+    result = run(LAUNCHER, NNODES="8")
+    assert result.returncode == 2
+    assert "\n\nTHIS PLAN CANNOT RUN: 1 problem, told below\nmodel\n" in result.stdout
+    assert "GPU-hours" not in result.stdout and "checkpoints\n" not in result.stdout
+
+
+def test_a_preflight_by_hand_needs_to_know_node_0():
+    result = run("examples/preflight.sh", NNODES="8")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "preflight.sh: error: NNODES=8 needs MASTER_ADDR, the address of node 0\n"
+    )
+    result = run("examples/preflight.sh", NODES="8")
+    assert result.returncode == 2 and "NODES=8 is not read; the variable is NNODES" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("command", "code", "message"),
     [
         ("examples/torchrun/launch.sh --help", 0, "examples/torchrun/launch.sh host1 host2"),
@@ -338,14 +399,22 @@ def test_other_scripts_get_the_layer_spec():
         ({"MASTER_PORT": "65535"}, "MASTER_PORT=65535 must be below 65535"),
         ({"RUN_DIR": "-run"}, "RUN_DIR=-run looks like an option; write ./-run"),
         ({"TOKENIZER": "null"}, "TOKENIZER=null needs VOCAB_SIZE"),
+        ({"TOKENS": "0"}, "TOKENS is less than one step of GLOBAL_BATCH=440\n"),
         ({}, "no data: set DATA_ARGS"),
-        ({"MOCK_DATA": "1", "NNODES": "8"}, "--global-batch-size"),
+        ({"MOCK_DATA": "1", "NNODES": "11"}, "NNODES=11 needs MASTER_ADDR, the address of node 0"),
+        (
+            {"MOCK_DATA": "1", "NNODES": "8"},
+            "GLOBAL_BATCH=440 is not a multiple of MICRO_BATCH=5 × 64 data-parallel ranks; these "
+            "work: NNODES=11, or GLOBAL_BATCH=448 MICRO_BATCH=1, or GLOBAL_BATCH=384 MICRO_BATCH=6",
+        ),
+        ({"NODES": "11"}, "NODES=11 is not read; the variable is NNODES"),
+        ({"GLOBAL_BACTH": "8"}, "GLOBAL_BACTH=8 is not read; the variable is GLOBAL_BATCH"),
     ],
 )
 def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_path):
     result = run("examples/pretrain.sh", **{"RUN_DIR": str(tmp_path / "run"), **variables})
     assert result.returncode == 2
-    assert words in result.stderr
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -367,8 +436,24 @@ def test_budget_with_a_damaged_tracker(tmp_path, tracker):
     assert "3 attempts in a row ended without a checkpoint after iteration 0" in result.stderr
 
 
-def test_help_names_every_variable():
-    text = run("examples/pretrain.sh --help").stdout
-    script = (REPOSITORY / "examples/pretrain.sh").read_text()
-    defaults = set(re.findall(r'"\$\{([A-Z_]+):=', script)) - {"VOCAB_SIZE", "PADDED_VOCAB_SIZE"}
-    assert {name for name in defaults if not re.search(rf"\b{name}\b", text)} == set()
+# Not for a user to set.
+SHELLS_OWN = r"PYTHONPATH|SLURM\w+"
+
+
+@pytest.mark.parametrize("name", ["pretrain.sh", "preflight.sh", *FRONT_END_SCRIPTS])
+def test_help_names_every_variable(name):
+    script = REPOSITORY / "examples" / name
+    files = [script, *script.parent.glob("models/*.sh")] if name == "pretrain.sh" else [script]
+    code = "".join(file.read_text() for file in files)
+    read = {
+        variable
+        for variable in re.findall(r"\$\{([A-Z][A-Z_]+):?[-=+]", code)
+        if not re.fullmatch(SHELLS_OWN, variable)
+    }
+    text = script.read_text().partition("\nset -")[0]  # what --help prints
+    assert len(read) > 3
+    if name == "pretrain.sh":
+        others = {"MEGATRON_XIELU_NODE", "CUDA_DEVICE_MAX_CONNECTIONS"}
+        assert read - others <= VARIABLES
+        read |= VARIABLES
+    assert {variable for variable in read if not re.search(rf"\b{variable}\b", text)} == set()

@@ -333,12 +333,12 @@ ERRORS = {
     "--context-parallel-size 3 --seq-length 4096": "2 × --context-parallel-size 3",
     "--tensor-model-parallel-size 8 --sequence-parallel --seq-length 4092": "--seq-length 4092 per",
     "--max-position-embeddings 2048": "--max-position-embeddings",
-    "--global-batch-size 500": "--global-batch-size 440, or --global-batch-size 880",
-    "--global-batch-size 400": "these work: --global-batch-size 440, or --nodes 10",
-    "--micro-batch-size 3": "--global-batch-size 264, or --global-batch-size 528, or "
-    "--micro-batch-size 1, 5",
+    "--global-batch-size 500": "work: --global-batch-size 528 --micro-batch-size 6, or --global",
+    "--global-batch-size 400": "these work: --nodes 10, or --global-batch-size 440, or --global-"
+    "batch-size 352 --micro-batch-size 4",
+    "--micro-batch-size 3": "these work: --micro-batch-size 5",
     "--global-batch-size 40": "fewer samples than the 88 data-parallel ranks; these work: "
-    "--global-batch-size 440, or --nodes 1",
+    "--nodes 1, or --global-batch-size 88 --micro-batch-size 1",
     "--lr-wsd-decay-samples 30000000": "--lr-wsd-decay-samples, or train longer",
     "--lr-decay-samples 440": "shorten --lr-warmup-samples",
     "--lr-warmup-iters 5": "give --lr-warmup-samples",

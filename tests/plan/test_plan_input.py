@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_xielu.catalog import NUMBERS
 from megatron_xielu.common import data_lists
 from megatron_xielu.plan import __main__ as plan
+from megatron_xielu.plan import variables
 
 COMMAND = """
     --xielu --num-layers 24 --hidden-size 1536 --num-attention-heads 16 --ffn-hidden-size 9216
@@ -89,6 +90,42 @@ def test_wrong_types_and_missing_values():
         [line] = run(f"--lr-warmup-samples {word}")
         assert line == f"{error} --lr-warmup-samples: invalid int value: '{word}'"
     assert run("--num-layers") == [f"{error} --num-layers: expected one argument"]
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        ("--num-layer 3", ["--num-layer is no flag of Megatron's or this package's; did you mean"]),
+        ("--learning-rate=3", ["--learning-rate is no flag of Megatron's or this package's; did"]),
+        ("-lr 3 --qwertz", ["-lr is no flag", "--qwertz is no flag of Megatron's or this"]),
+        # Megatron's, the entry's, and a number.
+        ("--fp8-format hybrid --cpu --lr -1e-5 --data-path 1 -x.y", ["-x.y is no flag of"]),
+    ],
+)
+def test_flags_that_no_release_knows(words, lines):
+    found = [line for line in run(words) if "is no flag" in line]
+    for line, start in zip(found, lines, strict=True):
+        assert line.startswith(f"megatron_xielu: error: {start}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--lr-warmup-fraction must be below 1", "--lr-warmup-fraction must be below 1"),
+        ("--micro-batch-size 1, or --nodes 2 (5 GiB)", "MICRO_BATCH=1, or NNODES=2 (5 GiB)"),
+        ("--split 9,1,0: none", "SPLIT=9,1,0: none"),
+        ("--tokenizer-model /a/b-1 is not there", "TOKENIZER=/a/b-1 is not there"),
+        ("--data-path /a.b: /a.b.bin", "DATA=/a.b: /a.b.bin"),
+        ("shorten --lr-wsd-decay-samples", "shorten DECAY_STEPS"),
+        ("--ffn-hidden-size 7 is odd", "--ffn-hidden-size 7 (GATED_FFN_SIZE) is odd"),
+        ("--tensor-model-parallel-size 2 --sequence-parallel (3.0 GiB)", "TP=2 (3.0 GiB)"),
+        ("--xielu does not work with --sft", "ACTIVATION=xielu does not work with --sft"),
+        # Given by hand.
+        ("--seed 1 --lr 1e-3 --global-batch-size 4", "--seed 1 LR=1e-3 GLOBAL_BATCH=4"),
+    ],
+)
+def test_in_the_variables_of_the_launcher(line, words):
+    assert variables.in_variables(line, typed=["--seed"]) == words
 
 
 def test_all_problems_are_said():
