@@ -14,14 +14,14 @@ import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_xielu import __version__, catalog
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
-from megatron_xielu.common.flags import flag_of
+from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
 from megatron_xielu.common.versions import made_with
 from megatron_xielu.features import recompute, shared_alphas
@@ -98,6 +98,18 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         if action.help:
             action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     return parser
+
+
+def _with_errors_in_one_line(parser: ArgumentParser) -> ArgumentParser:
+    """`add_arguments`, and no usage: hundreds of lines, of every rank."""
+
+    def error(message: str) -> NoReturn:
+        strange = message.partition("unrecognized arguments: ")[2].split()
+        flag = next((word for word in strange if word.startswith("-")), "").partition("=")[0]
+        raise ValueError(unknown_flag(flag, parser._option_string_actions) if flag else message)
+
+    parser.error = error  # type: ignore[method-assign]
+    return add_arguments(parser)
 
 
 def _no_file(path: str) -> None:
@@ -363,11 +375,13 @@ def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) ->
     """`check_checkpoint` for arguments that a checkpoint in ``folder`` holds."""
     asked, found = activation_name(args), activation_name(saved)
     if asked != found:
+        then = catalog.activation_of(saved)
         raise ValueError(
             f"the checkpoint in {folder} was trained with {_describe(saved)}, but this run asks "
             f"for {_describe(args)}; "
             + (f"add --{found}" if found else f"drop --{asked}")
             + " or add --use-checkpoint-args"
+            + (f" (pretrain.sh: ACTIVATION={then})" if then in catalog.PRETRAIN_SH else "")
         )
     if asked:
         _refuse_another_beta(_setting(args, "xielu_beta"), saved, folder)
@@ -452,7 +466,7 @@ def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = Tr
     from megatron.training.global_vars import set_global_variables
 
     with megatrons_checks():  # some flags have types of their own
-        args = parse_args(extra_args_provider=add_arguments)
+        args = parse_args(extra_args_provider=_with_errors_in_one_line)
     if args.use_checkpoint_args:
         if not (args.load or args.pretrained_checkpoint):
             raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")

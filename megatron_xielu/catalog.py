@@ -8,7 +8,7 @@ Every other file asks here. Standard library only, and of Python 3.9: a plan run
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ ACTIVATIONS = {
     "quick_geglu": Activation("QuickGEGLU", "quick_geglu", gated=True),
     "gelu": Activation("GELU", None),
 }
+PRETRAIN_SH = ("xielu", "xiprelu", "relu2", "swiglu", "gelu")  # its values of ACTIVATION
 TRAINABLE = tuple(name for name, activation in ACTIVATIONS.items() if activation.trainable)
 
 
@@ -457,6 +458,18 @@ ON_CPU = (
         ).split()
     ),
 )
+
+
+def not_on_cpu(argv: Sequence[str]) -> Iterator[str]:
+    """One line for each of Megatron's arguments that needs a GPU."""
+    for position, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if not value and position + 1 < len(argv):
+            value = argv[position + 1]
+        for refusal in ON_CPU:
+            if flag == refusal.flag and (not refusal.values or value in refusal.values):
+                yield f"{refusal.said} needs a GPU; drop it for a CPU run"
+
 
 # By the plan: its arithmetic is for dense GPT models.
 BY_PLAN = tuple(

@@ -138,7 +138,7 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
     argv, set_all = sys.argv, global_vars.set_global_variables
     sys.argv = ["checkpoint_walk", *_flags(), *arguments]
     global_vars.set_global_variables = global_vars.set_args  # no TensorBoard, no signal handlers
-    output = io.StringIO()
+    output = io.StringIO()  # not for people
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             # No checkpoint: the preflight walks before damaged ones are set aside.
@@ -147,7 +147,7 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
                 global_vars._GLOBAL_TOKENIZER = None  # of arguments parsed before
                 global_vars._build_tokenizer(args)
     except (SystemExit, AssertionError, ValueError, RuntimeError, OSError) as error:
-        raise Refused(_why(error, output.getvalue())) from error
+        raise Refused(_why(error)) from error
     finally:
         sys.argv, global_vars.set_global_variables = argv, set_all
     if not args.use_distributed_optimizer:
@@ -158,11 +158,8 @@ def parse(arguments: Sequence[str], gpus: int) -> Namespace:
     return args
 
 
-def _why(error: BaseException, output: str) -> str:
-    """What argparse has to say is in what it printed; some assertions of Megatron say nothing."""
-    _, _, said = output.rpartition(": error: ")
-    if isinstance(error, SystemExit) and error.code == 2:
-        return said.strip()
+def _why(error: BaseException) -> str:
+    """Some assertions of Megatron say nothing."""
     return str(error).removeprefix("megatron_xielu: error: ") or (
         f"{type(error).__name__} without a word in Megatron's checks; are the arguments complete?"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_xielu.catalog import ON_CPU
+from megatron_xielu.catalog import not_on_cpu
 
 # The flags without which Megatron picks a CUDA-only implementation.
 REQUIRED_FLAGS = [
@@ -29,13 +29,6 @@ def add_cpu_flags(argv: Sequence[str]) -> list[str]:
     Raises:
         SystemExit: a flag that needs a GPU is in ``argv``; the message names it.
     """
-    for position, word in enumerate(argv):
-        flag, _, value = word.partition("=")
-        if not value and position + 1 < len(argv):
-            value = argv[position + 1]
-        for refusal in ON_CPU:
-            if flag == refusal.flag and (not refusal.values or value in refusal.values):
-                raise SystemExit(
-                    f"megatron_xielu.cpu: {refusal.said} needs a GPU; drop it for a CPU run"
-                )
+    for refused in not_on_cpu(argv):
+        raise SystemExit(f"megatron_xielu.cpu: {refused}")
     return [*REQUIRED_FLAGS, *argv]

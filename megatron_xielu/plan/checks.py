@@ -145,6 +145,8 @@ def _flags(plan: Plan) -> Iterator[str]:
             if anyhow or refusal.is_given(args):
                 yield refusal.with_("--xielu-recompute-output")
     yield from catalog.contradictions(args)
+    if "--cpu" in given:
+        yield from catalog.not_on_cpu(plan.argv)
     for refusal in catalog.UNREAD:
         if refusal.flag in given:
             yield refusal.alone()

@@ -357,6 +357,7 @@ ERRORS = {
     "--rampup-batch-size 16 8 100": "reads it nowhere; drop it, or give --step-batch-size-schedule",
     "--use-distributed-optimizer --overlap-param-gather": "gather needs --overlap-grad-reduce",
     "--lr 1e-3 --min-lr 1": "--min-lr 1 is above --lr 0.001",
+    "--cpu --distributed-backend=nccl": "--distributed-backend nccl needs a GPU; drop it for a CPU",
     "--fp16": "give one of --bf16 and --fp16",
     "--recompute-granularity full": "needs --recompute-method",
     "--xielu-recompute-output --recompute-modules mlp": "--recompute-modules mlp",

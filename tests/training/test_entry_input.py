@@ -200,6 +200,22 @@ def test_flags_with_types_of_their_own(monkeypatch):
         arguments.parse_and_validate_args({})
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--learning-rate 1e-3", "--learning-rate is no flag of Megatron's or this package's; did"),
+        ("--num-layer=3", "--num-layer is no flag of Megatron's or this package's; did you mean"),
+        ("--lr x", "argument --lr: invalid float value: 'x'"),
+        ("--lr", "argument --lr: expected one argument"),
+    ],
+)
+def test_what_argparse_refuses_comes_without_its_usage(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *TINY_LLAMA, *flags.split()])
+    with pytest.raises(ValueError, match=f"^Megatron does not take these arguments: {message}"):
+        arguments.parse_and_validate_args({})
+    assert not capsys.readouterr().err
+
+
 _WORDS = st.sampled_from(
     ["0", "1", "-1", "3", "32", "0.5", "nan", "inf", str(10**29), str(2**31 - 1), "x", ""]
 )
