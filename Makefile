@@ -4,7 +4,7 @@
 # make test-cluster  the launcher on two Slurm nodes and two ssh hosts made here: Debian, root
 # make test-image    the container image, built on a plain Debian: root, about 15 GB, no Docker
 # make test-gpu      the kernels on a GPU: correctness, graphs, memory; needs no setup
-# make docs          write the generated documents: docs/limits.md
+# make docs          write the generated files: docs/limits.md, the flags that the plan knows
 # make lint          ruff, mypy, who may import whom
 # make demo          pretrain a small Llama with five activations on text that needs no download
 # make bench         the activation against its peers on the CPU: runs/bench/cpu.{txt,csv,png}

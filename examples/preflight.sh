@@ -43,7 +43,7 @@ for argument in "$@"; do
 done
 
 "$PYTHON" -m megatron_xielu.plan.variables preflight.sh || exit 2
-if ((NNODES > 1)) && [[ -z $MASTER_ADDR ]]; then
+if [[ -z $MASTER_ADDR && $NNODES != 1 ]]; then
     echo "preflight.sh: error: NNODES=$NNODES needs MASTER_ADDR, the address of node 0" >&2
     exit 2
 fi

@@ -83,7 +83,8 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 
 ## By the plan (`--dry-run`)
 
-The flags of the first four tables, and:
+The flags of the first four tables, with `--cpu` those that need a GPU, names that no release of
+Megatron in [versions.md](versions.md) knows (abbreviations, too: Megatron takes none), and:
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan counts dense GPT models.
 
