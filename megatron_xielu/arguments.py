@@ -373,17 +373,17 @@ def check_checkpoint(args: Namespace) -> None:
 
 def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) -> None:
     """`check_checkpoint` for arguments that a checkpoint in ``folder`` holds."""
-    asked, found = activation_name(args), activation_name(saved)
-    if asked != found:
-        then = catalog.activation_of(saved)
+    asked, then = catalog.activation_of(args), catalog.activation_of(saved)
+    if asked != then:
+        wrong, right = (catalog.ACTIVATIONS[name].flag for name in (asked, then))
+        fixes = [f"drop {wrong}"] if wrong else []
+        fixes += [f"add {right}"] if right else []
         raise ValueError(
             f"the checkpoint in {folder} was trained with {_describe(saved)}, but this run asks "
-            f"for {_describe(args)}; "
-            + (f"add --{found}" if found else f"drop --{asked}")
-            + " or add --use-checkpoint-args"
+            f"for {_describe(args)}; {' and '.join(fixes)}, or add --use-checkpoint-args"
             + (f" (pretrain.sh: ACTIVATION={then})" if then in catalog.PRETRAIN_SH else "")
         )
-    if asked:
+    if asked in catalog.TRAINABLE:
         _refuse_another_beta(_setting(args, "xielu_beta"), saved, folder)
     _refuse_other_alphas(args, saved, folder)
 

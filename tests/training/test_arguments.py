@@ -157,13 +157,16 @@ def test_activations_of_megatron_are_left_alone(parse):
 def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
     """Megatron itself would load it and ignore the alphas."""
     for flags, message in (
-        ("--xiprelu", "was trained with --xielu, but this run asks for --xiprelu; add --xielu"),
+        ("--xiprelu", "was trained with --xielu, but this run asks for --xiprelu; drop --xiprelu"),
         ("", r"but this run asks for GELU; .* \(pretrain\.sh: ACTIVATION=xielu\)$"),
         ("--squared-relu", "but this run asks for --squared-relu"),
         ("--xielu --xielu-beta 0.4", r"trained with --xielu-beta 0\.5, not 0\.4"),
     ):
         with pytest.raises(ValueError, match=message):
             arguments.check_checkpoint(parse(f"{flags} --load {start_checkpoint}"))
+    # Of the same shape, so that nothing else would notice.
+    with pytest.raises(ValueError, match=r"with GELU, .*; drop --squared-relu, or"):
+        arguments.refuse_another_activation(parse("--squared-relu"), parse(""), "x")
     arguments.check_checkpoint(parse(f"--xielu --load {start_checkpoint}"))
     spec = "--spec megatron_xielu.layer_specs xielu_layer_spec"
     arguments.check_checkpoint(parse(f"{spec} --load {start_checkpoint}"))
