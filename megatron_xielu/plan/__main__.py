@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         problems += checks.problems(plan, check_files=not options.no_files)
         made_for = options.made_for and (int(options.made_for[0]), options.made_for[1])
-        warnings += checks.warnings(
-            plan, made_for=made_for, check_files=not options.no_files
-        )
+        warnings += checks.warnings(plan, made_for=made_for, check_files=not options.no_files)
     except PlanError as error:
         problems += error.problems
     problems, warnings = said(problems), said(warnings)
