@@ -2,19 +2,19 @@
 # The first hour on a new node: are its numbers right, is it as fast as it should be, does it train, and
 # can the result be used? Every step says what it found and what to expect; the first that fails ends it.
 #
-#   examples/first_hour.sh                                                      # 8 GPUs
+#   examples/first_hour.sh [FOLDER]                                             # 8 GPUs
 #   DEVICE=cpu GPUS_PER_NODE=2 PYTHON=.venv/bin/python examples/first_hour.sh   # none: the way of it
 #
+# FOLDER gets a log of each step and two runs [runs/first-hour]; made anew, where it was made by this.
 # docs/first-hour.md explains the steps, and goes on to two nodes and eleven. Environment:
 #   GPUS_PER_NODE   [8; on a CPU the processes]    DEVICE  gpu or cpu   [gpu]    PYTHON   [python3]
-#   RUN_DIR         what it writes: a log of each step, two runs; made anew   [runs/first-hour]
 #   MASTER_PORT     another for each run on one node   [29500]
 #
 # Exit codes: 0 every step is as expected; 1 one is not, and names its log; 2 wrong usage.
 set -euo pipefail
 unset CDPATH # with it cd prints, and may go elsewhere
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-: "${GPUS_PER_NODE:=8}" "${DEVICE:=gpu}" "${PYTHON:=python3}" "${RUN_DIR:=runs/first-hour}"
+: "${GPUS_PER_NODE:=8}" "${DEVICE:=gpu}" "${PYTHON:=python3}"
 export GPUS_PER_NODE DEVICE PYTHON NNODES=1 NODE_RANK=0 MASTER_ADDR=localhost
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
 
@@ -24,22 +24,24 @@ die() { # code, message
 }
 
 case ${1:-} in
-    '') ;;
     -h | --help)
         sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
         exit 0
         ;;
-    *) die 2 "$1: takes no arguments; --help shows its variables" ;;
+    -*) die 2 "$1: takes no options; --help shows its variables" ;;
 esac
+(($# < 2)) || die 2 "$2: takes one folder"
+folder=${1:-runs/first-hour}
 [[ $DEVICE == gpu || $DEVICE == cpu ]] || die 2 "DEVICE=$DEVICE: choose gpu or cpu"
 [[ $GPUS_PER_NODE =~ ^[1-9][0-9]{0,3}$ ]] || die 2 "GPUS_PER_NODE=$GPUS_PER_NODE is not a number of processes"
 # What a shell that is set up for a run may have exported, and would change what is expected below.
 unset MODEL ACTIVATION TOKENS DATA_ARGS DATA TOKENIZER VOCAB_SIZE PADDED_VOCAB_SIZE LR SEQ_LENGTH PP CP PRECISION SEED
-# Only a folder of its own is made anew.
-logs=$RUN_DIR/logs
-[[ ! -e $RUN_DIR || -d $logs ]] || die 2 "RUN_DIR=$RUN_DIR is not a folder of this script; choose another"
-rm -rf "$RUN_DIR"
-mkdir -p "$logs" || die 2 "RUN_DIR=$RUN_DIR cannot be written to"
+unset RUN_DIR ENTRY NETWORK
+mark=$folder/first_hour # nothing else is ever removed
+[[ ! -e $folder || -e $mark ]] || die 2 "$folder is there, and not of this script; name another folder"
+rm -rf "$folder"
+logs=$folder/logs
+{ mkdir -p "$logs" && touch "$mark"; } || die 2 "$folder cannot be written to"
 
 cpu=()
 [[ $DEVICE == gpu ]] || cpu=(--cpu)
@@ -85,29 +87,29 @@ if [[ $DEVICE == gpu ]]; then
     cat "$logs/speed/cuda.txt"
 fi
 step preflight 'every check ok; bandwidth as in docs/first-hour.md' \
-    env RUN_DIR="$RUN_DIR/debug" "$here/preflight.sh"
+    env RUN_DIR="$folder/debug" "$here/preflight.sh"
 grep -E '^ok +(gpus|collectives|alphas)' "$logs/preflight.log"
 
 # The whole machinery, on data that is made up and learnable.
 step train '100 steps of MODEL=debug' \
-    env MODEL=debug ACTIVATION=xielu RUN_DIR="$RUN_DIR/debug" TOKENS=$((100 * batch * 64)) STEPS=100 \
+    env MODEL=debug ACTIVATION=xielu RUN_DIR="$folder/debug" TOKENS=$((100 * batch * 64)) STEPS=100 \
     WARMUP_STEPS=10 DECAY_STEPS=20 SAVE_INTERVAL=50 EVAL_INTERVAL=50 GLOBAL_BATCH=$batch \
     MICRO_BATCH=$((batch / replicas)) PREFLIGHT=0 "$here/pretrain.sh"
 losses=$(steps_of "$logs/train.log")
 within train 'first loss (ln 256 = 5.55 knows nothing)' "$(head -n 1 <<<"$losses")" 5.45 5.70
 within train 'last loss' "$(tail -n 1 <<<"$losses")" 0.75 1.05
 step evaluate 'the loss of the last checkpoint, near the last loss' \
-    "$PYTHON" -m megatron_xielu.evaluate --load "$RUN_DIR/debug/checkpoints" --eval-iters 2 "${cpu[@]}"
+    "$PYTHON" -m megatron_xielu.evaluate --load "$folder/debug/checkpoints" --eval-iters 2 "${cpu[@]}"
 grep '^loss' "$logs/evaluate.log"
-step report 'a page of losses and alphas' "$PYTHON" -m megatron_xielu.report "$RUN_DIR/debug"
+step report 'a page of losses and alphas' "$PYTHON" -m megatron_xielu.report "$folder/debug"
 step convert 'a folder for transformers' \
-    "$PYTHON" -m megatron_xielu.convert to-hf "$RUN_DIR/debug/checkpoints" "$RUN_DIR/debug/hf"
+    "$PYTHON" -m megatron_xielu.convert to-hf "$folder/debug/checkpoints" "$folder/debug/hf"
 
 if [[ $DEVICE == gpu ]]; then
     step paper '20 steps of the paper'\''s 1.1B on made-up data: 300 to 450 TFLOP/s a GPU on H100s' \
-        env MODEL=llama_1b ACTIVATION=xielu RUN_DIR="$RUN_DIR/llama_1b" MOCK_DATA=1 TOKENIZER=null VOCAB_SIZE=131071 \
+        env MODEL=llama_1b ACTIVATION=xielu RUN_DIR="$folder/llama_1b" MOCK_DATA=1 TOKENIZER=null VOCAB_SIZE=131071 \
         TP=1 GLOBAL_BATCH=$((10 * GPUS_PER_NODE)) TOKENS=$((20 * 10 * GPUS_PER_NODE * 4096)) LOG_INTERVAL=5 \
         PREFLIGHT=0 "$here/pretrain.sh"
     grep -oE 'iteration +[0-9]+/.*TFLOP/s/GPU\): [0-9.]+' "$logs/paper.log" | tail -n 2
 fi
-say end "look at $RUN_DIR/debug/report/report.html; next: docs/first-hour.md"
+say end "look at $folder/debug/report/report.html; next: docs/first-hour.md"

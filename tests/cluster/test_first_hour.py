@@ -11,9 +11,9 @@ from launch import REPOSITORY, free_port
 
 def first_hour(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "DEVICE": "cpu", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
-    environment |= {"RUN_DIR": str(folder), "MASTER_PORT": str(free_port())}
+    environment |= {"MASTER_PORT": str(free_port())}
     return subprocess.run(
-        [REPOSITORY / "examples/first_hour.sh", *arguments],
+        [REPOSITORY / "examples/first_hour.sh", folder, *arguments],
         env=environment | variables,
         capture_output=True,
         text=True,
@@ -45,11 +45,20 @@ def test_a_step_that_fails_ends_it_and_names_its_log(tmp_path):
     [
         ([], {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0"),
         ([], {"DEVICE": "tpu"}, "DEVICE=tpu"),
-        (["--dry-run"], {}, "--dry-run: takes no arguments"),
-        ([], {"RUN_DIR": str(REPOSITORY)}, "is not a folder of this script"),
+        (["--dry-run"], {}, "takes one folder"),
     ],
 )
 def test_refuses_in_one_line(tmp_path, arguments, variables, words):
     run = first_hour(tmp_path / "hour", *arguments, **variables)
     assert run.returncode == 2
     assert words in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_removes_no_folder_but_its_own(tmp_path):
+    """A run's folder has logs, too."""
+    (tmp_path / "logs").mkdir()
+    run = first_hour(tmp_path, PYTHON="false")
+    assert run.returncode == 2 and "not of this script" in run.stderr
+    assert (tmp_path / "logs").is_dir()
+    for _ in range(2):
+        assert first_hour(tmp_path / "hour", PYTHON="false").returncode == 1
