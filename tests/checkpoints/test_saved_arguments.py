@@ -86,7 +86,7 @@ def test_a_wrong_argument_is_named(name, value, save, tmp_path):
     for read, checkpoint in (
         (TorchDist, folder),
         (Legacy, tmp_path / "legacy"),
-        (lambda save_folder: evaluated.check(save_folder, None), tmp_path),
+        (lambda save_folder: evaluated.check(evaluated.find(save_folder, None)), tmp_path),
     ):
         with pytest.raises(ValueError, match=f": {name}.* (is|must be) .*, not ") as error:
             read(checkpoint)
