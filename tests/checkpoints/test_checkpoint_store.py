@@ -545,6 +545,14 @@ def test_asynchronous_saves_write_the_same(trained, tmp_path):
     run(tmp_path / "checkpoints", "verify")
 
 
+def test_a_finished_run_started_again_ends(trained, tmp_path):
+    """Its writer gets nothing to write, and has Megatron's handler of SIGTERM."""
+    asynchronous = f"{SAVES} {ASYNC} --exit-signal-handler"
+    train(tmp_path, asynchronous)
+    again = train(tmp_path, asynchronous)
+    assert again.losses == []
+
+
 def test_full_disk_in_an_asynchronous_save(small_disk, tmp_path):
     """The failure comes back from the writer process, and the tracker stays where it was.
 
