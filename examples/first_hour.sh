@@ -35,8 +35,14 @@ folder=${1:-runs/first-hour}
 [[ $DEVICE == gpu || $DEVICE == cpu ]] || die 2 "DEVICE=$DEVICE: choose gpu or cpu"
 [[ $GPUS_PER_NODE =~ ^[1-9][0-9]{0,3}$ ]] || die 2 "GPUS_PER_NODE=$GPUS_PER_NODE is not a number of processes"
 # What a shell that is set up for a run may have exported, and would change what is expected below.
-unset MODEL ACTIVATION TOKENS DATA_ARGS DATA TOKENIZER VOCAB_SIZE PADDED_VOCAB_SIZE LR SEQ_LENGTH PP CP PRECISION SEED
-unset RUN_DIR ENTRY NETWORK
+for name in $("$PYTHON" -c 'from megatron_xielu.plan.variables import VARIABLES; print(*VARIABLES)'); do
+    case $name in
+        GPUS_PER_NODE | DEVICE | PYTHON | NNODES | NODE_RANK | MASTER_* | LOCAL_ADDR) ;;
+        *) unset "$name" ;;
+    esac
+done
+[[ $DEVICE == cpu ]] || "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
+    die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"
 mark=$folder/first_hour # nothing else is ever removed
 [[ ! -e $folder || -e $mark ]] || die 2 "$folder is there, and not of this script; name another folder"
 rm -rf "$folder"

@@ -29,7 +29,7 @@
 # Where
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
 #   MASTER_ADDR   node 0   [localhost, for one node]    LOCAL_ADDR  this node's own address
-#   MASTER_PORT   the preflight takes the next; another for each run on one node   [29500]
+#   MASTER_PORT   and the preflight takes the next   [29500; for one node two that are free]
 #   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
 #   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
 #   TIMEOUT_MINUTES     a collective that takes longer ends the ranks   [10]
@@ -82,7 +82,7 @@ done
 
 # Found by its folder when the package is not installed: in a checkout, on a login node.
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
-"${PYTHON:=python3}" -m megatron_xielu.plan.variables pretrain.sh || exit 2
+: "${PYTHON:=python3}"
 
 # --- what to train -------------------------------------------------------------------------------
 
@@ -90,6 +90,8 @@ export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
 model_file=$here/models/$MODEL.sh
 [[ $MODEL == */* || $MODEL == *.sh ]] && model_file=$MODEL
 [[ -f $model_file ]] || die 2 "MODEL=$MODEL: no file $model_file; there are: $(cd "$here/models" && echo *.sh)"
+"$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" || exit 2
+given_port=${MASTER_PORT:-} given_mock=${MOCK_DATA:-0}
 given_tokenizer=${TOKENIZER:-}${VOCAB_SIZE:-} given_padding=${PADDED_VOCAB_SIZE:-}${VOCAB_SIZE:-}
 # Tokens a step and the learning rate chosen for them, before the environment has its say.
 # shellcheck source=models/llama_1b.sh
@@ -143,11 +145,28 @@ for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ
     # Of 64 bits, and decimal to the shell as well.
     [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
 done
+for name in NNODES GPUS_PER_NODE TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH BUCKET_SIZE STEPS SAVE_INTERVAL; do
+    ((${!name} > 0)) || die 2 "$name=${!name} must be above 0"
+done
 no_master=''
 ((NNODES > 1)) && [[ -z $MASTER_ADDR ]] &&
     no_master="NNODES=$NNODES needs MASTER_ADDR, the address of node 0"
 : "${MASTER_ADDR:=localhost}"
 ((NODE_RANK < NNODES)) || die 2 "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
+if [[ -z $given_port ]] && ((NNODES == 1 && !dry_run)); then
+    MASTER_PORT=$("$PYTHON" -c '
+import random, socket
+while True:
+    port = random.randrange(20000, 30000, 2)
+    try:
+        for number in (port, port + 1):
+            with socket.socket() as one:
+                one.bind(("", number))
+        break
+    except OSError:
+        pass
+print(port)')
+fi
 ((MASTER_PORT < 65535)) || die 2 "MASTER_PORT=$MASTER_PORT must be below 65535: the preflight takes the next"
 [[ $RUN_DIR != -* ]] || die 2 "RUN_DIR=$RUN_DIR looks like an option; write ./$RUN_DIR"
 for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE PREFLIGHT LAYOUT_CHECK MOCK_DATA; do
@@ -171,10 +190,6 @@ case $ACTIVATION in
     *) die 2 "ACTIVATION=$ACTIVATION: choose xielu, xiprelu, relu2, swiglu or gelu" ;;
 esac
 ((GATED_FFN_SIZE % 2 == 0)) || die 2 "GATED_FFN_SIZE=$GATED_FFN_SIZE must be even for equal parameters"
-
-for name in BUCKET_SIZE GLOBAL_BATCH SEQ_LENGTH STEPS; do
-    ((${!name} > 0)) || die 2 "$name=${!name} must be above 0"
-done
 
 samples() { # tokens, numerator, denominator: in whole batches, rounded up
     awk -v tokens="$1" -v top="$2" -v bottom="$3" -v sequence="$SEQ_LENGTH" -v batch="$GLOBAL_BATCH" '
@@ -234,6 +249,7 @@ if [[ $TOKENIZER == null ]]; then
 else
     megatron+=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER")
 fi
+[[ $given_mock == 1 && -n $DATA_ARGS$DATA ]] && die 2 "give one of MOCK_DATA=1, DATA_ARGS and DATA"
 no_data=0
 if [[ $DATA_ARGS == *.json ]]; then
     megatron+=(--per-split-data-args-path "$DATA_ARGS")
@@ -285,6 +301,10 @@ command=(
     -m megatron_xielu.cluster.rank "${entry[@]}" "${megatron[@]}" "${trailing[@]}"
 )
 
+if [[ -n $NETWORK ]]; then
+    # shellcheck source=network.env.sh
+    source "$here/network.env.sh"
+fi
 plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE"
     --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY" --from-variables "${#megatron[@]}")
 ((ours)) || plan+=(--other-entry)
@@ -308,17 +328,16 @@ fi
 "${plan[@]}" --check -- "${megatron[@]}" "${trailing[@]}" || exit 2
 [[ -z $no_master ]] || die 2 "$no_master"
 ((no_data)) && die 2 "no data: set DATA_ARGS=FILE, DATA='PREFIX ...' or MOCK_DATA=1"
+((NNODES > 1)) || [[ $DEVICE == cpu ]] ||
+    "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
+    die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"
 
 # --- the run -------------------------------------------------------------------------------------
 
-if [[ -n $NETWORK ]]; then
-    # shellcheck source=network.env.sh
-    source "$here/network.env.sh"
-fi
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps by this order
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                          # or a replaced node cannot join
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
-mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard} || die 2 "RUN_DIR=$RUN_DIR cannot be written to"
+mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard} 2>/dev/null || die 2 "RUN_DIR=$RUN_DIR cannot be written to"
 RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
@@ -400,10 +419,10 @@ if [[ -z $stopping ]]; then
     wait "$launcher_pid" && code=0 || code=$?
 fi
 
-if ((code == 0)) && [[ -e $MEGATRON_XIELU_FINISHED ]]; then
-    finish 0 finished "trained to the last step; checkpoints in $RUN_DIR/checkpoints"
-elif ((code == 0 || code == 75)); then
+if ((code == 0 || code == 75)); then
     ((NODE_RANK)) || sed -i '$d' "$attempts" # not a failure
-    finish 75 stopped "saved, to be continued"
+    [[ $code == 75 || ! -e $MEGATRON_XIELU_FINISHED ]] ||
+        finish 0 finished "trained to the last step; checkpoints in $RUN_DIR/checkpoints"
+    finish 75 stopped "${launcher_pid:+saved, }to be continued"
 fi
 finish "$code" failed "the launcher ended with $code; the first failed rank is named above"

@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
         )
         raise SystemExit(2)
     width = max(map(len, known))
-    for command, said in known.items():
-        print(f"{command:{width}}  {said}")
-    print("--help behind one of them says more, and so does docs/README.md.")
+    lines = [f"{command:{width}}  {said}" for command, said in known.items()]
+    lines.append("--help behind one of them says more, and so does docs/README.md.")
+    print("\n".join(lines))  # at once: whoever reads the first may leave
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _with_errors_in_one_line(parser: ArgumentParser) -> ArgumentParser:
+def with_errors_in_one_line(parser: ArgumentParser) -> ArgumentParser:
     """`add_arguments`, and no usage: hundreds of lines, of every rank."""
 
     def error(message: str) -> NoReturn:
@@ -356,10 +356,13 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
     return None
 
 
-def check_checkpoint(args: Namespace) -> None:
+def check_checkpoint(args: Namespace) -> tuple[Namespace, str] | None:
     """Refuse a checkpoint of another activation or model, or an optimizer state of another layout.
 
     Megatron would not refuse the first: it ignores what a checkpoint has and the model lacks.
+
+    Returns:
+        As `saved_arguments`.
 
     Raises:
         ValueError: naming what differs.
@@ -369,6 +372,7 @@ def check_checkpoint(args: Namespace) -> None:
         refuse_another_activation(args, *checkpoint)
         resume.check_model(args, *checkpoint)
         optimizer_format.check_resume(args, *checkpoint)
+    return checkpoint
 
 
 def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) -> None:
@@ -380,7 +384,8 @@ def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) ->
         fixes += [f"add {right}"] if right else []
         raise ValueError(
             f"the checkpoint in {folder} was trained with {_describe(saved)}, but this run asks "
-            f"for {_describe(args)}; {' and '.join(fixes)}, or add --use-checkpoint-args"
+            f"for {_describe(args)}; {' and '.join(fixes)}"
+            + ("" if args.use_checkpoint_args else ", or add --use-checkpoint-args")
             + (f" (pretrain.sh: ACTIVATION={then})" if then in catalog.PRETRAIN_SH else "")
         )
     if asked in catalog.TRAINABLE:
@@ -466,7 +471,7 @@ def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = Tr
     from megatron.training.global_vars import set_global_variables
 
     with megatrons_checks():  # some flags have types of their own
-        args = parse_args(extra_args_provider=_with_errors_in_one_line)
+        args = parse_args(extra_args_provider=with_errors_in_one_line)
     if args.use_checkpoint_args:
         if not (args.load or args.pretrained_checkpoint):
             raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
@@ -484,8 +489,9 @@ def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = Tr
     check_layout(args)
     with megatrons_checks():
         validate_args(args, args_defaults)
-    if resumes:
-        check_checkpoint(args)
+    checkpoint = check_checkpoint(args) if resumes else None
     with megatrons_checks():
         set_global_variables(args)
+    if checkpoint is not None:
+        resume.check_model(args, *checkpoint)  # now with the vocabulary, if the tokenizer has it
     return args

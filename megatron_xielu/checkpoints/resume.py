@@ -11,10 +11,16 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_xielu.common.flags import flag_of
+
+# Megatron loads an embedding of another length without a word; the rows that pad it count in the
+# loss. Of a --finetune that is the way to more tokens.
+_VOCABULARY = "padded_vocab_size"
 _SHAPE = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("num_query_groups", "num_experts", "add_bias_linear", "add_qkv_bias", "normalization"),
     *("untie_embeddings_and_output_weights", "position_embedding_type", "qk_layernorm"),
+    _VOCABULARY,
 )
 _MEGATRONS_STRICTNESS = "assume_ok_unexpected"
 
@@ -52,6 +58,8 @@ def check_model(args: Namespace, saved: Namespace, folder: str) -> None:
             continue
         if name == "num_query_groups" and not args.group_query_attention:
             continue  # of no meaning, and Megatron changes it while it trains
+        if name == _VOCABULARY and args.finetune:
+            continue
         now, then = getattr(args, name), getattr(saved, name)
         if None in (now, then) and name != "num_experts":
             continue  # as layers of a hybrid pattern
@@ -60,6 +68,11 @@ def check_model(args: Namespace, saved: Namespace, folder: str) -> None:
                 f"the checkpoint in {folder} is of another model: {name} is {then} there, and "
                 f"{now} here; give the flags of its run, or --use-checkpoint-args, or another "
                 "folder (pretrain.sh: RUN_DIR)"
+                + (
+                    f"; here {flag_of(name)} {then} (PADDED_VOCAB_SIZE)"
+                    if name == _VOCABULARY
+                    else ""
+                )
             )
 
 

@@ -91,7 +91,7 @@ def _parse(request: Namespace) -> tuple[Namespace, set[str]]:
     given: set[str] = set()
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-        arguments.add_arguments(parser)
+        arguments.with_errors_in_one_line(parser)
         absent = object()
         names = Namespace(**{action.dest: absent for action in parser._actions})
         seen, _ = parser.parse_known_args(namespace=names)

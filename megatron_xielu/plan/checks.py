@@ -266,8 +266,9 @@ def _pipeline(plan: Plan) -> Iterator[str]:
 
 def _batch(plan: Plan) -> Iterator[str]:
     batch, micro, data = plan.global_batch, plan.micro_batch, plan.data
-    now = plan.cluster.nodes
-    if _batch_divides(plan):
+    now, parts = plan.cluster.nodes, plan.tensor * plan.pipeline * plan.context
+    # Of ranks that are no whole number there is nothing to say.
+    if _batch_divides(plan) or plan.cluster.gpus % parts:
         return
     works = []
     for number in dict.fromkeys((batch // data * data, -(-batch // data) * data)):
@@ -280,7 +281,6 @@ def _batch(plan: Plan) -> Iterator[str]:
             if _memory_with(plan, other) <= _room(plan):
                 works.append((abs(number - batch), other.strip()))
                 break
-    parts = plan.tensor * plan.pipeline * plan.context
     for nodes in sorted(range(1, 2 * now), key=lambda nodes: abs(nodes - now)):
         gpus = nodes * plan.cluster.gpus_per_node
         if gpus % parts == 0 and batch % (micro * (gpus // parts)) == 0:

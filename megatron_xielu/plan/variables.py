@@ -1,7 +1,8 @@
 """The variables of examples/pretrain.sh: the flags that they set, and names mistaken for theirs.
 
-``python -m megatron_xielu.plan.variables SCRIPT`` looks for such names in the environment, for
-SCRIPT to end with status 2 before it does anything. Standard library only, Python 3.9 and newer.
+``python -m megatron_xielu.plan.variables SCRIPT [MODEL_FILE]`` looks for such names in the
+environment, for SCRIPT to end with status 2 before it does anything. Standard library only, Python
+3.9 and newer.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 from megatron_xielu.common.flags import argument_of
 from megatron_xielu.common.text import ready_output
+
+OUR_ENTRY = "-m megatron_xielu.pretrain_gpt"
 
 # Flag, of Megatron or of the plan: the variable that has the same value.
 _SAME = {
@@ -129,17 +133,29 @@ def in_variables(line: str, typed: Collection[str]) -> str:
     return re.sub(r"(\bTP=\d+) --sequence-parallel", r"\1", _FLAG.sub(said, line))
 
 
-def misnamed(environment: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
-    """Variables that look like one of ours, which is not set: (one line, whether to refuse it)."""
+def misnamed(
+    environment: Mapping[str, str], read_by_others: Collection[str] = ()
+) -> Iterator[tuple[str, bool]]:
+    """Variables that look like one of ours, which is not set: (one line, whether to refuse it).
+
+    Args:
+        environment: name, value.
+        read_by_others: names that a model file reads.
+    """
+    # A script of the user's may read any.
+    is_ours = environment.get("ENTRY", OUR_ENTRY) == OUR_ENTRY
     long = [name for name in VARIABLES if "_" in name or len(name) > 8]
     for name in sorted(environment):
-        if name in VARIABLES:
+        if name in VARIABLES or name in read_by_others:
             continue
         slips = (ours for ours in sorted(long) if _one_slip(name, ours))
         ours = _ALIASES.get(name) or next(slips, None)
         if ours and ours not in environment:
             value = ascii(environment[name])[1:-1][:40]
-            yield f"{name}={value} is not read; the variable is {ours}", name not in _SET_BY_OTHERS
+            yield (
+                f"{name}={value} is not read; the variable is {ours}",
+                (is_ours and name not in _SET_BY_OTHERS),
+            )
 
 
 def _one_slip(word: str, other: str) -> bool:
@@ -158,8 +174,9 @@ def _after_the_same(word: str, other: str) -> tuple[str, str]:
 
 def main() -> None:
     """Name them; end with status 2 where one is refused."""
-    script = sys.argv[1]
-    found = list(misnamed(os.environ))
+    script, *model_file = sys.argv[1:]
+    words = re.findall(r"\w+", "".join(Path(file).read_text() for file in model_file))
+    found = list(misnamed(os.environ, words))
     for line, refused in found:
         print(f"{script}: {'error' if refused else 'warning'}: {line}", file=sys.stderr)
     if any(refused for _, refused in found):

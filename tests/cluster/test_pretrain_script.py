@@ -248,6 +248,23 @@ def test_names_that_a_cluster_may_set_are_warned_of():
     assert not run(LAUNCHER, **SMALL, NUM_NODES="4", NODES="4", NNODES="2").stderr
 
 
+def test_of_ranks_that_are_no_whole_number_there_is_no_batch():
+    result = run(LAUNCHER, NNODES="11", TP="3")
+    assert result.returncode == 2 and "data-parallel ranks" not in result.stderr
+
+
+def test_names_that_others_read(tmp_path):
+    """A model file, or a script, of the user's own."""
+    model = tmp_path / "model.sh"
+    debug = f"source {REPOSITORY}/examples/models/debug.sh"
+    model.write_text(f': "${{GBS:=64}}"; GLOBAL_BATCH=$GBS; {debug}\n')
+    variables = SMALL | {"GBS": "32"}
+    assert "--global-batch-size 32" in output(LAUNCHER, **variables | {"MODEL": str(model)})
+    assert run(LAUNCHER, **variables).returncode == 2
+    result = run(LAUNCHER, **variables, ENTRY="script.py")
+    assert result.returncode == 0 and "warning: GBS=32 is not read" in result.stderr
+
+
 def test_another_step_than_the_learning_rate_was_chosen_for_is_told():
     assert (
         "warning: a step of 7,208,960 tokens is 4 times the model file's 1,802,240, for which its "
@@ -407,6 +424,10 @@ def test_other_scripts_get_the_layer_spec():
             "GLOBAL_BATCH=440 is not a multiple of MICRO_BATCH=5 × 64 data-parallel ranks; these "
             "work: NNODES=11, or GLOBAL_BATCH=448 MICRO_BATCH=1, or GLOBAL_BATCH=384 MICRO_BATCH=6",
         ),
+        ({"MOCK_DATA": "1"}, "libcuda.so.1"),
+        ({"MOCK_DATA": "1", "DATA": "x"}, "give one of MOCK_DATA=1, DATA_ARGS and DATA"),
+        ({"NNODES": "0"}, "NNODES=0 must be above 0"),
+        ({"NETWORK": "ib"}, "NETWORK=ib is not one of"),
         ({"NODES": "11"}, "NODES=11 is not read; the variable is NNODES"),
         ({"GLOBAL_BACTH": "8"}, "GLOBAL_BACTH=8 is not read; the variable is GLOBAL_BATCH"),
     ],

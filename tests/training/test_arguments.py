@@ -180,6 +180,7 @@ def test_other_activation_in_the_checkpoint(parse, start_checkpoint):
         ("--group-query-attention --num-query-groups 2", "num_query_groups is "),
         ("--normalization LayerNorm", "normalization is RMSNorm there, and LayerNorm here"),
         ("--num-experts 2", "num_experts is None there, and 2 here"),
+        ("--padded-vocab-size 256", ".* 128 there, and 256 here; .* here --padded-vocab-size 128"),
     ],
 )
 def test_another_model_in_the_checkpoint(parse, start_checkpoint, flags, differs):
@@ -188,6 +189,8 @@ def test_another_model_in_the_checkpoint(parse, start_checkpoint, flags, differs
     with pytest.raises(ValueError, match=f"is of another model: {differs}"):
         arguments.check_checkpoint(parse(words))
     arguments.check_checkpoint(parse(f"{words} --dist-ckpt-strictness log_all"))
+    if "vocab" in flags:  # the way to more tokens
+        arguments.check_checkpoint(parse(f"{words} --finetune"))
 
 
 @pytest.mark.parametrize(
