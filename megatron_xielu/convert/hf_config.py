@@ -127,6 +127,11 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return check(schema.read_json(path), path)
+    except FileNotFoundError:
+        raise Refused(
+            f"{path} is not there: from-hf reads a model of transformers; a checkpoint of "
+            "Megatron's is for to-hf"
+        ) from None
     except (OSError, Malformed) as error:
         raise Refused(str(error)) from None
 

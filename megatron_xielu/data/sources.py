@@ -157,11 +157,13 @@ def _say_left_out(paths: Iterable[str], taken: dict[str, str], format: str | Non
     if format:
         return f"{said}; --glob says which"
     together = set(taken.values()) <= {"text"}
+    apart = "into an --output of their own by this one's --tokenizer"
     wanted = dict.fromkeys([*(map(_ending, taken) if together else ()), *dict(endings[:_SHOWN])])
     patterns = [f"'**/*{ending}'" for ending in wanted if ending]
     return (
-        f"{said}; as plain text{'' if together else ', into an --output of their own'}: "
+        f"{said}; as plain text{'' if together else f', {apart}'}: "
         + " ".join(["--format text", *(["--glob", *patterns] if patterns else [])])
+        + (" (without --glob every file)" if "" in wanted and patterns else "")
     )
 
 

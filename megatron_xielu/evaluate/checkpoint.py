@@ -21,6 +21,11 @@ def find(folder: Path, step: int | None) -> Path:
     """
     if not folder.is_dir():
         raise ValueError(f"--load {folder}: no such folder")
+    if (folder / ".metadata").is_file():
+        number = folder.name.removeprefix("iter_").lstrip("0") or "0"
+        raise ValueError(
+            f"--load {folder} is one checkpoint; give --load {folder.parent} --ckpt-step {number}"
+        )
     try:
         checkpoint = save_folder.find(folder, step)
     except save_folder.NoCheckpoint as error:

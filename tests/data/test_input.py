@@ -270,7 +270,9 @@ class TestNames:
             f"{tmp_path}: 2 of 6 files are taken, not 2 .md, 1 without an ending, 1 .rst; as plain "
             "text: --format text --glob '"
         )
-        patterns = said.split("--glob ")[1].replace("'", "").split()
+        patterns, _, rest = said.split("--glob ", 1)[1].replace("'", "").partition(" (")
+        patterns = patterns.split()
+        assert rest == "without --glob every file)\n"
         assert sorted(patterns) == ["**/*.md", "**/*.rst", "**/*.txt", "**/*.txt.gz"]
         taken = read(tmp_path, format="text", glob=patterns)
         assert sorted(taken) == ["a.txt", "c.md", "deep/b.txt.gz", "deep/d.md", "e.rst"]
@@ -279,7 +281,10 @@ class TestNames:
         (tmp_path / "f.jsonl").write_bytes(A)
         find(tmp_path, glob=["*.jsonl", "*.rst"])
         said = capsys.readouterr().err
-        assert "1 of 7 files" in said and ", into an --output of their own: --format text" in said
+        assert (
+            "1 of 7 files" in said
+            and "of their own by this one's --tokenizer: --format text" in said
+        )
 
     @pytest.mark.parametrize(
         ("name", "glob", "message"),
