@@ -15,8 +15,8 @@
 #   MODEL        llama_1b, llama_3b, debug, or a file like those in models/   [llama_1b]
 #   ACTIVATION   xielu, xiprelu, relu2, swiglu, gelu, at equal parameters and FLOPs   [xielu]
 #   TOKENS       tokens to train on, 125e9 for example   [the model file's]
-#   DATA_ARGS    a folder of tools/prepare_data.py; or a file for --data-args-path or (*.json)
-#                --per-split-data-args-path; or DATA, prefixes for --data-path; or MOCK_DATA=1
+#   DATA_ARGS    a folder of tools/prepare_data.py or its manifest.json; or a file for --data-args-path
+#                or (*.json) --per-split-data-args-path; or DATA, prefixes for --data-path; or MOCK_DATA=1
 #   SPLIT        train, validation, test shares, without such a *.json   [990,10,0]
 #   TOKENIZER    Hugging Face name or folder, or null
 #                [that of prepared data, else the model file's, or mistralai/Mistral-Nemo-Base-2407]
@@ -93,15 +93,19 @@ model_file=$here/models/$MODEL.sh
 "$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" || exit 2
 given_port=${MASTER_PORT:-} given_mock=${MOCK_DATA:-0}
 given_tokenizer=${TOKENIZER:-}${VOCAB_SIZE:-} given_padding=${PADDED_VOCAB_SIZE:-}${VOCAB_SIZE:-}
-# Tokens a step and the learning rate chosen for them, before the environment has its say.
+# Tokens a step and the learning rate chosen for them, and its tokenizer, before the environment has
+# its say.
 # shellcheck source=models/llama_1b.sh
 made_for=$(unset GLOBAL_BATCH SEQ_LENGTH LR && source "$model_file" &&
     echo "$((GLOBAL_BATCH * SEQ_LENGTH)) $LR") 2>/dev/null || made_for=''
 # shellcheck source=models/llama_1b.sh
+own_tokenizer=$(unset TOKENIZER && { source "$model_file"; } &>/dev/null && echo "${TOKENIZER:-}") || true
+# shellcheck source=models/llama_1b.sh
 source "$model_file"
 
 : "${DEVICE:=gpu}" "${PRECISION:=bf16}" "${SEED:=42}" "${SPLIT:=990,10,0}"
-: "${TOKENIZER:=mistralai/Mistral-Nemo-Base-2407}" "${PADDED_VOCAB_SIZE:=}" "${VOCAB_SIZE:=}"
+: "${own_tokenizer:=mistralai/Mistral-Nemo-Base-2407}" "${TOKENIZER:=$own_tokenizer}"
+: "${PADDED_VOCAB_SIZE:=}" "${VOCAB_SIZE:=}"
 : "${DATA_ARGS:=}" "${DATA:=}" "${MOCK_DATA:=0}" "${WANDB_PROJECT:=}"
 : "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}"
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${PREFLIGHT:=1}" "${NETWORK:=}"
@@ -113,25 +117,32 @@ source "$model_file"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
 : "${ENTRY:=-m megatron_xielu.pretrain_gpt}"
 
+for name in DATA_ARGS DATA; do
+    [[ ${!name##*/} == manifest.json && -f ${!name} ]] && printf -v "$name" %s "$(dirname -- "${!name}")"
+done
 [[ -z $DATA_ARGS && -f $DATA/manifest.json ]] && DATA_ARGS=$DATA DATA=''
 [[ -f $DATA_ARGS/manifest.json ]] && DATA_ARGS=$DATA_ARGS/per_split_data_args.json
-# What the data were made with comes after what was given, and before the model file; where both name
-# one tokenizer, the model file has its padding, too.
+# What the data were made with comes after what was given, and before the model file; where its
+# tokenizer is the data's, too, its padding stays.
 read -ra prefixes <<<"$DATA"
 if [[ -n $DATA_ARGS$DATA ]] &&
-    IFS=$'\t' read -r data_folder data_tokenizer data_vocabulary < <("$PYTHON" -c '
+    IFS=$'\t' read -r data_folder data_padding < <("$PYTHON" -c '
 import sys
-from megatron_xielu.common import data_lists
-if found := data_lists.prepared_with(sys.argv[1], sys.argv[2:]):
-    print(found[0], found[1].name, found[1].vocab_size, sep="\t")' "$DATA_ARGS" "${prefixes[@]}") &&
-    [[ -d $data_folder/tokenizer && $data_tokenizer != "$TOKENIZER" ]]; then
+from megatron_xielu.common import data_lists, prepared_data
+own, given, data_args, *prefixes = sys.argv[1:]
+if found := data_lists.prepared_with(data_args, prefixes):
+    folder, made_with = found
+    is_own, is_given = (prepared_data.is_one_of(name, made_with) for name in (own, given))
+    if not is_own and (is_given or not given):
+        print(folder, prepared_data.padded(made_with[0].vocab_size), sep="\t")
+' "$own_tokenizer" "${given_tokenizer:+$TOKENIZER}" "$DATA_ARGS" "${prefixes[@]}") &&
+    [[ -d $data_folder/tokenizer ]]; then
     taken=''
     if [[ -z $given_tokenizer ]]; then
         TOKENIZER=$data_folder/tokenizer taken=" TOKENIZER=$TOKENIZER"
     fi
-    if [[ -z $given_padding && $TOKENIZER -ef $data_folder/tokenizer ]]; then
-        # The same with TP up to 8, so that checkpoints fit.
-        PADDED_VOCAB_SIZE=$(((data_vocabulary + 1023) / 1024 * 1024))
+    if [[ -z $given_padding ]]; then
+        PADDED_VOCAB_SIZE=$data_padding
         taken+=" PADDED_VOCAB_SIZE=$PADDED_VOCAB_SIZE"
     fi
     [[ -n $taken ]] && echo "pretrain.sh: taken from $data_folder/manifest.json:$taken" >&2

@@ -132,8 +132,9 @@ def of_splits(path: str) -> dict[str, list[str]]:
 
 def prepared_with(
     data_args: str, prefixes: list[str]
-) -> tuple[Path, prepared_data.Tokenizer] | None:
-    """The folder that data were prepared in, and their tokenizer; None where there is not one only.
+) -> tuple[Path, list[prepared_data.Tokenizer]] | None:
+    """The first folder that data were prepared in, and their tokenizer by all its names; None where
+    there is not one only.
 
     Args:
         data_args: a path for one of `FILES`, or "".
@@ -146,12 +147,12 @@ def prepared_with(
         return None
     listed = [word for word in listed if not is_number(word)]
     described = prepared_data.by_folder(listed)
-    if len({manifest.tokenizer for manifest, _ in described.values()}) != 1:
+    made_with = [manifest.tokenizer for manifest, _ in described.values()]
+    if len({(tokenizer.sha256, tokenizer.vocab_size) for tokenizer in made_with}) != 1:
         return None
     if sum(len(shards) for _, shards in described.values()) < len(set(listed)):
         return None
-    folder, (manifest, _) = next(iter(described.items()))
-    return folder, manifest.tokenizer
+    return next(iter(described)), made_with
 
 
 def sequences_per_dataset(path: str | None) -> dict[str, tuple[int, int]] | None:
@@ -292,6 +293,14 @@ def _blend(listed: Any, where: str) -> list[str]:
     for prefix in prefixes:
         if not isinstance(prefix, str) or "\0" in prefix:
             raise ValueError(f"{where}: {ascii(prefix)[:40]} is no prefix of files")
+    manifests = (prepared_data.find(Path(p)) for p in dict.fromkeys(prefixes) if not _is_prefix(p))
+    whole = [manifest.parent for manifest in manifests if manifest]
+    if len(whole) > 1:
+        lists = " ".join(str(folder / "data_args.txt") for folder in whole)
+        raise ValueError(
+            f"{where}: {' and '.join(map(str, whole))} are folders of prepared data; make one list "
+            f"of theirs, cat {lists} > list.txt, and give --data-args-path ./list.txt"
+        )
     return [str(word) for word in listed]
 
 
@@ -306,8 +315,8 @@ def what_takes(path: str) -> str:
 
 
 def _no_list(path: str) -> str:
-    if all(os.path.isfile(path + suffix) for suffix in (".bin", ".idx")):
-        return f"is a prefix of data; give --data-path {path}"  # a folder, too: Megatron's cache
+    if _is_prefix(path):
+        return f"is a prefix of data; give --data-path {path}"
     if prepared_data.find(Path(path)):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         return f"is prepared data; give {_FLAG} {os.path.join(folder, prepared_data.BY_SPLIT)}"
@@ -320,6 +329,11 @@ def _no_list(path: str) -> str:
     if suffix in (".bin", ".idx"):
         return f"is a file of data; give its prefix, --data-path {prefix}"
     return ""
+
+
+def _is_prefix(path: str) -> bool:
+    """It may be a folder, too: Megatron's cache."""
+    return all(os.path.isfile(path + suffix) for suffix in (".bin", ".idx"))
 
 
 def _is_by_split(start: bytes) -> bool:

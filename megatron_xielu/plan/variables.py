@@ -107,7 +107,7 @@ _ALIASES = {
 # Set by clusters and profiles for reasons of their own: no cause to refuse a run.
 _SET_BY_OTHERS = {"NUM_NODES", "NODE_COUNT", "NUM_GPUS", "NPROC_PER_NODE", "MASTER", "DATA_PATH"}
 
-_VALUE = r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?|/[^\s:]+"
+_VALUE = r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?|(?:[\w.~][^\s:]*)?/[^\s:]+"  # a path has a slash
 _FLAG = re.compile(rf"(?<![\w-])(--[a-z0-9-]+)(?: ({_VALUE})(?![\w/]))?")
 
 

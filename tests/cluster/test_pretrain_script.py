@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import test_kubernetes
-from dataset_files import write_dataset, write_prepared
+from dataset_files import write_dataset, write_prepared, write_tokenizer
 from launch import REPOSITORY
 from launcher_command import printed_command
 from megatron_arguments import validated
@@ -361,17 +361,34 @@ def test_data_in_one_list_or_by_split(tmp_path):
             *("{data}/tokenizer", "1024", "PADDED_VOCAB_SIZE="),
         ),
         ({"DATA_ARGS": "{data}", "TOKENIZER": "some/name"}, "some/name", "147456", ""),
+        # The data's, however it is spelt.
+        *(
+            ({"DATA_ARGS": "{data}", "TOKENIZER": spelt}, spelt, "1024", "PADDED_VOCAB_SIZE=")
+            for spelt in ("{copy}", "{data}/tokenizer/tokenizer.json", "who/name")
+        ),
+        (
+            {"DATA_ARGS": "{data}/manifest.json"},
+            *("{data}/tokenizer", "1024", "TOKENIZER= PADDED_VOCAB_SIZE="),
+        ),
+        (
+            {"DATA": "{data}/manifest.json"},
+            *("{data}/tokenizer", "1024", "TOKENIZER= PADDED_VOCAB_SIZE="),
+        ),
         # The model file's own, with its padding.
         ({"DATA_ARGS": "{papers}"}, "mistralai/Mistral-Nemo-Base-2407", "147456", ""),
+        (
+            {"DATA_ARGS": "{papers}", "TOKENIZER": "{papers}/tokenizer"},
+            *("{papers}/tokenizer", "147456", ""),
+        ),
     ],
 )
 def test_tokenizer_and_vocabulary_of_prepared_data(tmp_path, variables, tokenizer, padding, taken):
     """What is given wins, then the data, then the model file."""
-    names = {"data": "tokenizer.json", "papers": "mistralai/Mistral-Nemo-Base-2407"}
+    names = {"data": "who/name", "papers": "mistralai/Mistral-Nemo-Base-2407"}
     for folder, name in names.items():
-        (tmp_path / folder).mkdir()
         write_prepared(tmp_path / folder, ["a", "b"], name=name)
-    folders = {folder: tmp_path / folder for folder in names}
+    write_tokenizer(tmp_path / "copy", ["a", "b"])
+    folders = {folder: tmp_path / folder for folder in (*names, "copy")}
     result = run(LAUNCHER, **{name: text.format(**folders) for name, text in variables.items()})
     assert result.returncode == 0, result.stderr
     assert flag(result.stdout, "--tokenizer-model") == tokenizer.format(**folders)

@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_xielu.evaluate import data, result, run
 
 MANIFEST = {
-    "tokenizer": {"name": "tokenizer.json", "sha256": "0", "vocab_size": 12},
+    "tokenizer": {"name": "tokenizer.json", "sha256": "0", "vocab_size": 12, "eod_id": 0},
     "shards": [
         {"prefix": "train/00000", "split": "train", "text_bytes": 9, "task": 0},
         {"prefix": "valid/00000", "split": "valid", "text_bytes": 5, "task": 0},

@@ -26,23 +26,42 @@ def write_dataset(prefix: Path, lengths: list[int], tokens: dict[int, int] | Non
     )
 
 
-def write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
-    """A tokenizer.json with these tokens."""
+def write_tokenizer(
+    folder: Path, vocabulary: list[str], added: dict[str, int] | None = None, **parts: object
+) -> None:
+    """A tokenizer.json with these tokens; ``merges`` among its parts are the model's."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocabulary)}, "merges": []}
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    merges = parts.pop("merges", [])
+    vocab = {token: i for i, token in enumerate(vocabulary)}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    more = [{"id": i, "content": token} for token, i in (added or {}).items()]
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": more, **parts, "model": model})
+    )
 
 
-def write_prepared(folder: Path, vocabulary: list[str], *, name: str = "tokenizer.json") -> None:
-    """What of a folder of tools/prepare_data.py a training needs: 20 documents of tokens 0."""
-    write_tokenizer(folder / "tokenizer", vocabulary)
+def write_prepared(
+    folder: Path,
+    vocabulary: list[str],
+    added: dict[str, int] | None = None,
+    *,
+    name: str = "tokenizer.json",
+    **parts: object,
+) -> None:
+    """What of a folder of tools/prepare_data.py a training needs: 20 documents of tokens 0.
+
+    Of added tokens the last ends a document, else token 0; parts are `write_tokenizer`'s.
+    """
+    write_tokenizer(folder / "tokenizer", vocabulary, added, **parts)
     shards = []
     for split in ("train", "valid"):
-        (folder / split).mkdir()
+        (folder / split).mkdir(parents=True)
         write_dataset(folder / split / "00000", [3] * 20)
         shards.append({"prefix": f"{split}/00000", "split": split, "text_bytes": 60})
     digest = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
-    tokenizer = {"name": name, "sha256": digest, "vocab_size": len(vocabulary)}
+    ids = [*range(len(vocabulary)), *(added or {}).values()]
+    tokenizer = {"name": name, "sha256": digest, "vocab_size": max(ids) + 1}
+    tokenizer["eod_id"] = [0, *(added or {}).values()][-1]
     manifest = {"tokenizer": tokenizer, "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "data_args.txt").write_text(f"60 {folder}/train/00000\n")

@@ -116,6 +116,8 @@ def test_flags_that_no_release_knows(words, lines):
         ("--split 9,1,0: none", "SPLIT=9,1,0: none"),
         ("--tokenizer-model /a/b-1 is not there", "TOKENIZER=/a/b-1 is not there"),
         ("--data-path /a.b: /a.b.bin", "DATA=/a.b: /a.b.bin"),
+        ("give --tokenizer-model D/tok-1 and --lr", "give TOKENIZER=D/tok-1 and LR"),
+        ("--data-path ../text: ../text.bin", "DATA=../text: ../text.bin"),
         ("shorten --lr-wsd-decay-samples", "shorten DECAY_STEPS"),
         ("--ffn-hidden-size 7 is odd", "--ffn-hidden-size 7 (GATED_FFN_SIZE) is odd"),
         ("--tensor-model-parallel-size 2 --sequence-parallel (3.0 GiB)", "TP=2 (3.0 GiB)"),

@@ -385,7 +385,6 @@ def test_data_without_end(tmp_path, lengths, flags, message):
 )
 @pytest.mark.parametrize("command", ["entry", "plan"])
 def test_a_path_that_another_flag_takes(tmp_path, command, flag, path, message):
-    (tmp_path / "data").mkdir()
     write_prepared(tmp_path / "data", ["a"])
     args = [*TINY_LLAMA, "--eval-iters", "0", flag, f"{tmp_path}/{path}", "--split", "1,0,0"]
     if command == "entry":
@@ -398,6 +397,19 @@ def test_a_path_that_another_flag_takes(tmp_path, command, flag, path, message):
     by_split = f"--per-split-data-args-path {tmp_path}/data/per_split_data_args.json"
     expected = message.format(by_split=by_split, p=f"{tmp_path}/data/train/00000")
     assert said.startswith(f"{flag} {tmp_path}/{path} {expected}")
+
+
+def test_folders_of_prepared_data_in_a_list(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        write_prepared(folder, ["a"])
+    for words in ([a, b], ["1", f"{a}/manifest.json", "2", b]):
+        with pytest.raises(ValueError) as error:
+            run_checks.check_files(parse([*TINY_LLAMA, "--data-path", *map(str, words)]))
+        assert str(error.value) == (
+            f"--data-path: {a} and {b} are folders of prepared data; make one list of theirs, cat "
+            f"{a}/data_args.txt {b}/data_args.txt > list.txt, and give --data-args-path ./list.txt"
+        )
 
 
 def test_data_of_another_vocabulary(tmp_path, capsys):
