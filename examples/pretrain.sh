@@ -93,13 +93,11 @@ model_file=$here/models/$MODEL.sh
 "$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" || exit 2
 given_port=${MASTER_PORT:-} given_mock=${MOCK_DATA:-0}
 given_tokenizer=${TOKENIZER:-}${VOCAB_SIZE:-} given_padding=${PADDED_VOCAB_SIZE:-}${VOCAB_SIZE:-}
-# Tokens a step and the learning rate chosen for them, and its tokenizer, before the environment has
-# its say.
+# Tokens a step, the learning rate chosen for them, and its tokenizer, before the environment has its say.
 # shellcheck source=models/llama_1b.sh
-made_for=$(unset GLOBAL_BATCH SEQ_LENGTH LR && source "$model_file" &&
-    echo "$((GLOBAL_BATCH * SEQ_LENGTH)) $LR") 2>/dev/null || made_for=''
-# shellcheck source=models/llama_1b.sh
-own_tokenizer=$(unset TOKENIZER && { source "$model_file"; } &>/dev/null && echo "${TOKENIZER:-}") || true
+own=$(unset GLOBAL_BATCH SEQ_LENGTH LR TOKENIZER && { source "$model_file"; } &>/dev/null &&
+    echo "$((GLOBAL_BATCH * SEQ_LENGTH)) $LR ${TOKENIZER:-}") || own=''
+read -r made_for made_for_lr own_tokenizer <<<"$own"
 # shellcheck source=models/llama_1b.sh
 source "$model_file"
 
@@ -319,7 +317,7 @@ fi
 plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE"
     --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY" --from-variables "${#megatron[@]}")
 ((ours)) || plan+=(--other-entry)
-[[ $made_for =~ ^[0-9]+\ [0-9.e+-]+$ ]] && plan+=(--made-for "${made_for% *}" "${made_for#* }")
+[[ "$made_for $made_for_lr" =~ ^[0-9]+\ [0-9.e+-]+$ ]] && plan+=(--made-for "$made_for" "$made_for_lr")
 [[ -n ${GPU_MEMORY_GIB:-} ]] && plan+=(--gpu-memory "$GPU_MEMORY_GIB")
 [[ -n ${MFU:-} ]] && plan+=(--mfu "$MFU")
 [[ -n ${PEAK_TFLOPS:-} ]] && plan+=(--peak-tflops "$PEAK_TFLOPS")
