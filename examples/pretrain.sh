@@ -2,7 +2,7 @@
 # Pretrain a Llama with the activation of choice: this node's part of a job. Run it on every node; the
 # front ends in slurm/, torchrun/ and kubernetes/ do just that.
 #
-#   MODEL=llama_1b ACTIVATION=xielu DATA_ARGS=data/data_args.txt examples/pretrain.sh --dry-run
+#   MODEL=llama_1b ACTIVATION=xielu DATA_ARGS=data examples/pretrain.sh --dry-run
 #
 # This is the only place where the Megatron command is put together. Whatever stands after the options
 # is appended to it: `examples/pretrain.sh --lr 5e-4 --seed 1`.

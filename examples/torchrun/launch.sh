@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain on hosts that one can ssh to, without a scheduler; starts all of them again after a failure.
 #
-#   MODEL=llama_1b DATA_ARGS=/data/data_args.txt RUN_DIR=/shared/run1 \
+#   MODEL=llama_1b DATA_ARGS=/data/fineweb RUN_DIR=/shared/run1 \
 #       examples/torchrun/launch.sh host1 host2 … [-- [--dry-run] MEGATRON FLAGS]
 #
 # Every host sees the repository and RUN_DIR under the same path as this machine. The environment is
