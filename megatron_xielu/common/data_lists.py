@@ -317,9 +317,10 @@ def what_takes(path: str) -> str:
 def _no_list(path: str) -> str:
     if _is_prefix(path):
         return f"is a prefix of data; give --data-path {path}"
-    if prepared_data.find(Path(path)):
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        return f"is prepared data; give {_FLAG} {os.path.join(folder, prepared_data.BY_SPLIT)}"
+    if whole := prepared_data.find(Path(path)):
+        return f"is prepared data; give {_FLAG} {whole.with_name(prepared_data.BY_SPLIT)}"
+    if whole := prepared_data.whole_of(Path(path)):
+        return f"is a part of prepared data; give {_FLAG} {whole / prepared_data.BY_SPLIT}"
     if os.path.isdir(path):
         return (
             "is a folder, and no prefix of .bin and .idx; of a folder of texts, "

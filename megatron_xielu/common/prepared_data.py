@@ -18,6 +18,7 @@ from megatron_xielu.common.schema import Count, Malformed, Positive
 
 MANIFEST = "manifest.json"  # what tools/prepare_data.py writes last
 BY_SPLIT = "per_split_data_args.json"
+PARTS = ("train", "valid", "tokenizer", "work")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ def find(path: Path) -> Path | None:
     """The manifest that this names, itself or by its folder."""
     path = path / MANIFEST if os.path.isdir(path) else path
     return path if path.name == MANIFEST and os.path.isfile(path) else None
+
+
+def whole_of(path: Path) -> Path | None:
+    """The prepared folder that this is a part of."""
+    folder = path.absolute().parent
+    is_part = path.name in PARTS and os.path.isdir(path)
+    return folder if is_part and find(folder) else None
 
 
 def read(path: Path) -> Manifest:

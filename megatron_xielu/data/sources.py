@@ -20,7 +20,7 @@ from typing import Any
 from datatrove.io import DataFolder
 from fsspec.implementations.local import LocalFileSystem
 
-from megatron_xielu.common import schema, text
+from megatron_xielu.common import prepared_data, schema, text
 from megatron_xielu.common.schema import Count, Malformed
 from megatron_xielu.data.errors import BadInputError, DataError
 
@@ -95,6 +95,8 @@ def find(
         BadInputError: a file is empty, or none, or its name cannot be used.
     """
     if is_local(source) or "://" in source:
+        if whole := prepared_data.whole_of(Path(source)):
+            raise DataError(f"--source {source} is a part of the prepared data in {whole}")
         if subset:
             raise DataError(f"--subset belongs to Hub datasets, and {source} is none")
         locations: list[tuple[str, Sequence[str] | None]] = [(_absolute(source), glob)]

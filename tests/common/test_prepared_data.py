@@ -10,6 +10,8 @@ import pytest
 from dataset_files import write_dataset, write_prepared, write_tokenizer
 
 from megatron_xielu.common import data_lists, prepared_data
+from megatron_xielu.data import sources
+from megatron_xielu.data.errors import DataError
 
 WORDS = ["<eod>", "a", "b", "c"]
 
@@ -178,3 +180,16 @@ def test_what_data_were_prepared_with(tmp_path):
     ):
         assert data_lists.prepared_with("", prefixes) is None
     assert data_lists.prepared_with(f"{tmp_path}/absent.json", []) is None
+
+
+def test_a_part_of_prepared_data_is_no_folder_of_texts(tmp_path):
+    write_prepared(tmp_path, WORDS)
+    part = tmp_path / "train"
+    assert data_lists.what_takes(str(part)) == (
+        "is a part of prepared data; give --per-split-data-args-path "
+        f"{tmp_path}/per_split_data_args.json"
+    )
+    with pytest.raises(DataError, match="train is a part of the prepared data in "):
+        sources.find(str(part), subset=None, format=None, glob=None)
+    (tmp_path / "manifest.json").unlink()
+    assert "prepare_data.py --source" in data_lists.what_takes(str(part))
