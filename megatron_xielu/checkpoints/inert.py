@@ -32,6 +32,9 @@ class Inert:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
+    def __repr__(self) -> str:  # the same of the same value
+        return f"{type(self).__name__}({self.value!r})"
+
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)

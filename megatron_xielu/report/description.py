@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from megatron_xielu.report.run import Run
+from megatron_xielu.report.settings import real_path
 from megatron_xielu.report.summary import MISSING, size
 
 _NAMED = 3  # runs in a line; of more their number
@@ -24,8 +24,8 @@ def facts(run: Run) -> dict[str, str]:
         "batch": _batch(args),
         "rates": _rates(args),
         "layout": _layout(args),
-        "data": _data(args),
-        "tokenizer": _tokenizer(args),
+        "data": _data(run, args),
+        "tokenizer": _tokenizer(run, args),
         "seed": _of(args, "seed"),
         "made with": _of(args, "xielu_made_with"),
     }
@@ -43,35 +43,39 @@ def unlike(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """The names of the other facts, and each run's texts of them."""
     of_runs = [facts(run) for run in runs]
     shared = alike(runs)
-    names = [name for name in dict.fromkeys(n for of in of_runs for n in of) if name not in shared]
-    return names, [[of.get(name, MISSING) for name in names] for of in of_runs]
+    heads = [name for name in dict.fromkeys(n for of in of_runs for n in of) if name not in shared]
+    return heads, [[of.get(name, MISSING) for name in heads] for of in of_runs]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, str]:
-    """A line for each thing that losses depend on and in which the runs differ, by its name.
-
-    A run whose arguments are not known is in none of them.
-    """
+    """A line for each thing that losses depend on and in which the runs differ, by its name."""
     found = {}
     known = [(run, run.arguments) for run in runs if run.arguments is not None]
+    if (unknown := [run.name for run in runs if run.arguments is None]) and len(runs) > 1:
+        found[ARGUMENTS] = (
+            f"the arguments of {names(unknown)} are not known: whether the losses can be compared "
+            "is not known either, and nothing is ranked by them"
+        )
     for what, value, means in _COMPARED:
         groups: dict[str, list[str]] = {}
         for run, args in known:
             groups.setdefault(value(run, args), []).append(run.name)
-        if what == VOCABULARY and _padding_alone([args for _, args in known]):
+        if what == VOCABULARY and _padding_alone(known):
             continue
         if len(groups) > 1:
-            of_groups = "; ".join(f"{_names(names)}: {text}" for text, names in groups.items())
+            of_groups = "; ".join(f"{names(group)}: {text}" for text, group in groups.items())
             found[what] = f"the runs differ in {what} ({of_groups}): {means}"
     return found
 
 
+ARGUMENTS = "arguments"  # of some run unknown
 VOCABULARY, DATA, SEQUENCE = "tokenizer or vocabulary", "data", "sequence length"
 
 
-def _names(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def names(all_names: Sequence[str]) -> str:
+    """The first of them, and how many more."""
+    more = len(all_names) - _NAMED
+    return ", ".join(all_names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _of(args: Namespace, name: str) -> str:
@@ -123,7 +127,7 @@ def _layout(args: Namespace) -> str:
     return ", ".join([*sizes, precision])
 
 
-def _data(args: Namespace) -> str:
+def _data(run: Run, args: Namespace) -> str:
     found = []
     for argument, label in (
         ("data_path", ""),
@@ -135,7 +139,7 @@ def _data(args: Namespace) -> str:
         value = getattr(args, argument, None)
         if value:
             words = value if isinstance(value, list) else [str(value)]
-            found.append(label + " ".join(os.path.normpath(word) for word in words))
+            found.append(label + " ".join(real_path(word, run.folder) for word in words))
     if getattr(args, "mock_data", False):
         return "mock data"
     if found and getattr(args, "split", None):
@@ -143,26 +147,26 @@ def _data(args: Namespace) -> str:
     return ", ".join(found) or MISSING
 
 
-def _tokenizer(args: Namespace) -> str:
+def _tokenizer(run: Run, args: Namespace) -> str:
     entries, rows = (getattr(args, name, None) for name in ("vocab_size", "padded_vocab_size"))
-    text = _tokenizer_file(args)
+    text = _tokenizer_file(run, args)
     if entries:
         return f"{text}, {entries:,} entries"
     return f"{text}, {rows:,} entries with padding" if rows else text
 
 
-def _tokenizer_file(args: Namespace) -> str:
+def _tokenizer_file(run: Run, args: Namespace) -> str:
     kind = _of(args, "tokenizer_type")
     file = getattr(args, "tokenizer_model", None) or getattr(args, "vocab_file", None)
-    return f"{kind} {os.path.normpath(file)}" if file and not kind.startswith("Null") else kind
+    return f"{kind} {real_path(file, run.folder)}" if file and not kind.startswith("Null") else kind
 
 
-def _padding_alone(arguments: Sequence[Namespace]) -> bool:
+def _padding_alone(runs: Sequence[tuple[Run, Namespace]]) -> bool:
     """Whether one vocabulary, padded for other parallel sizes, could be all of theirs."""
-    if len({(_tokenizer_file(args), _of(args, "vocab_size")) for args in arguments}) > 1:
+    if len({(_tokenizer_file(run, args), _of(args, "vocab_size")) for run, args in runs}) > 1:
         return False
     most, least = math.inf, 0
-    for args in arguments:
+    for _, args in runs:
         rows = getattr(args, "padded_vocab_size", None) or 0
         multiple = getattr(args, "make_vocab_size_divisible_by", None) or 1
         multiple *= getattr(args, "tensor_model_parallel_size", None) or 1
@@ -178,11 +182,11 @@ def _trained(run: Run, args: Namespace) -> str:
 _COMPARED: tuple[tuple[str, Callable[[Run, Namespace], str], str], ...] = (
     (
         VOCABULARY,
-        lambda run, args: _tokenizer(args),
+        _tokenizer,
         "their losses cannot be compared; bits per byte of the same text can "
         "(python -m megatron_xielu.evaluate)",
     ),
-    (DATA, lambda run, args: _data(args), "their losses are of different texts"),
+    (DATA, _data, "their losses are of different texts, unless these are copies of one"),
     (
         SEQUENCE,
         lambda run, args: _of(args, "seq_length"),

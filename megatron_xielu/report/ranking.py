@@ -8,9 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_xielu.report.description import DATA, SEQUENCE, VOCABULARY, differences, facts
+from megatron_xielu.report.description import (
+    ARGUMENTS,
+    DATA,
+    SEQUENCE,
+    VOCABULARY,
+    differences,
+    facts,
+    names,
+)
+from megatron_xielu.report.drawing import shortened
 from megatron_xielu.report.run import Run
-from megatron_xielu.report.summary import decimal
+from megatron_xielu.report.settings import real_path, settings
+from megatron_xielu.report.summary import MISSING, decimal
+
+_TOLD = 3  # settings that tell a group apart; of more their number
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,14 @@ def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] |
     apart = differences(runs).keys()
     found = [run.evaluation for run in runs]
     at_end = all(e and e.iteration == run.iterations for e, run in zip(found, runs, strict=True))
-    one_loss = at_end and _same(found, "data", "eval_iters", "sequence_length")
-    one_text = at_end and found[0] and found[0].bytes and _same(found, "bytes")
-    of_training = not apart & {VOCABULARY, DATA, SEQUENCE}
+    one_loss = at_end and _one([_evaluated_on(run) for run in runs])
+    one_text = at_end and _one([e.bytes for e in found if e])
+    of_training = not apart & {ARGUMENTS, VOCABULARY, DATA, SEQUENCE}
     for title, of, comparable in (
         (
             "the loss of megatron_xielu.evaluate",
             lambda run: run.evaluated_loss,
-            one_loss and VOCABULARY not in apart,
+            one_loss and not apart & {ARGUMENTS, VOCABULARY},
         ),
         (
             "bits per byte of megatron_xielu.evaluate",
@@ -71,25 +83,60 @@ def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] |
     return None
 
 
-def _same(evaluations: Sequence[object], *names: str) -> bool:
-    return all(
-        getattr(one, name) == getattr(evaluations[0], name) for one in evaluations for name in names
-    )
+def _one(values: Sequence[object]) -> bool:
+    return values[0] is not None and all(value == values[0] for value in values)
+
+
+def _evaluated_on(run: Run) -> tuple[object, ...] | None:
+    of = run.evaluation
+    if of is None or not of.data:
+        return None
+    data = [real_path(path, run.folder) for path in of.data]
+    return data, of.eval_iters, of.sequence_length
 
 
 def _groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs that differ in their seed alone, with a name for them."""
-    found: dict[tuple[object, ...], list[Run]] = {}
+    """Runs that differ in their seed alone, with a name for them; runs of one seed stand alone."""
+    alike: dict[str, dict[str, list[Run]]] = {}  # by settings, by seed
     for run in runs:
-        alike = tuple((k, v) for k, v in facts(run).items() if k not in ("seed", "made with"))
-        found.setdefault((run.label, alike) if alike else (run.name,), []).append(run)
-    labels = [members[0].label for members in found.values()]
-    named = []
-    for members in found.values():
-        first = members[0]
-        name = first.label if labels.count(first.label) == 1 else first.name
-        named.append((name, members))
-    return named
+        of = settings(run)
+        key = str(run.folder) if of is None else repr((run.label, sorted(of.items())))
+        alike.setdefault(key, {}).setdefault(facts(run).get("seed", MISSING), []).append(run)
+    groups: list[tuple[list[Run], str]] = []
+    for seeds in alike.values():
+        if once := [same[0] for same in seeds.values() if len(same) == 1]:
+            groups.append((once, ""))
+        for seed, same in seeds.items():
+            if len(same) > 1:
+                groups += [([run], f"one of {len(same)} runs of seed {seed}") for run in same]
+    firsts = [group[0] for group, _ in groups]
+    return [(_name(group, firsts, said), group) for group, said in groups]
+
+
+def _name(group: Sequence[Run], firsts: Sequence[Run], said: str) -> str:
+    """By its activation; where other groups have that, too, by what tells it apart.
+
+    Args:
+        group: runs alike.
+        firsts: a run of each group.
+        said: what else there is to say of it.
+    """
+    own, label = settings(group[0]), group[0].label
+    rivals = [of for run in firsts if run.label == label and (of := settings(run)) is not None]
+    if own is None:
+        return group[0].name
+    if len(rivals) == 1:
+        return label
+    told = [
+        f"{name} {shortened(own.get(name, MISSING))}"
+        for name in dict.fromkeys(name for of in rivals for name in of)
+        if len({of.get(name) for of in rivals}) > 1
+    ]
+    if (more := len(told) - _TOLD) > 0:
+        told[_TOLD:] = [f"{more} more"]
+    told += [said] if said else []
+    name = f"{label}, {names([run.name for run in group])}"
+    return f"{name} ({'; '.join(told)})" if told else name
 
 
 def _number(value: float | None) -> float:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -326,6 +327,98 @@ def test_the_best_run_comes_first_and_how_sure_that_is(tmp_path, capsys):
     (folders[2] / "evaluation.json").write_text(json.dumps(of))
     found = rank([load(folder) for folder in folders])
     assert found is not None and "validation loss during training" in found.title
+
+
+def rows(folders: list[Path]) -> list[str]:
+    """Of the ranking."""
+    found = rank([load(folder) for folder in folders])
+    assert found is not None
+    return found.rows
+
+
+@pytest.mark.parametrize(
+    ("more", "apart"),
+    [
+        ({"xielu_alpha_p_init": 0.4}, ("xielu_alpha_p_init 0.8", "xielu_alpha_p_init 0.4")),
+        ({"qk_layernorm": True}, ("qk_layernorm –", "qk_layernorm True")),
+        ({"adam_beta2": 0.99}, ("adam_beta2 –", "adam_beta2 0.99")),
+        (
+            {"load": "other", "a": 1, "b": 1, "c": 1, "d": 1},
+            ("load –; a –; b –; 2 more", "load other; a 1; b 1; 2 more"),
+        ),
+        ({"seed": 42}, ("one of 2 runs of seed 42",) * 2),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_only_seeds_of_one_training_are_averaged(tmp_path, more, apart):
+    one, two = rows(write_runs(tmp_path, one={}, two={"seed": 1} | more))
+    assert one == f"xIELU, one ({apart[0]}): 3.4038"
+    assert two == f"xIELU, two ({apart[1]}): 3.5038"
+
+
+def test_runs_of_other_lengths_are_not_averaged(tmp_path):
+    folders = write_runs(tmp_path, one={}, two={"seed": 1}, three={"seed": 2})
+    arguments = report_runs.ARGUMENTS | TOKENS | {"data_path": ["d"], "seed": 3}
+    write_events(tmp_path / "short", range(1, 31), arguments=arguments, validate_every=30)
+    first, second = rows([*folders, tmp_path / "short"])
+    told = "xIELU, one, two, three (iterations 50; last validation 50): 3.5038 ± 0.1000 (3 seeds)"
+    assert first == told
+    assert second == "xIELU, short (iterations 30; last validation 30): 3.9196"
+
+
+def test_seeds_are_averaged_whatever_their_folders_and_layout(tmp_path):
+    """Checkpoints have enumerations among the arguments, event files texts of them."""
+    more = {
+        **{"save": "b/checkpoints", "load": "b/checkpoints", "data_cache_path": "b/cache"},
+        **{"eval_interval": 50, "log_interval": 10, "xielu_made_with": "y", "world_size": 2},
+        **{"tensor_model_parallel_size": 1, "micro_batch_size": 2, "consumed_train_samples": 9},
+    }
+    folders = write_runs(tmp_path, one={"save": "a/checkpoints"}, two={"seed": 1} | more)
+    assert rows(folders) == ["xIELU: 3.4538 ± 0.0707 (2 seeds)"]
+    experts = {"num_experts": 4}  # whose balance is that of a micro-batch
+    assert len(rows(write_runs(tmp_path, three=experts, four=experts | {"seed": 1} | more))) == 2
+    for seed, folder in enumerate(folders):
+        arguments = {"seed": seed, "data_path": ["d"], "cuda_graph_modules": [signal.SIGTERM]}
+        write_checkpoint(folder / "checkpoints", 50, {"x": torch.ones(1)}, **TOKENS, **arguments)
+    assert rows(folders) == ["xIELU: 3.4538 ± 0.0707 (2 seeds)"]
+
+
+def test_one_file_by_two_paths_is_no_difference(tmp_path):
+    """As long as it is found: from the run's folder or one above."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text.bin").touch()
+    (tmp_path / "linked").symlink_to("data")
+    (tmp_path / "a" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "a" / "tokenizer" / "tokenizer.json").touch()
+    other = {"tokenizer_model": f"{tmp_path}/a/tokenizer", "seed": 1}
+    folders = write_runs(
+        tmp_path,
+        one={"data_path": ["data/text"]},
+        two=other | {"data_path": [f"{tmp_path}/linked/text"]},
+    )
+    assert not differences([load(folder) for folder in folders])
+    assert rows(folders) == ["xIELU: 3.4538 ± 0.0707 (2 seeds)"]
+    for folder, data in zip(folders, ("data/text", f"{tmp_path}/data/text"), strict=True):
+        of = {"loss": 2.5, "iteration": 50, "data": [data]}
+        (folder / "evaluation.json").write_text(json.dumps(of))
+    assert rows(folders)[0].startswith("xIELU: 2.5000 ± ")
+
+
+def test_runs_whose_arguments_are_not_known_are_not_ranked_by_loss(tmp_path, capsys):
+    folders = write_runs(tmp_path, one={}, two={"seed": 1})
+    write_events(tmp_path / "unknown", range(1, 51), arguments={})
+    folders.append(tmp_path / "unknown")
+    page = report(folders, tmp_path / "out")
+    for text in (capsys.readouterr().out, page.text):
+        assert "Which is best cannot be said" in text
+        assert "the arguments of unknown are not known: whether the losses can be compared" in text
+    for folder in folders:
+        of = {"loss": 2.5, "iteration": 50, "bits_per_byte": 0.5, "bytes": 9, "data": ["x"]}
+        (folder / "evaluation.json").write_text(json.dumps(of))
+    found = rank([load(folder) for folder in folders])
+    assert found is not None and "bits per byte" in found.title
+    assert [row.partition(":")[0] for row in found.rows] == ["xIELU", "unknown"]
+    assert not differences([load(tmp_path / "unknown")])
 
 
 def test_a_column_has_its_losses_from_one_place(tmp_path, capsys):
