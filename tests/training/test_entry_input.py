@@ -347,9 +347,10 @@ def test_data_without_end(tmp_path, lengths, flags, message):
     [
         ("--data-path", "data", "is prepared data; give {by_split}"),
         ("--data-path", "data/manifest.json", "is prepared data; give {by_split}"),
+        ("--data-path", "data/train", "is a part of prepared data; give {by_split}"),
         (
             "--data-path",
-            "data/train",
+            "elsewhere",
             "is a folder, and no prefix of .bin and .idx; of a folder of",
         ),
         (
@@ -386,6 +387,7 @@ def test_data_without_end(tmp_path, lengths, flags, message):
 @pytest.mark.parametrize("command", ["entry", "plan"])
 def test_a_path_that_another_flag_takes(tmp_path, command, flag, path, message):
     write_prepared(tmp_path / "data", ["a"])
+    (tmp_path / "elsewhere").mkdir()
     args = [*TINY_LLAMA, "--eval-iters", "0", flag, f"{tmp_path}/{path}", "--split", "1,0,0"]
     if command == "entry":
         with pytest.raises(ValueError) as error:

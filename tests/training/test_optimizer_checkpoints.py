@@ -164,13 +164,13 @@ def test_reshard(tmp_path):
         folder = tmp_path / name
         more = f"--xielu --global-batch-size 30 --micro-batch-size 1 --lr-decay-iters {LAST} "
         more += f"--train-iters {START} --save {folder}/checkpoints {flags} "
+        more += "--padded-vocab-size 192 "  # Megatron's own is another at another TP
         more += load(source) if source else ""
         train(folder, more, ranks=ranks, model=TIED_LLAMA)
         return folder
 
     def state(folder: Path) -> dict[str, torch.Tensor]:
-        tensors = load_checkpoint(folder / "checkpoints" / f"iter_{START:07}")
-        return {key: t[:130] if "word_emb" in key else t for key, t in tensors.items()}
+        return load_checkpoint(folder / "checkpoints" / f"iter_{START:07}")
 
     start = move("start", FULL, 3)
     expected = state(start)
