@@ -76,6 +76,7 @@ for argument in "$@"; do
             sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
+        --) ;; # as before the flags of launch.sh
         *) trailing+=("$argument") ;;
     esac
 done

@@ -253,6 +253,10 @@ def test_of_ranks_that_are_no_whole_number_there_is_no_batch():
     assert result.returncode == 2 and "data-parallel ranks" not in result.stderr
 
 
+def test_flags_behind_two_dashes():
+    assert output(f"{LAUNCHER} -- --lr 1e-4") == output(f"{LAUNCHER} --lr 1e-4")
+
+
 def test_names_that_others_read(tmp_path):
     """A model file, or a script, of the user's own."""
     model = tmp_path / "model.sh"
