@@ -16,6 +16,7 @@ from playwright.sync_api import sync_playwright
 from report_runs import write_events
 
 from megatron_xielu.report.__main__ import main
+from megatron_xielu.report.drawing import ACTIVATION_COLOURS
 
 _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in _NAMES if (found := shutil.which(name))), None)
@@ -79,11 +80,12 @@ def test_report_in_a_browser(page):
                 "(document.images[0].getBoundingClientRect())"
             )
             colours = screenshot.crop(tuple(map(int, box))).getcolors(2**24)
-            for run in ((63, 144, 218), (255, 169, 14)):
+            for run in ("xielu", "swiglu"):
+                colour = bytes.fromhex(ACTIVATION_COLOURS[run][1:])
                 near = sum(
                     count
                     for count, pixel in colours
-                    if all(abs(a - b) < 24 for a, b in zip(pixel, run, strict=True))
+                    if all(abs(a - b) < 24 for a, b in zip(pixel, colour, strict=True))
                 )
                 assert near > 30
         assert tab.pdf().startswith(b"%PDF")
