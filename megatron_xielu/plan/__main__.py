@@ -56,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep_checkpoints=options.keep_checkpoints,
             keep_every=options.keep_every,
         )
-        problems += checks.problems(plan, check_files=not options.no_files)
+        faults, doubts = ([], []) if options.no_files else checks.data(plan)
+        problems += checks.problems(plan, check_files=False) + faults
         made_for = options.made_for and (int(options.made_for[0]), options.made_for[1])
-        warnings += checks.warnings(plan, made_for=made_for, check_files=not options.no_files)
+        warnings += doubts + checks.warnings(plan, made_for=made_for)
     except PlanError as error:
         problems += error.problems
     problems, warnings = said(problems), said(warnings)
@@ -142,7 +143,7 @@ def _options() -> argparse.ArgumentParser:
     return parser
 
 
-def as_dict(plan: Plan, *, check_files: bool = True) -> dict[str, Any]:
+def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan for programs: counts, bytes, FLOPs and seconds."""
     model, memory, checkpoints = plan.model, plan.memory(), plan.checkpoints()
     seconds, steps = plan.seconds_per_step(), plan.schedule().steps

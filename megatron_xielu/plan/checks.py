@@ -45,20 +45,17 @@ def problems(
     # Of a layout that cannot run there is no memory to speak of.
     found += [] if found else [*_memory(plan)]
     found += [*_secrets(plan, os.environ if environment is None else environment)]
-    return found + (_data(plan)[0] if check_files else [])
+    return found + (data(plan)[0] if check_files else [])
 
 
-def warnings(
-    plan: Plan, *, made_for: tuple[int, float] | None = None, check_files: bool = True
-) -> list[str]:
+def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[str]:
     """What is worth knowing before the launch, and does not end it.
 
     Args:
         plan: the plan.
         made_for: tokens a step, and the learning rate that was chosen for them.
-        check_files: look at the data.
     """
-    found = _data(plan)[1] if check_files else []
+    found = []
     schedule, given = plan.schedule(), _given(plan)
     if made_for and plan.args.lr == made_for[1] and plan.tokens_per_step() != made_for[0]:
         ratio = plan.tokens_per_step() / made_for[0]
@@ -405,7 +402,7 @@ def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
             )
 
 
-def _data(plan: Plan) -> tuple[list[str], list[str]]:
+def data(plan: Plan) -> tuple[list[str], list[str]]:
     """Of the data and the tokenizer: what ends the run, and what may."""
     faults, doubts = data_lists.look(plan.args, plan.model.padded_vocabulary, starts_here=False)
     name = plan.args.tokenizer_model
