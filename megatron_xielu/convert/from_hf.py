@@ -83,7 +83,7 @@ def convert(
     both = list(zip(parts(stored), parts(architecture), strict=True))
     total = sum(torch.Size(part.shape).numel() for _, part in both)
     with (
-        output.written(out) as staging,
+        output.written(out, force=options.force, content=CONTENT) as staging,
         tqdm(total=total, unit=" parameters", unit_scale=True, desc="from-hf") as progress,
     ):
         chunks = [

@@ -83,7 +83,7 @@ def export(
     dtype = options.dtype or source.dtype(_EMBEDDING)
     config = hf_config.config_of(architecture, dtype)
     report(f"{config['architectures'][0]}: {describe(architecture)}")
-    with output.written(out) as folder:
+    with output.written(out, force=options.force, content=CONTENT) as folder:
         _write_json(folder / MARKER, config)
         config |= tokenizer.write(folder, words, rows, report)
         _write_json(folder / MARKER, config)

@@ -22,7 +22,7 @@ from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.convert import __main__ as cli
-from megatron_xielu.convert import from_hf, hf_config, output, to_hf
+from megatron_xielu.convert import from_hf, hf_config, to_hf
 from megatron_xielu.convert.megatron_arguments import architecture_of, arguments_of
 from megatron_xielu.convert.safetensors_files import Reader
 from megatron_xielu.convert.tensors import parts
@@ -449,39 +449,6 @@ def test_an_interrupted_export_leaves_no_half_model(trained, tmp_path):
     convert("to-hf", checkpoint, out, "--force", "--dtype=bfloat16")
     assert (out / "model.safetensors").stat().st_size < 0.6 * len(before)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_force_replaces_nothing_but_a_model(tmp_path, monkeypatch):
-    source = tmp_path / "checkpoint"
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").touch()
-    with pytest.raises(Refused, match="not a conversion's output"):
-        output.check(tmp_path / "home", source, force=True, content=to_hf.CONTENT)
-    (tmp_path / "empty").mkdir()
-    output.check(tmp_path / "empty", source, force=False, content=to_hf.CONTENT)
-    for content in (to_hf.CONTENT, from_hf.CONTENT):  # with what training, or a user, added to it
-        old = tmp_path / content[0] / "old"
-        old.mkdir(parents=True)
-        for name in (content[0], "iter_0000020"):
-            (old / name).touch()
-        with pytest.raises(Refused, match="old has iter_0000020, which no conversion wrote"):
-            output.check(old, source, force=True, content=content)
-    # Killed between its two renames, a replacement is undone by the next run.
-    (tmp_path / "out.replaced").mkdir()
-    (tmp_path / "out.replaced" / to_hf.MARKER).touch()
-    with pytest.raises(Refused, match="--force"):
-        output.check(tmp_path / "out", source, force=False, content=to_hf.CONTENT)
-    assert (tmp_path / "out" / to_hf.MARKER).exists()
-    for inside in (tmp_path / "out", tmp_path / "out" / "megatron"):
-        with pytest.raises(Refused, match="would be lost"):
-            output.check(tmp_path / "out", inside, force=True, content=to_hf.CONTENT)
-    monkeypatch.chdir(tmp_path / "empty")
-    for place in (tmp_path / "empty", Path("."), Path("/proc")):
-        with pytest.raises(Refused, match="cannot be replaced"):
-            output.check(place, source, force=True, content=to_hf.CONTENT)
-    first, second = (output.written(tmp_path / "new") for _ in range(2))
-    with first, pytest.raises(Refused, match="another conversion"), second:
-        pass
 
 
 _MEASURED = """

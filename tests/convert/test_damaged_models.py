@@ -21,7 +21,7 @@ from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common.safetensors_index import INDEX
 from megatron_xielu.convert import __main__ as cli
-from megatron_xielu.convert import from_hf, hf_config, output, to_hf
+from megatron_xielu.convert import from_hf, hf_config, to_hf
 from megatron_xielu.convert.architecture import LLAMA3_ROPE
 from megatron_xielu.convert.safetensors_files import Reader
 
@@ -308,18 +308,3 @@ def test_a_model_that_cannot_be_downloaded(name, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=f"error: {name} cannot be downloaded") as error:
         cli.main(["from-hf", name, str(tmp_path / "out"), "--download"])
     assert "\n" not in str(error.value)
-
-
-def test_a_full_disk_is_told_by_name(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(OSError, match=r"/out'$"), output.written(out) as folder:
-        (folder / "x").write_bytes(b"")
-        with open("/dev/full", "wb") as full:
-            full.write(b"x")
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_file_in_the_place_of_a_replaced_folder_stays_there(tmp_path):
-    (tmp_path / "out.replaced").write_text("of another program")
-    from_hf.convert(write_hf(tmp_path / "hf", small()), tmp_path / "out", from_hf.Options())
-    assert (tmp_path / "out").is_dir()
