@@ -277,7 +277,7 @@ def main() -> int:
     add(
         "--out",
         type=output_file,
-        help="a page; all after its heading Walked is replaced (default: the terminal)",
+        help="a page; all after its heading Walked is replaced",
     )
     options = parser.parse_args()
     without = ("distributed_optimizer_checkpoints",) if options.stock else ()
@@ -303,11 +303,10 @@ def main() -> int:
                 _write(options.log, made_with, done)
             print(*walked.layout, walked.verdict, f"{walked.seconds:.1f} s", sep="\t", flush=True)
     page = report(done, made_with)
+    print(page, flush=True)
     if options.out:
         before = options.out.read_text().partition(_HEADING)[0] if options.out.exists() else ""
-        options.out.write_text(f"{before}{_HEADING}\n{page}")
-    else:
-        print(page)
+        files.keep(options.out, f"{before}{_HEADING}\n{page}")
     return 0 if options.stock or not any(w.failed or not w.buckets for w in done) else 1
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_TRIED = 4096  # bytes: a disk that is full takes none
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -21,9 +23,8 @@ def whole(path: Path) -> Iterator[Path]:
     if is_device(path):
         yield path
         return
-    path = Path(os.path.realpath(path))
+    path, beside = _places(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         yield beside
         sync(beside)
@@ -45,6 +46,42 @@ def write(path: Path, content: str | bytes) -> None:
             beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def try_to_write(path: Path) -> None:
+    """Before work that takes long: whether what it finds can be written, without a trace of it.
+
+    Raises:
+        OSError: it cannot, or its folder is not there; the error names the file.
+    """
+    if is_device(path):
+        return
+    _, beside = _places(path)
+    try:
+        try:
+            beside.write_bytes(bytes(_TRIED))
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def keep(path: Path, content: str) -> None:
+    """Write what a command has printed already.
+
+    Raises:
+        SystemExit: it cannot be written; in one line.
+    """
+    try:
+        write(path, content)
+    except OSError as error:
+        raise SystemExit(f"error: {error}; what it was to hold is printed above") from None
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """The file, where this is a link to one, and what is written beside it."""
+    path = Path(os.path.realpath(path))
+    return path, path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
 def make_folder(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-import os
 from argparse import ArgumentTypeError
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -96,6 +95,8 @@ def output_file(word: str) -> Path:
     path = Path(word)
     if path.is_dir():
         raise ArgumentTypeError(f"{word} is a folder; name a file in it")
-    if not (files.is_device(path) or os.access(path.absolute().parent, os.W_OK)):
-        raise ArgumentTypeError(f"{word}: its folder is not there, or cannot be written to")
+    try:
+        files.try_to_write(path)
+    except OSError as error:
+        raise ArgumentTypeError(f"{word} cannot be written: {error.strerror}") from None
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,10 @@ def output_file(asked: Path | None, load: Path) -> Path | None:
         raise ValueError(f"{flag} is a folder; name a file in it")
     if files.is_device(path):
         return path
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{flag}: {path.parent} cannot be written to; name another file")
+    try:
+        files.try_to_write(path)
+    except OSError as error:
+        raise ValueError(f"{flag} cannot be written: {error.strerror}; name another file") from None
     folder = path.parent.resolve()
     if load.resolve() in (folder, *folder.parents):
         raise ValueError(f"{flag} is among the checkpoints; name another file")
@@ -90,15 +91,17 @@ def output_file(asked: Path | None, load: Path) -> Path | None:
 
 
 def report(evaluation: Evaluation, output: Path | None) -> None:
-    """Print the table and write the file, whole or not at all.
+    """Print the table and write the file, whole or not at all. Neither goes with the other.
 
     Raises:
-        OSError: it cannot be written; the table is printed.
+        OSError: one of them cannot be done.
     """
     where = output or "not written: name a file with --evaluation-output"
-    print(_table(evaluation, str(where)), flush=True)
-    if output is not None:
-        files.write(output, json.dumps(evaluation.to_json(), indent=1) + "\n")
+    try:
+        print(_table(evaluation, str(where)), flush=True)
+    finally:
+        if output is not None:
+            files.write(output, json.dumps(evaluation.to_json(), indent=1) + "\n")
 
 
 def _table(evaluation: Evaluation, where: str) -> str:

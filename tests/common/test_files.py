@@ -31,6 +31,11 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch, fails_at):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_result_that_cannot_be_kept_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*Is a directory.*; what it was to hold is"):
+        files.keep(tmp_path, "result")
+
+
 def test_what_raises_within_the_block_writes_nothing(tmp_path):
     path = tmp_path / "file.txt"
     with pytest.raises(ValueError, match="half"), files.whole(path) as beside:

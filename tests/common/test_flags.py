@@ -16,12 +16,22 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert output_file(str(tmp_path / "new.md")) == tmp_path / "new.md"
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x", "is not there")):
+    for path, words in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x", "cannot be written: No such file or directory"),
+        (tmp_path / ("x" * 255), "cannot be written: File name too long"),  # to be renamed
+        ("/proc/new.md", "cannot be written: No such file or directory"),  # though root may
+    ):
         with pytest.raises(ArgumentTypeError, match=words):
             output_file(str(path))
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not any(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert output_file("/dev/null") == Path("/dev/null")
-    with pytest.raises(ArgumentTypeError, match="cannot be written to"):
+    with pytest.raises(ArgumentTypeError, match="cannot be written: No space left on device"):
         output_file(str(tmp_path / "new.md"))
 
 

@@ -157,11 +157,13 @@ def test_data_of_another_tokenizer(tmp_path, capsys):
         run._check_data(args, [tmp_path / "valid/00000"])
 
 
-def test_a_result_that_cannot_be_written(tmp_path, capsys):
+def test_a_result_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "evaluation.json").mkdir()
     with pytest.raises(ValueError, match=r"evaluation\.json is a folder; name a file in it"):
         result.output_file(None, tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="cannot be written: File name too long; name another"):
+        result.output_file(tmp_path / ("x" * 255), tmp_path / "checkpoints")
     found = result.Evaluation(
         *("c", 1, "xielu", 1e6, 10, 10, "", ["a"], None, 4, None),
     )
@@ -169,3 +171,11 @@ def test_a_result_that_cannot_be_written(tmp_path, capsys):
     with pytest.raises(OSError):
         result.report(found, tmp_path / "evaluation.json")
     assert "1000000.000000 nats per token" in capsys.readouterr().out  # hours of work
+
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        result.report(found, tmp_path / "written.json")
+    assert json.loads((tmp_path / "written.json").read_text())["loss"] == 1e6

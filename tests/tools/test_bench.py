@@ -97,6 +97,13 @@ def test_a_killed_run_has_its_finished_cases(tmp_path: Path) -> None:
     assert (tmp_path / "cpu.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
+def test_the_table_is_printed_where_the_files_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "cpu.csv").mkdir()
+    with pytest.raises(SystemExit, match=r"^error: .*/cpu\.csv'; what it was to hold is printed"):
+        run(tmp_path, "--op", "--dtypes", "float32", "--providers", "eager", "--shapes", "64x96")
+    assert "op 64x96 float32" in capsys.readouterr().out.split("median")[0].split("checking")[-1]
+
+
 def test_no_picture_is_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

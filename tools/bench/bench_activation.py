@@ -134,22 +134,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             notes.append(f"{case} is skipped: {measure.reason(error)}")
             print(f"  {notes[-1]}", flush=True)
-        text, written = save(rows, notes, header, options)
+        text = tables(rows, notes, options)
+        failure, written = None, ""
+        try:
+            written = save(text, rows, header, options)
+        except OSError as error:  # what is measured is printed all the same
+            failure = error
     print(text)
-    print(f"\n{time.monotonic() - begin:.0f} s; written to {written}")
+    print(f"\n{time.monotonic() - begin:.0f} s; written to {written or 'no file'}", flush=True)
+    if failure:
+        raise SystemExit(f"error: {failure}; what it was to hold is printed above")
     return int(any(r.status != "ok" and r.provider.startswith("ours") for r in rows))
 
 
-def save(
-    rows: list[Row], notes: list[str], header: dict[str, str], options: argparse.Namespace
-) -> tuple[str, str]:
-    """Write the tables and the picture of all cases so far.
-
-    Returns the table, and in one line which files there are.
-    """
+def tables(rows: list[Row], notes: list[str], options: argparse.Namespace) -> str:
+    """All cases so far, in words."""
     targets = report.targets(rows, options.device)
     parts = [report.table(rows), "", *dict.fromkeys(notes), report.LEGEND, "", *map(str, targets)]
-    text = "\n".join(parts)
+    return "\n".join(parts)
+
+
+def save(text: str, rows: list[Row], header: dict[str, str], options: argparse.Namespace) -> str:
+    """Write the tables and the picture of all cases so far; returns which files there are."""
     stem = options.output / options.device
     heading = "".join(f"{name}: {value}\n" for name, value in header.items())
     files.write(stem.with_suffix(".txt"), f"{heading}{text}\n")
@@ -162,8 +168,8 @@ def save(
     except Exception as error:
         # The tables do without, but not with the picture of an earlier run.
         picture.unlink(missing_ok=True)
-        return text, f"{stem}.csv, .txt; no picture: {measure.reason(error)}"
-    return text, f"{stem}.csv, .png, .txt"
+        return f"{stem}.csv, .txt; no picture: {measure.reason(error)}"
+    return f"{stem}.csv, .png, .txt"
 
 
 def run_case(case: Case, options: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
@@ -387,6 +393,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds {options.rounds}: a spread needs at least 2")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
+        files.try_to_write(options.output / options.device)
     except OSError as error:
         parser.error(f"--output {options.output}: {error.strerror}")
     # In the order of the table, each once.

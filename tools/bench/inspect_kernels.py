@@ -72,17 +72,16 @@ class Code:
 
 
 def main() -> None:
-    """Print the table, or write it."""
+    """Print the table, and write it where asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=output_file, help="a Markdown file to write")
     options = parser.parse_args()
     if gpu_triton.is_interpreted():
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
     text = report(list(inspect_all()))
-    if options.output is None:
-        print(text, end="")
-        return
-    files.write(options.output, text)
+    print(text, end="", flush=True)
+    if options.output is not None:
+        files.keep(options.output, text)
 
 
 def inspect_all() -> Iterator[Code]:

@@ -23,6 +23,7 @@ import torch
 from bench_flags import need_cuda
 
 from megatron_xielu import cpu
+from megatron_xielu.common import files
 from megatron_xielu.common.flags import output_file
 from megatron_xielu.common.text import ready_output
 
@@ -175,7 +176,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+        files.keep(args.output, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

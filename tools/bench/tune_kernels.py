@@ -369,6 +369,7 @@ def main() -> None:
     output = options.output or Path(__file__).parents[2] / "runs" / "bench" / "tune.json"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        files.try_to_write(output)
     except OSError as error:
         parser.error(f"--output {output}: {error.strerror}")
     if output.is_dir():
@@ -381,8 +382,9 @@ def main() -> None:
         rows, cols = map(int, shape.split("x"))
         of_shape = measure(found, (rows, cols), dtype, options.bias, options.rounds)
         records += [{"card": card, "triton": triton.__version__, **r} for r in of_shape]
-        files.write(output, json.dumps(records, indent=1) + "\n")
-        print(f"\n{shape} {options.dtype}{' with a bias' * options.bias}\n{best(of_shape)}")
+        named = f"{shape} {options.dtype}{' with a bias' * options.bias}"
+        print(f"\n{named}\n{best(of_shape)}", flush=True)
+        files.keep(output, json.dumps(records, indent=1) + "\n")
     print(f"\nwritten to {output}")
 
 
