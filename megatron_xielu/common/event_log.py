@@ -15,7 +15,7 @@ import socket
 import sys
 from contextlib import suppress
 
-from megatron_xielu.common.text import LONGEST_LINE, first_line, now
+from megatron_xielu.common.text import LONGEST_LINE, first_line, now, visible
 
 
 def node() -> str:
@@ -37,6 +37,7 @@ def write(event: str, reason: str = "", **fields: object) -> None:
     text = first_line(reason)
     if text:
         line += f" reason={json.dumps(text[:LONGEST_LINE], ensure_ascii=False)}"
+    line = visible(line)  # in the file, too, which is read on a terminal
     _say(line)
     path = os.environ.get("MEGATRON_XIELU_EVENTS")
     if path:

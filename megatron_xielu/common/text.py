@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import time
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 LONGEST_LINE = 500
 
+# What a terminal obeys, but for line ends and tabs: C0 and C1 controls, and what changes the
+# direction of text.
+_CONTROLS = [*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
+_CONTROLS += range(0x2066, 0x206A)
+_ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS if chr(c) not in "\n\t"}
+_CURSOR_UP = re.compile(r"(\x1b\[A)+")
+
 
 def ready_output() -> None:
     """Of a command, first of all: it prints wherever its output goes; Ctrl-C ends it in silence.
+
+    Names of folders, arguments in checkpoints and the like are others' to choose: what a terminal
+    would obey in them is printed as its number, as `visible` has it, by whoever prints.
 
     Where that cannot hold a character (ASCII has no arrow, UTF-8 not every name on a disk), its
     number is printed. An output that was closed (``>&-``) is none: Python has None in its place,
@@ -28,7 +39,42 @@ def ready_output() -> None:
             (stream.encoding, stream.errors) != ("utf-8", "surrogateescape")  # which hold all
         ):
             stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream.write, _Visibly):
+            # Of the stream itself, which handlers of logs may hold already.
+            stream.write = _Visibly(stream.write)  # type: ignore[method-assign]
     sys.excepthook = _excepthook
+
+
+def visible(text: str) -> str:
+    """With the number of each character that a terminal would obey: ``\\x1b``."""
+    return text.translate(_ESCAPED)
+
+
+def print_coloured(text: str) -> None:
+    """Print what has colours of our own in it, all else being `visible`."""
+    write = sys.stdout.write
+    (write.as_it_is if isinstance(write, _Visibly) else write)(text + "\n")
+
+
+class _Visibly:
+    """The ``write`` of a stream, `visible` but for lines of progress.
+
+    Those are rewritten: a carriage return comes first, in a line that has nothing or progress. Of
+    several, as tqdm has them, the cursor goes up to the first.
+    """
+
+    def __init__(self, write: Callable[[str], int]) -> None:
+        self.as_it_is = write
+        self._progress, self._empty = False, True  # what the line has
+
+    def __call__(self, text: str) -> int:
+        if self._progress and _CURSOR_UP.fullmatch(text):
+            return self.as_it_is(text)
+        again = text.startswith("\r") and (self._progress or self._empty)
+        shown = "\r" + visible(text[1:]) if again else visible(text)
+        if shown:
+            self._progress, self._empty = again and "\n" not in shown, shown.endswith("\n")
+        return self.as_it_is(shown)
 
 
 def _excepthook(kind: type[BaseException], *rest: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_xielu.common.text import table
+from megatron_xielu.common.text import table, visible
 from megatron_xielu.report import summary
 from megatron_xielu.report.description import differences
 from megatron_xielu.report.drawing import ink_on, share_colour, shortened
@@ -22,7 +22,7 @@ def render(runs: Sequence[Run], *, colours: bool) -> str:
         colours: a block of colour behind each layer's number.
     """
     layers = [_layers(run, colours) for run in runs if run.layers]
-    return "\n\n".join([_table(runs), *_compared(runs), *layers])
+    return "\n\n".join([*map(visible, [_table(runs), *_compared(runs)]), *layers])
 
 
 def _table(runs: Sequence[Run]) -> str:
@@ -51,5 +51,6 @@ def _layers(run: Run, colours: bool) -> str:
             cell = f"\x1b[48;2;{red};{green};{blue};{ink}m{cell}\x1b[0m"
         cells.append(cell)
     lines = ["".join(cells[at : at + _PER_LINE]) for at in range(0, len(cells), _PER_LINE)]
-    title = f"{shortened(run.name)}: nonlinearity by layer, from layer 0 (0.00 is a straight line)"
+    name = visible(shortened(run.name))
+    title = f"{name}: nonlinearity by layer, from layer 0 (0.00 is a straight line)"
     return "\n".join([title, *lines])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_xielu.common import event_log
 from megatron_xielu.common.text import table
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,64 @@ def test_a_command_prints_whatever_its_output_can_hold(encoding, shown):
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.stdout.strip() == shown, done.stderr
+
+
+_HOSTILE = "\x1b]0;x\x07\r\x9b2J\u202e\u2066\x7f"
+_SHOWN = r"\x1b]0;x\x07\r\x9b2J\u202e\u2066\x7f"
+_PRINTS = """
+import argparse, logging, sys, warnings
+logging.getLogger().addHandler(logging.StreamHandler())  # which keeps the stream
+from tqdm import tqdm
+from megatron_xielu.common import text
+text.ready_output()
+bad, how = sys.argv[1:]
+print("name:", bad)
+print("name:", "\\rbad")
+print("tab\\tand", file=sys.stderr)
+sys.stderr.writelines([bad, "\\n"])
+logging.getLogger().error(bad)
+warnings.warn(bad)
+for _ in tqdm(range(2), desc=bad):
+    for _ in tqdm(range(2), leave=False):
+        pass
+text.print_coloured("\\x1b[0m" + text.visible(bad))
+sys.stdout.flush()
+sys.stdout.buffer.write(b"\\x1b[binary\\n")
+if how == "exit":
+    sys.exit(bad)
+if how == "flag":
+    argparse.ArgumentParser().parse_args([bad])
+raise ValueError(bad)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "flag", "error"])
+def test_a_terminal_obeys_no_name(how):
+    """However it is printed; lines of progress are rewritten all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PRINTS, _HOSTILE, how],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+    )
+    assert done.returncode != 0
+    said, complained = done.stdout.decode(), done.stderr.decode()
+    expected = [f"name: {_SHOWN}", r"name: \rbad", f"\x1b[0m{_SHOWN}", "\x1b[binary", ""]
+    assert said.split("\n") == expected
+    first, *_ = (lines := complained.split("\n"))
+    assert (first, lines[1], lines[2]) == ("tab\tand", _SHOWN, _SHOWN)
+    assert _SHOWN in lines[-2]  # of all ways to end
+    assert f"\r{_SHOWN}: 100%|" in complained  # tqdm's own, and the name in it
+    assert "\x1b[A" in complained  # to the first of two
+    for character in "\x07\x9b\u202e\u2066\x7f":
+        assert character not in complained
+    assert "\x1b]" not in complained and "\x1b]" not in said
+
+
+def test_nor_does_a_reader_of_an_event_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEGATRON_XIELU_EVENTS", str(tmp_path / "log"))
+    event_log.write("failed", reason=f"why {_HOSTILE}", checkpoint=_HOSTILE)
+    for line in ((tmp_path / "log").read_text(), capsys.readouterr().err):
+        assert line.removesuffix("\n").isprintable()
 
 
 def test_a_command_whose_output_is_closed(tmp_path):

@@ -242,5 +242,9 @@ class _Progress:
         line = f"{self._label} {self._state}"
         if line == self._last and not self._live:  # a start that takes its time is said once
             return
+        over = " " * (len(self._last) - len(line))
         self._last = line
-        print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
+        if self._live:
+            print(f"\r{line}{over}", end="", flush=True)
+        else:
+            print(line, flush=True)
