@@ -392,11 +392,21 @@ def hold_lock(out: Path) -> int:
         The descriptor that holds the lock.
 
     Raises:
-        SystemExit: another process holds it, or it cannot be written.
+        SystemExit: another process holds it, or it cannot be written, or is somebody else's:
+            ``results``, ``resume`` and ``text`` in it would be overwritten.
     """
+    mark = out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+        there = {path.name for path in out.iterdir()}
+        if (out / "text" / "source.json").is_file():  # which `--prepare-text` wrote elsewhere
+            there.remove("text")
+        if there and not mark.exists():
+            raise SystemExit(
+                f"compare: --out {out} is not empty, and no comparison made it (it has no .lock); "
+                "name a new folder, or make that file in it if it is a comparison's"
+            )
+        lock = os.open(mark, os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_xielu.common import files
-from megatron_xielu.common.text import one_line, ready_output
+from megatron_xielu.common.text import one_line, print_coloured, ready_output
 from megatron_xielu.report.errors import NoReport
 
 PAGE = "report.html"
@@ -68,7 +68,8 @@ def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = (
         notes: about all runs, for the page.
 
     Raises:
-        NoReport: there is nothing to report on, or nowhere to write.
+        NoReport: there is nothing to report on, or nowhere to write; or what would be replaced is
+            not of a report.
     """
     from megatron_xielu.report import layer_plots, page, run_plots, terminal
     from megatron_xielu.report.load import find, load
@@ -97,7 +98,7 @@ def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = (
     _write(output, files, page.render(runs, together, layers, notes))
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(terminal.render(runs, colours=colours))
+    print_coloured(terminal.render(runs, colours=colours))
     for run in runs:
         for note in run.notes:
             print(f"note: {run.name}: {note}", file=sys.stderr)
@@ -110,8 +111,7 @@ def _make_folder(output: Path) -> None:
         files.make_folder(output)
     except OSError as error:
         raise NoReport(f"--output {output} cannot be written to: {error.strerror}") from None
-    if (output / PAGE).is_dir():
-        raise NoReport(f"--output {output}: {PAGE} there is a folder; name another")
+    _check_replaced(output, PAGE)
 
 
 def _prefix(number: int, name: str) -> str:
@@ -121,12 +121,33 @@ def _prefix(number: int, name: str) -> str:
 
 def _write(output: Path, pictures: dict[str, bytes], html: str) -> None:
     """Each file at once; the page, which needs no other, last. Pictures of an old page go."""
+    for name in (PAGE, *pictures):
+        _check_replaced(output, name)
     page = output / PAGE
     old = page.read_text(errors="replace") if page.is_file() else ""
     for name, content in {**pictures, PAGE: html.encode(errors="replace")}.items():
         files.write(output / name, content)
     for name in set(re.findall(r'data-file="([\w.-]+\.png)"', old)) - set(pictures):
-        (output / name).unlink(missing_ok=True)
+        if _made_here(output / name):
+            (output / name).unlink()
+
+
+def _check_replaced(output: Path, name: str) -> None:
+    path = output / name
+    if os.path.lexists(path) and not _made_here(path):
+        raise NoReport(
+            f"--output {output}: {name} there is not of a report, and would be replaced; move it "
+            "away, or name another folder"
+        )
+
+
+def _made_here(path: Path) -> bool:
+    from megatron_xielu.report.drawing import MADE_BY
+
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MADE_BY.encode() in file.read(1024)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_xielu import __version__
 from megatron_xielu.report import description, summary
-from megatron_xielu.report.drawing import Picture, ink_on, share_colour
+from megatron_xielu.report.drawing import MADE_BY, Picture, ink_on, share_colour
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, nonlinearity
 from megatron_xielu.report.ranking import rank
 from megatron_xielu.report.run import Run
@@ -53,6 +53,7 @@ def render(
         title=f"Training report: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=__version__,
+        made_by=MADE_BY,
         run_columns=run_columns,
         run_rows=_uncoloured(run_rows),
         of_all=[*notes, *description.differences(runs).values()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Sequence
 
 from megatron_xielu.report.run import Layer, Run
@@ -138,6 +139,6 @@ def missing_statistics(runs: Sequence[Run]) -> str | None:
     if not lacking:
         return None
     return (
-        f"python -m megatron_xielu.evaluate --load {lacking[0].folder} "
+        f"python -m megatron_xielu.evaluate --load {shlex.quote(str(lacking[0].folder))} "
         "--data-path DATA --activation-statistics"
     )

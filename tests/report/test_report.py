@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -158,6 +159,27 @@ def test_attempts_of_a_resumed_run(tmp_path):
     assert run.tokens(np.array([0, 10, 25, 50])).tolist() == [0, 2560, 6400, 12800]
     curve = events.read_events(tmp_path / "tensorboard")["lm loss"]
     assert [step for step, _ in curve] == list(range(1, 26))
+
+
+def test_attempts_whose_clocks_are_wrong(tmp_path, monkeypatch):
+    """Of a node whose clock was set back, or is behind the other's: nothing goes in silence."""
+    clock = itertools.count(10_000)
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    write_events(tmp_path / "a", range(1, 31))
+    clock = itertools.count(1_000)
+    write_events(tmp_path / "a", range(21, 41), shift=1.0)
+    run = load(tmp_path / "a")
+    assert run.train is not None and run.train.steps.tolist() == list(range(1, 41))
+    assert (run.train.values[20:] > 3.5).all() and (run.train.values[:20] < 5.1).all()
+    assert any("goes on from about iteration 20, which no file" in note for note in run.notes)
+    # Begun anew within the time of the first, which cannot be.
+    clock = itertools.count(10_000)
+    write_events(tmp_path / "b", range(1, 31))
+    clock = itertools.count(10_010)
+    write_events(tmp_path / "b", range(1, 11), shift=1.0)
+    run = load(tmp_path / "b")
+    assert run.iterations == 10
+    assert any("are of the same time by their clocks" in note for note in run.notes)
 
 
 def test_validations_of_a_dropped_attempt(tmp_path):
@@ -474,6 +496,10 @@ def test_colours_only_where_asked(tmp_path):
     plain, coloured = (terminal.render([run], colours=colours) for colours in (False, True))
     assert "\x1b" not in plain and "\x1b[48;2;" in coloured
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    run.name = "\x1b[2J\x9b\u202e"  # a folder's, which a terminal would obey
+    coloured = terminal.render([run, run], colours=True)
+    assert r"\x1b[2J\x9b\u202e" in coloured
+    assert not set("\x9b\u202e") & set(coloured) and "\x1b[2J" not in coloured
 
 
 def test_curves_and_checkpoint_of_different_runs_are_told_apart(tmp_path):

@@ -240,7 +240,10 @@ def test_names_of_folders(tmp_path):
         (["{tmp}/run", "--output", "{tmp}/loop"], "--output {tmp}/loop cannot be written to: "),
         (["{tmp}/run", "--output", "{tmp}/file/out"], "--output {tmp}/file/out cannot be written"),
         (["{tmp}/run", "--output", "/proc/none"], "--output /proc/none cannot be written to: "),
-        (["{tmp}/run", "--output", "{tmp}"], "--output {tmp}: report.html there is a folder"),
+        (
+            ["{tmp}/run", "--output", "{tmp}"],
+            "--output {tmp}: report.html there is not of a",
+        ),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, words, message):
@@ -255,3 +258,36 @@ def test_refused_before_anything_is_written(tmp_path, words, message):
     assert line.startswith("megatron_xielu.report: error: ") and "\n" not in line
     assert message.format(tmp=tmp_path) in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_that_no_report_wrote_stay(tmp_path):
+    """A page of another program, pictures of a user's, also those that an old page names."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_events(run, [1, 2, 3], layers=0)
+
+    def refused(name: str) -> None:
+        before = {path: path.read_bytes() for path in sorted(out.iterdir())}
+        with pytest.raises(SystemExit, match=f"--output {out}: {name} there is not of a report"):
+            main([str(run), "--output", str(out)])
+        assert {path: path.read_bytes() for path in sorted(out.iterdir())} == before
+
+    out.mkdir()
+    (out / "report.html").write_text("<p>of another program</p>")
+    refused("report.html")
+    (out / "report.html").unlink()
+    (tmp_path / "thesis.tex").write_text("a user's")
+    (out / "train-loss-tokens.png").symlink_to(tmp_path / "thesis.tex")
+    refused("train-loss-tokens.png")
+    (out / "train-loss-tokens.png").unlink()
+    main([str(run), "--output", str(out)])
+
+    page = out / "report.html"
+    names = ["holiday.png", "gone.png", "../above.png", f"{tmp_path}/above.png"]
+    page.write_text(page.read_text() + "".join(f'<img data-file="{name}">' for name in names))
+    (out / "holiday.png").write_bytes(b"\x89PNG")
+    for name in ("above.png", "out/old.png"):
+        shutil.copy(out / "train-loss-tokens.png", tmp_path / name)
+    page.write_text(page.read_text() + '<img data-file="old.png">')
+    main([str(run), "--output", str(out)])
+    assert (out / "holiday.png").exists() and (tmp_path / "above.png").exists()
+    assert not (out / "old.png").exists()

@@ -107,6 +107,18 @@ def test_a_folder_that_cannot_be_written(tmp_path, out):
         assert "\n" not in line
 
 
+def test_a_folder_that_no_comparison_made(tmp_path):
+    """Its results would be replaced, and what it has in resume/ removed."""
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "me.pdf").touch()
+    for words in (["quick"], ["small", "--prepare-text"], ["quick", "--check-resume"]):
+        line = refusal([*words, "--out", str(tmp_path)])
+        assert f"--out {tmp_path} is not empty, and no comparison made it" in line
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["me.pdf", "resume"]
+    (tmp_path / ".lock").touch()
+    os.close(tool.hold_lock(tmp_path))
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{", "null"])
 def test_settings_that_are_none(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
