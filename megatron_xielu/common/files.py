@@ -26,6 +26,7 @@ def whole(path: Path) -> Iterator[Path]:
     path, beside = _places(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        _begin(beside)
         yield beside
         sync(beside)
         os.replace(beside, path)
@@ -59,6 +60,7 @@ def try_to_write(path: Path) -> None:
     _, beside = _places(path)
     try:
         try:
+            _begin(beside)
             beside.write_bytes(bytes(_TRIED))
         finally:
             beside.unlink(missing_ok=True)
@@ -82,6 +84,12 @@ def _places(path: Path) -> tuple[Path, Path]:
     """The file, where this is a link to one, and what is written beside it."""
     path = Path(os.path.realpath(path))
     return path, path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+
+
+def _begin(beside: Path) -> None:
+    """Make it, whatever a killed process, or somebody in a shared folder, left: a link, say."""
+    beside.unlink(missing_ok=True)
+    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
 
 def make_folder(path: Path) -> None:

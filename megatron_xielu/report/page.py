@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_xielu import __version__
+from megatron_xielu.common.text import visible
 from megatron_xielu.report import description, summary
 from megatron_xielu.report.drawing import MADE_BY, Picture, ink_on, share_colour
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, nonlinearity
@@ -37,6 +38,7 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),
         autoescape=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,

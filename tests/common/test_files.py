@@ -36,6 +36,17 @@ def test_a_result_that_cannot_be_kept_is_one_line(tmp_path):
         files.keep(tmp_path, "result")
 
 
+def test_a_link_that_lies_where_it_writes_is_not_followed(tmp_path):
+    """In a folder where others may write, they could have it overwrite any file of ours."""
+    (tmp_path / "precious").write_text("precious")
+    files._places(tmp_path / "file.txt")[1].symlink_to(tmp_path / "precious")
+    files.try_to_write(tmp_path / "file.txt")
+    files._places(tmp_path / "file.txt")[1].symlink_to(tmp_path / "precious")
+    files.write(tmp_path / "file.txt", "content")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["file.txt", "precious"]
+
+
 def test_what_raises_within_the_block_writes_nothing(tmp_path):
     path = tmp_path / "file.txt"
     with pytest.raises(ValueError, match="half"), files.whole(path) as beside:

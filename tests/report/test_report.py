@@ -29,7 +29,7 @@ from megatron_xielu.checkpoints.alphas import beta, initial_alphas, read_alphas
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
-from megatron_xielu.report import events, terminal
+from megatron_xielu.report import events, page, terminal
 from megatron_xielu.report.__main__ import main
 from megatron_xielu.report.description import differences
 from megatron_xielu.report.drawing import ACTIVATION_COLOURS, run_styles
@@ -498,6 +498,8 @@ def test_colours_only_where_asked(tmp_path):
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
     run.name = "\x1b[2J\x9b\u202e"  # a folder's, which a terminal would obey
     coloured = terminal.render([run, run], colours=True)
+    html = page.render([run], [], [[]])
+    assert r"<h1>Training report: \x1b[2J\x9b\u202e</h1>" in html and "default-src 'none'" in html
     assert r"\x1b[2J\x9b\u202e" in coloured
     assert not set("\x9b\u202e") & set(coloured) and "\x1b[2J" not in coloured
 
