@@ -50,6 +50,7 @@ from megatron_xielu.common.versions import made_with
 from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
+_REPLACED = ("results", "resume", "report", "text", "corpus")  # in OUT
 _DEFAULT_BASELINE = "swiglu"
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
 _FETCHED_TEXT = [name for name, settings in PRESETS.items() if settings.tokenizer == "bpe"]
@@ -393,18 +394,18 @@ def hold_lock(out: Path) -> int:
 
     Raises:
         SystemExit: another process holds it, or it cannot be written, or is somebody else's:
-            ``results``, ``resume`` and ``text`` in it would be overwritten.
+            what is in it would be replaced.
     """
     mark = out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in out.iterdir()}
-        if (out / "text" / "source.json").is_file():  # which `--prepare-text` wrote elsewhere
-            there.remove("text")
+        there = [name for name in _REPLACED if (out / name).exists()]
+        if any((out / "text" / name).is_file() for name in ("source.json", "manifest.json")):
+            there.remove("text")  # carried here
         if there and not mark.exists():
             raise SystemExit(
-                f"compare: --out {out} is not empty, and no comparison made it (it has no .lock); "
-                "name a new folder, or make that file in it if it is a comparison's"
+                f"compare: --out {out} has {there[0]}, which would be replaced, and no .lock, as "
+                "comparisons leave it; name a new folder, or make that file if one made this folder"
             )
         lock = os.open(mark, os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -113,7 +113,7 @@ def test_a_folder_that_no_comparison_made(tmp_path):
     (tmp_path / "resume" / "me.pdf").touch()
     for words in (["quick"], ["small", "--prepare-text"], ["quick", "--check-resume"]):
         line = refusal([*words, "--out", str(tmp_path)])
-        assert f"--out {tmp_path} is not empty, and no comparison made it" in line
+        assert f"--out {tmp_path} has resume, which would be replaced, and no .lock" in line
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["me.pdf", "resume"]
     (tmp_path / ".lock").touch()
     os.close(tool.hold_lock(tmp_path))
