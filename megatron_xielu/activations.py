@@ -23,15 +23,24 @@ import torch
 from torch import Tensor
 
 from megatron_xielu import catalog, functional
-from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
+from megatron_xielu.catalog import (
+    DEFAULT_ALPHA_INIT,
+    DEFAULT_BETA,
+    FLOAT32_LEAST,
+    FLOAT32_MOST,
+)
 from megatron_xielu.kernels import reference
 
 
 def _check_setting(name: str, value: Any, *, above: float) -> None:
     """Raise ValueError unless it is a number above that, within float32's range."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number and above < value <= torch.finfo(torch.float32).max):
+    if not (is_number and above < value <= FLOAT32_MOST):
         raise ValueError(f"{name} must be a finite number above {above}, got {value!r}")
+    if value - above < FLOAT32_LEAST:
+        raise ValueError(
+            f"{name} must be above {above} by {FLOAT32_LEAST} or more (float32), got {value!r}"
+        )
 
 
 def _megatron_splits_tensors() -> bool:
@@ -116,6 +125,7 @@ class TrainableActivation(torch.nn.Module):
                 reference.inverse_softplus(torch.full_like(alpha, value, dtype=torch.double))
             )
 
+    @torch.no_grad()
     def effective_alphas(self) -> tuple[Tensor, Tensor]:
         """``(αp, αn)`` as they stand in the formula: detached, float64, shape (1,)."""
         return (
@@ -131,15 +141,35 @@ class TrainableActivation(torch.nn.Module):
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
+            if not result.is_floating_point():
+                raise TypeError(
+                    f"{type(self).__name__} has real alphas: it cannot be cast to {result.dtype}"
+                )
             if torch.finfo(result.dtype).bits >= min(32, torch.finfo(tensor.dtype).bits):
                 return result
             return tensor.to(result.device, torch.float32)
 
         return super()._apply(keep_precision, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """With ``assign=True`` the alphas are those of the file, which may have 16 bits."""
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Refuse what no training gets over, NaN say. With ``assign=True`` the alphas are those of
+        the file, which may have 16 bits."""
+        found = []
+        for key in (f"{prefix}alpha_p", f"{prefix}alpha_n"):
+            alpha = state_dict.get(key)
+            # Shards, and what has no values, are not looked into.
+            if type(alpha) not in (Tensor, torch.nn.Parameter) or alpha.is_meta:
+                continue
+            if not alpha.is_floating_point() or alpha.layout is not torch.strided:
+                found.append(f"{key} must be a dense tensor of real numbers, not {alpha.dtype}")
+            elif not alpha.float().isfinite().all():
+                found.append(f"{key} is {alpha.tolist()}: take an earlier checkpoint")
+        if found:  # PyTorch raises them all in the end
+            lists[-1].extend(found)
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         if min(self.alpha_p.dtype.itemsize, self.alpha_n.dtype.itemsize) < 4:
             self.float()
 

@@ -17,6 +17,9 @@ from megatron_xielu.common.flags import COUNT, POSITIVE, Limits, argument_of, fl
 DEFAULT_ALPHA_INIT = 0.8  # effective, of both sides
 DEFAULT_BETA = 0.5
 
+# The positive numbers of float32, in which the kernels compute; one that is less is 0 to them.
+FLOAT32_LEAST, FLOAT32_MOST = 1.2e-38, 3.4e38
+
 # The arguments that configure one of our activations, and what each is where its flag is not given.
 SETTINGS = {
     "xielu_alpha_p_init": DEFAULT_ALPHA_INIT,
@@ -106,7 +109,7 @@ _SIZE = Limits(1, 2**31 - 1)
 _FROM_0 = Limits(0, 1e30, whole=False)
 _SHARE = Limits(0, 1, whole=False)
 # The largest that has been learned is 174, in a released model; 16 bits end at 65504.
-_ALPHA = Limits(0, 1000, whole=False, above=True)
+_ALPHA = Limits(FLOAT32_LEAST, 1000, whole=False)
 
 # By flag, Megatron's and ours, each of which is a number or not given. What is not here may be any
 # number but NaN.

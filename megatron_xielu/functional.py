@@ -15,8 +15,9 @@ Each activation is a pair of custom operators, ``megatron_xielu::<name>`` and
 ``megatron_xielu::<name>_backward``: one node in a compiled graph, and x, a_p, a_n (and a bias, if
 one is fused) are all that is kept for the backward pass. The arithmetic is float32 (float64 for
 float64) whatever the storage dtype, rounded once at the end. `choose` chooses who computes it.
-DTensor knows how they are split, and exporters such as ONNX's what they consist of. Reverse mode,
-once, is all the differentiation there is: the rest is refused, and torch.func knows vmap alone.
+DTensor knows how they are split, and exporters such as ONNX's what they consist of. They have the
+first derivatives in reverse mode; all others (second ones, forward mode, those of torch.func) are
+PyTorch's own, of the closed forms in `reference`: in float64, and with all that autograd keeps.
 
 Limits that follow from float32 arithmetic: a slope beyond its range is inf even if dy would
 bring dx back into range, an h(x) below its range is 0, and so is the softplus of a raw alpha below
@@ -24,16 +25,16 @@ about -100.
 """
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from megatron_xielu.catalog import DEFAULT_BETA
-from megatron_xielu.kernels import choose
+from megatron_xielu.catalog import DEFAULT_BETA, FLOAT32_LEAST, FLOAT32_MOST
+from megatron_xielu.kernels import choose, reference
 
 __all__ = ["xielu", "xiprelu"]
 
@@ -99,29 +100,11 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
     forward_op = getattr(torch.ops.megatron_xielu, name).default
     backward_op = getattr(torch.ops.megatron_xielu, f"{name}_backward").default
 
-    class Gradients(torch.autograd.Function):
-        """With ``create_graph``: else a second derivative would be left out without a word."""
-
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward_op(*inputs)
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            raise RuntimeError(f"{name} can be differentiated once: it has no second derivative")
-
-    def backward_with_autograd(*inputs):
-        if torch.is_grad_enabled():
-            return Gradients.apply(*inputs)
+    def backward_below_autograd(*inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return backward_op(*inputs)
 
     class Activation(torch.autograd.Function):
-        @staticmethod
-        def jvp(ctx, *tangents):
-            raise RuntimeError(f"{name} has no forward-mode derivative: use torch.autograd.grad")
-
         @staticmethod
         def forward(ctx, x, alpha_p, alpha_n, beta, bias):
             ctx.save_for_backward(x, alpha_p, alpha_n, bias)
@@ -132,9 +115,11 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
         @staticmethod
         def backward(ctx, dy):
             x, alpha_p, alpha_n, bias = ctx.saved_tensors
-            dx, d_alpha_p, d_alpha_n, d_bias = backward_with_autograd(
-                dy, x, alpha_p, alpha_n, ctx.beta, bias
-            )
+            inputs = dy, x, alpha_p, alpha_n, ctx.beta, bias
+            if torch.is_grad_enabled() or _in_forward_mode():  # create_graph, or a tangent of dy
+                dx, d_alpha_p, d_alpha_n, d_bias = _backward_by_formula(name, *inputs)
+            else:
+                dx, d_alpha_p, d_alpha_n, d_bias = backward_below_autograd(*inputs)
             return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
 
     # The name is what grad_fn and profilers show.
@@ -142,11 +127,15 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
 
     def forward_with_autograd(x, alpha_p, alpha_n, beta, bias=None):
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"{name} works under torch.func's vmap alone, not under grad, vjp, jvp or what is"
-                " made of them: use torch.autograd.grad"
-            )
+            return _forward_by_formula(name, x, alpha_p, alpha_n, beta, bias)
+        _refuse_tangents(x, alpha_p, alpha_n, bias)
         return activation.apply(x, alpha_p, alpha_n, beta, bias)
+
+    def backward_with_autograd(dy, x, alpha_p, alpha_n, beta, bias=None):
+        if torch.is_grad_enabled():
+            return _backward_by_formula(name, dy, x, alpha_p, alpha_n, beta, bias)
+        _refuse_tangents(dy, x, alpha_p, alpha_n, bias)
+        return backward_below_autograd(dy, x, alpha_p, alpha_n, beta, bias)
 
     def decomposition(x, alpha_p, alpha_n, beta, bias=None):
         """For exporters to where there is no such operator; ONNX's looks for one by itself."""
@@ -163,6 +152,47 @@ def _define_operators(name: str) -> Callable[..., Tensor]:
         torch.library.register_fake(f"megatron_xielu::{operator}", fake, lib=_library)
     torch._decomp.register_decomposition(forward_op)(decomposition)
     return forward_op
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """In a graph that was compiled without them, the operators meet them behind `xielu`'s back."""
+    if _in_forward_mode() and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(
+            "xielu and xiprelu have no forward-mode derivative in a graph that was compiled without"
+            " it: call torch._dynamo.reset(), or what was compiled uncompiled"
+        )
+
+
+def _shifted(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x.double() + bias.double()
+
+
+def _forward_by_formula(
+    name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None
+) -> Tensor:
+    formula = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[name]
+    return formula(_shifted(x, bias), alpha_p, alpha_n, beta=beta).to(x.dtype)
+
+
+def _backward_by_formula(
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    formula = {"xielu": reference.xielu_backward, "xiprelu": reference.xiprelu_backward}[name]
+    dx, d_alpha_p, d_alpha_n = formula(dy, _shifted(x, bias), alpha_p, alpha_n, beta=beta)
+    d_bias = x.new_empty(0) if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
+    return dx.to(x.dtype), d_alpha_p.to(alpha_p.dtype), d_alpha_n.to(alpha_n.dtype), d_bias
 
 
 def _before_dtensor() -> None:
@@ -215,37 +245,51 @@ def _register_shardings() -> None:
     )
 
 
+def _check_dense(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, not {kind}")
+
+
 def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None) -> None:
     """Raise on what the operators do not support; looks at metadata only, never at values."""
-    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16, not {x.dtype}")
+    _check_dense("x", x)
+    dtype, device = x.dtype, x.device
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"x must be float64, float32, bfloat16 or float16, not {dtype}")
     for name, alpha in (("alpha_p", alpha_p), ("alpha_n", alpha_n)):
-        if alpha.dim() > 1 or alpha.numel() != 1:
+        _check_dense(name, alpha)
+        if alpha.shape not in ((1,), ()):
             raise ValueError(
                 f"{name} must have one element, in shape (1,) or (), not {tuple(alpha.shape)}"
             )
-        if alpha.dtype not in (torch.float32, x.dtype):
+        if alpha.dtype not in (torch.float32, dtype):
             raise TypeError(
                 f"{name} is {alpha.dtype}: keep it in float32 (call .float() on it), "
-                f"or in x's dtype, {x.dtype}"
+                f"or in x's dtype, {dtype}"
             )
-        if alpha.device != x.device:
-            raise ValueError(f"{name} is on {alpha.device} and x on {x.device}: move one of them")
-    if not isinstance(beta, float | int):
+        if alpha.device != device:
+            raise ValueError(f"{name} is on {alpha.device} and x on {device}: move one of them")
+    if not isinstance(beta, float | int) or isinstance(beta, bool):
         raise TypeError(f"beta must be a Python number, not {type(beta).__name__}")
-    if not 0.0 < beta < math.inf:
-        raise ValueError(f"beta must be positive and finite, not {beta}")
+    if not FLOAT32_LEAST <= beta <= FLOAT32_MOST:
+        raise ValueError(
+            f"beta must be from {FLOAT32_LEAST} to {FLOAT32_MOST} (float32), not {beta}"
+        )
     if bias is None:
         return
+    _check_dense("bias", bias)
     if x.dim() == 0 or bias.shape != x.shape[-1:] or bias.numel() == 0:
         raise ValueError(
             f"bias must have one element for each of x's columns: x is {tuple(x.shape)} and bias "
             f"{tuple(bias.shape)}"
         )
-    if bias.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"bias is {bias.dtype}: keep it in float32 or in x's dtype, {x.dtype}")
-    if bias.device != x.device:
-        raise ValueError(f"bias is on {bias.device} and x on {x.device}: move one of them")
+    if bias.dtype not in (torch.float32, dtype):
+        raise TypeError(f"bias is {bias.dtype}: keep it in float32 or in x's dtype, {dtype}")
+    if bias.device != device:
+        raise ValueError(f"bias is on {bias.device} and x on {device}: move one of them")
 
 
 def xielu(
@@ -256,13 +300,13 @@ def xielu(
     beta: float = DEFAULT_BETA,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """xIELU of x + bias, differentiable once in x, alpha_p, alpha_n and bias.
+    """xIELU of x + bias, differentiable in x, alpha_p, alpha_n and bias.
 
     Args:
-        x: any shape and layout; float64, float32, bfloat16 or float16.
+        x: any shape and strides, but dense; float64, float32, bfloat16 or float16.
         alpha_p, alpha_n: raw parameters (before softplus) of shape (1,) or (), in float32 or in
             x's dtype, on x's device. Their gradients have their dtype and shape.
-        beta: slope at 0, a positive number.
+        beta: slope at 0, a positive number within float32's range.
         bias: added to every row of x before the activation, without a pass of its own and without
             rounding in between; shape ``x.shape[-1:]``, in float32 or in x's dtype.
 
@@ -270,11 +314,12 @@ def xielu(
         A contiguous tensor of x's shape and dtype. NaN stays NaN; x = -inf and +inf give +inf.
 
     Raises:
-        TypeError: a dtype other than these, or a beta that is not a Python number.
-        ValueError: an alpha or bias of another shape or device, or a beta that is not positive and
-            finite.
+        TypeError: not a dense tensor, another dtype, or a beta that is not a Python number.
+        ValueError: an alpha or bias of another shape or device, or a beta out of range.
     """
     _check(x, alpha_p, alpha_n, beta, bias)
+    if _in_forward_mode():
+        return _forward_by_formula("xielu", x, alpha_p, alpha_n, float(beta), bias)
     return _xielu_op(x, alpha_p, alpha_n, float(beta), bias)
 
 
@@ -286,9 +331,11 @@ def xiprelu(
     beta: float = DEFAULT_BETA,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """xIPReLU of x + bias, differentiable once in x, alpha_p, alpha_n and bias.
+    """xIPReLU of x + bias, differentiable in x, alpha_p, alpha_n and bias.
 
     Arguments, result and errors are those of `xielu`.
     """
     _check(x, alpha_p, alpha_n, beta, bias)
+    if _in_forward_mode():
+        return _forward_by_formula("xiprelu", x, alpha_p, alpha_n, float(beta), bias)
     return _xiprelu_op(x, alpha_p, alpha_n, float(beta), bias)

@@ -25,6 +25,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_xielu.activations import XIELU, TrainableActivation, XIPReLU
@@ -40,6 +41,7 @@ class _SumGradientOverGroup(torch.autograd.Function):
         return alphas.view_as(alphas)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone()  # autograd may share this buffer
         torch.distributed.all_reduce(grad, group=ctx.group)

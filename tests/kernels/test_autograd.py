@@ -1,9 +1,6 @@
-"""What becomes of the operators elsewhere in PyTorch: other derivatives, exporters, a reload."""
+"""What becomes of the operators elsewhere in PyTorch: vmap, exporters, a reload."""
 
 import importlib
-import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,45 +9,6 @@ from torch import Tensor
 from megatron_xielu import functional
 
 BOTH = pytest.mark.parametrize("name", ["xielu", "xiprelu"])
-FORWARD_MODE = "has no forward-mode derivative: use torch.autograd.grad"
-TRANSFORMS = "works under torch.func's vmap alone, not under grad"
-ONCE = "can be differentiated once"
-
-
-def forward_mode(function: Callable, x: Tensor) -> None:
-    with torch.autograd.forward_ad.dual_level():
-        function(torch.autograd.forward_ad.make_dual(x, x))
-
-
-@pytest.mark.parametrize(
-    ("differentiate", "message"),
-    [
-        (forward_mode, FORWARD_MODE),
-        (lambda f, x: torch.func.linearize(f, x), FORWARD_MODE),
-        (lambda f, x: torch.func.jvp(f, (x,), (x,)), TRANSFORMS),
-        (lambda f, x: torch.func.jacfwd(f)(x), TRANSFORMS),
-        (lambda f, x: torch.func.jacrev(f)(x), TRANSFORMS),
-        (lambda f, x: torch.func.grad(f)(x), TRANSFORMS),
-        (lambda f, x: torch.func.vjp(f, x), TRANSFORMS),
-        (lambda f, x: torch.func.vmap(torch.func.grad(f))(x[:, None]), TRANSFORMS),
-        (lambda f, x: torch.func.hessian(f)(x), TRANSFORMS),
-        (lambda f, x: torch.autograd.functional.hessian(f, x), ONCE),
-        (lambda f, x: torch.autograd.functional.hvp(f, x, x), ONCE),
-        (lambda f, x: torch.autograd.gradgradcheck(f, x.double().requires_grad_()), ONCE),
-    ],
-)
-@BOTH
-def test_other_derivatives_are_refused_in_one_line(
-    name: str, differentiate: Callable[..., Any], message: str
-) -> None:
-    alpha = torch.tensor([0.2])
-
-    def function(x: Tensor) -> Tensor:
-        return getattr(functional, name)(x, alpha, alpha).sum()
-
-    with pytest.raises(RuntimeError) as raised:
-        differentiate(function, torch.randn(3))
-    assert re.fullmatch(f"{name} {message}.*", str(raised.value))
 
 
 @BOTH

@@ -117,6 +117,43 @@ def test_alphas_of_a_16_bit_file(activation):
         assert model(torch.randn(3).bfloat16()).dtype == torch.bfloat16
 
 
+@ALL
+def test_what_is_no_alpha_is_not_taken(activation):
+    """From a file, or by a cast: NaN would spread over the model, and half a complex number be
+    dropped without a word."""
+    model = torch.nn.Sequential(activation())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for alpha, message in (
+        (torch.tensor([float("nan")]), r"0\.alpha_n is \[nan\]: take an earlier checkpoint"),
+        (torch.tensor([float("-inf")]), r"0\.alpha_n is \[-inf\]"),
+        (torch.ones(1) + 1j, r"0\.alpha_n must be a dense tensor of real numbers, not .*complex64"),
+        (torch.ones(1).to_sparse(), r"0\.alpha_n must be a dense tensor"),
+        (torch.ones(1).int(), r"0\.alpha_n must be .* not torch\.int32"),
+    ):
+        for assign in (False, True):
+            with pytest.raises(RuntimeError, match=message):
+                model.load_state_dict(before | {"0.alpha_n": alpha}, assign=assign)
+    for one in (model[0], FusedActivation(XIPReLUActivation(), functional.xiprelu, {})):
+        for dtype in (torch.complex64, torch.int32):
+            with pytest.raises(TypeError, match=f"cannot be cast to {dtype}"):
+                one.type(dtype)
+    assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
+    assert model[0].alpha_p.dtype == torch.float32
+
+
+def test_a_sum_over_ranks_has_one_derivative():
+    """A second one would lack the sum."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        module = MegatronXIELU(tp_group=torch.distributed.group.WORLD)
+        y = module(torch.randn(3, requires_grad=True)).sum()
+        (gradient,) = torch.autograd.grad(y, module.alpha_p, create_graph=True)
+        with pytest.raises(RuntimeError, match="marked with @once_differentiable"):
+            gradient.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 WITHOUT_MEGATRON = """
 import sys, torch
 
@@ -246,6 +283,10 @@ def test_compiles_into_one_graph(activation):
         (XIELU, {"alpha_n_init": "0.8"}, "alpha_n_init of XIELU must be .* got '0.8'"),
         (XIELU, {"alpha_p_init": None}, "alpha_p_init must be .* got None"),
         (XIELU, {"beta": True}, "beta must be .* got True"),
+        # 0 in float32
+        (XIELU, {"beta": 1e-46}, r"beta must be above 0 by 1\.2e-38 or more \(float32\)"),
+        (XIPReLU, {"alpha_p_init": 1e-46}, "alpha_p_init must be above 0 by"),
+        (XIPReLU, {"alpha_n_init": 1e-45}, "alpha_n_init of XIPReLU must be above 0.0 by"),
     ],
 )
 def test_bad_settings(activation, settings, message):
