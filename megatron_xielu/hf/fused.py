@@ -79,8 +79,9 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
         How many modules were replaced.
 
     Raises:
-        ValueError: there is none; a module is on the meta device or sharded; DDP has alphas that
-            are not in float32; ``alphas_from`` holds what is not a model's.
+        ValueError: there is none; a module is on the meta device or sharded, or has an alpha that
+            is not finite; DDP has alphas that are not in float32; ``alphas_from`` holds what is not
+            a model's.
         FileNotFoundError: ``alphas_from`` holds no safetensors.
         KeyError: they lack an alpha of the model.
     """
@@ -101,7 +102,7 @@ def use_fused_activation(model: nn.Module, *, alphas_from: str | Path | None = N
         for module in found.values():
             offloaded_are_here.enter_context(_loaded(module))
         for name, module in found.items():
-            _check(name, module, in_ddp)
+            _check(name, module, in_ddp, of_module[name])
         fused = {
             module: FusedActivation(module, _FUNCTIONS[type(module)], of_module[name])
             for name, module in found.items()
@@ -122,7 +123,7 @@ def _loaded(module: nn.Module) -> AbstractContextManager[None]:
     return align_module_device(module)
 
 
-def _check(name: str, module: nn.Module, in_ddp: bool) -> None:
+def _check(name: str, module: nn.Module, in_ddp: bool, stored: dict[str, Tensor]) -> None:
     """Raise on parameters that cannot become those of a `FusedActivation`."""
     for alpha in ("alpha_p", "alpha_n"):
         tensor = getattr(module, alpha, torch.empty(0)).data
@@ -130,11 +131,21 @@ def _check(name: str, module: nn.Module, in_ddp: bool) -> None:
             raise ValueError(f"{name}.{alpha} is on the meta device: load the model first")
         if type(tensor) is not Tensor or tensor.numel() != 1:
             raise ValueError(f"{name}.{alpha} is sharded: use_fused_activation comes before that")
+        if alpha not in stored and not _is_value(alpha, tensor):
+            raise ValueError(f"{name}.{alpha} is {tensor.item()}: load a model with a finite one")
         if in_ddp and tensor.dtype != torch.float32:
             raise ValueError(
                 f"{name}.{alpha} is {tensor.dtype}, and DistributedDataParallel would not reduce "
                 "the gradient of a float32 one: use_fused_activation comes before that"
             )
+    beta: Any = module.beta
+    if "beta" not in stored and not _is_value("beta", torch.as_tensor(beta)):
+        raise ValueError(f"{name}.beta is {float(beta)}: load a model with a positive one")
+
+
+def _is_value(name: str, value: Tensor) -> bool:
+    """Whether the activation can compute with it."""
+    return value.numel() == 1 and bool(value.float().isfinite() and (name != "beta" or value > 0))
 
 
 def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -167,7 +178,7 @@ def _stored_for(
         if alpha not in values:
             raise KeyError(f"{name}.{alpha} is not in the safetensors of {folder}")
     for key, value in values.items():
-        if value.numel() != 1 or not value.float().isfinite() or (key == "beta" and value <= 0):
+        if not _is_value(key, value):
             raise ValueError(
                 f"{folder}: {name}.{key} holds no number that fits "
                 f"({value.dtype}, shape {tuple(value.shape)})"

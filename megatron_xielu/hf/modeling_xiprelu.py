@@ -44,6 +44,10 @@ class Float32Module(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
+            if not result.is_floating_point():
+                raise TypeError(
+                    f"{type(self).__name__} has real alphas: it cannot be cast to {result.dtype}"
+                )
             if torch.finfo(result.dtype).bits >= min(32, torch.finfo(tensor.dtype).bits):
                 return result
             return tensor.to(result.device, torch.float32)
@@ -82,6 +86,14 @@ class XIPReLUActivation(Float32Module):
 ACT2FN["xiprelu"] = XIPReLUActivation
 
 
+def _checked(beta: Any) -> float:
+    """Raise ValueError unless a configuration has such a slope at 0."""
+    is_number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    if not (is_number and 0.0 < beta < math.inf):
+        raise ValueError(f"xiprelu_beta must be a positive number, not {beta!r}")
+    return float(beta)
+
+
 class ArceeXIPReLUConfig(ArceeConfig):
     """`ArceeConfig` with xIPReLU; ``xiprelu_beta`` is its slope at 0."""
 
@@ -90,7 +102,7 @@ class ArceeXIPReLUConfig(ArceeConfig):
     def __init__(
         self, hidden_act: str = "xiprelu", xiprelu_beta: float = _BETA, **kwargs: Any
     ) -> None:
-        self.xiprelu_beta = xiprelu_beta
+        self.xiprelu_beta = _checked(xiprelu_beta)
         super().__init__(hidden_act=hidden_act, **kwargs)
 
 
@@ -102,7 +114,7 @@ class ApertusXIPReLUConfig(ApertusConfig):
     def __init__(
         self, hidden_act: str = "xiprelu", xiprelu_beta: float = _BETA, **kwargs: Any
     ) -> None:
-        self.xiprelu_beta = xiprelu_beta
+        self.xiprelu_beta = _checked(xiprelu_beta)
         super().__init__(hidden_act=hidden_act, **kwargs)
 
 

@@ -95,6 +95,12 @@ class TestXIPReLU:
         }
         assert {layer.mlp.act_fn.beta for layer in model.model.layers} == {0.3}
 
+    @pytest.mark.parametrize("beta", [0, -0.5, float("nan"), float("inf"), "0.5", None, True])
+    def test_a_beta_that_is_none(self, beta) -> None:
+        for config, _ in XIPRELU.values():
+            with pytest.raises(ValueError, match="xiprelu_beta must be a positive number, not"):
+                config(xiprelu_beta=beta)
+
     def test_saves_and_loads_without_loss(self, folder: Path, tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.save_pretrained(tmp_path)
@@ -259,6 +265,15 @@ class TestFusedActivation:
         relu2.save_pretrained(tmp_path)
         with pytest.raises(KeyError, match=r"act_fn\.alpha_p is not in the safetensors"):
             hf.use_fused_activation(model, alphas_from=tmp_path)
+        activation = model.model.layers[1].mlp.act_fn
+        for name, value in (("alpha_n", float("nan")), ("beta", -0.5)):
+            before = getattr(activation, name).item()
+            getattr(activation, name).data.fill_(value)
+            with pytest.raises(
+                ValueError, match=rf"layers\.1\.mlp\.act_fn\.{name} is {value}: load"
+            ):
+                hf.use_fused_activation(model)
+            getattr(activation, name).data.fill_(before)
         hf.use_fused_activation(model)
         with pytest.raises(ValueError, match="no xIPReLU activation but fused ones"):
             hf.use_fused_activation(model, alphas_from=xielu_folder)
