@@ -33,6 +33,7 @@ esac
 (($# < 2)) || die 2 "$2: takes one folder"
 folder=${1:-runs/first-hour}
 [[ $DEVICE == gpu || $DEVICE == cpu ]] || die 2 "DEVICE=$DEVICE: choose gpu or cpu"
+command -v "$PYTHON" >/dev/null || die 2 "PYTHON=$PYTHON: there is no such program"
 [[ $GPUS_PER_NODE =~ ^[1-9][0-9]{0,3}$ ]] || die 2 "GPUS_PER_NODE=$GPUS_PER_NODE is not a number of processes"
 # What a shell that is set up for a run may have exported, and would change what is expected below.
 for name in $("$PYTHON" -c 'from megatron_xielu.plan.variables import VARIABLES; print(*VARIABLES)'); do
@@ -41,6 +42,7 @@ for name in $("$PYTHON" -c 'from megatron_xielu.plan.variables import VARIABLES;
         *) unset "$name" ;;
     esac
 done
+"$PYTHON" -m megatron_xielu.plan.variables first_hour.sh || [[ $? != 2 ]] || exit 2
 [[ $DEVICE == cpu ]] || "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
     die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"
 mark=$folder/first_hour # nothing else is ever removed

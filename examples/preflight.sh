@@ -32,6 +32,11 @@ export NODE_RANK
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
 
+die() { # message
+    echo "preflight.sh: error: $1" >&2
+    exit 2
+}
+
 own=()
 for argument in "$@"; do
     [[ $argument == -- && ${LAYOUT_CHECK:-1} == 0 ]] && break
@@ -42,21 +47,15 @@ for argument in "$@"; do
     fi
 done
 
-"$PYTHON" -m megatron_xielu.plan.variables preflight.sh || exit 2
-if [[ -z $MASTER_ADDR && $NNODES != 1 ]]; then
-    echo "preflight.sh: error: NNODES=$NNODES needs MASTER_ADDR, the address of node 0" >&2
-    exit 2
-fi
+command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: there is no such program"
+"$PYTHON" -m megatron_xielu.plan.variables preflight.sh || {
+    (($? == 2)) && exit 2
+    die "PYTHON=$PYTHON does not work, or is older than 3.9"
+}
+[[ -n $MASTER_ADDR || $NNODES == 1 ]] || die "NNODES=$NNODES needs MASTER_ADDR, the address of node 0"
 : "${MASTER_ADDR:=localhost}"
 flags=(--tensor-model-parallel-size "$TP")
-case $DEVICE in
-    gpu) ;;
-    cpu) flags+=(--cpu) ;;
-    *)
-        echo "preflight.sh: error: DEVICE=$DEVICE: choose gpu or cpu" >&2
-        exit 2
-        ;;
-esac
+[[ $DEVICE != cpu ]] || flags+=(--cpu)
 [[ -n $RUN_DIR ]] && flags+=(--run-dir "$RUN_DIR")
 [[ -n ${NEED_GIB:-} ]] && flags+=(--need-gib "$NEED_GIB")
 [[ -n ${MIN_DISK_MBPS:-} ]] && flags+=(--min-disk-mbps "$MIN_DISK_MBPS")
@@ -67,9 +66,13 @@ if [[ ${DATA_ARGS:-} == *.json ]]; then
 elif [[ -n ${DATA_ARGS:-} ]]; then
     flags+=(--data-args-path "$DATA_ARGS")
 elif [[ -n ${DATA:-} ]]; then
-    read -ra prefixes <<<"$DATA"
+    read -rd '' -a prefixes <<<"$DATA" || true # on lines of their own, too
     flags+=(--data-path "${prefixes[@]}")
 fi
+# The ranks would all say it, where the filter below hides it.
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * GPUS_PER_NODE)) LOCAL_WORLD_SIZE=$GPUS_PER_NODE \
+    MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT "$PYTHON" -c 'from megatron_xielu.cluster.preflight.__main__ import parse; parse()' \
+    "${flags[@]}" "${own[@]}" || exit 2
 
 # Signs of life: RUN_DIR/preflight/NODE, renewed while this node waits. Their times are the file
 # system's own, so the nodes' clocks do not matter.
@@ -126,7 +129,8 @@ filter='
 # Node 0 may start later than the others, but does not go away later: found here, the store is then
 # given up soon (read_timeout).
 if ((NODE_RANK)); then
-    until timeout 5 bash -c ": <'/dev/tcp/$MASTER_ADDR/$((MASTER_PORT + 1))'" 2>/dev/null; do
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    until timeout 5 bash -c ': <"/dev/tcp/$0/$1"' "$MASTER_ADDR" $((MASTER_PORT + 1)) 2>/dev/null; do
         if ((SECONDS >= PREFLIGHT_TIMEOUT)); then
             name_the_missing
             exit 1

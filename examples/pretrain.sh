@@ -67,6 +67,10 @@ die() { # code, message
     exit "$1"
 }
 
+# Until the attempt is counted, whatever fails is a wrong setting: it would fail again, for ever.
+trap '(($? == 0 || $? == 4 || $? == 75)) || exit 2' EXIT
+trap 'exit 75' TERM USR1
+
 dry_run=0
 trailing=()
 for argument in "$@"; do
@@ -84,20 +88,28 @@ done
 # Found by its folder when the package is not installed: in a checkout, on a login node.
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
 : "${PYTHON:=python3}"
+command -v "$PYTHON" >/dev/null || die 2 "PYTHON=$PYTHON: there is no such program"
 
 # --- what to train -------------------------------------------------------------------------------
 
 : "${MODEL:=llama_1b}" "${ACTIVATION:=xielu}"
 model_file=$here/models/$MODEL.sh
 [[ $MODEL == */* || $MODEL == *.sh ]] && model_file=$MODEL
+[[ $model_file == */* ]] || model_file=./$model_file # or source takes one of PATH's
 [[ -f $model_file ]] || die 2 "MODEL=$MODEL: no file $model_file; there are: $(cd "$here/models" && echo *.sh)"
-"$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" || exit 2
+"$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" || {
+    (($? == 2)) && exit 2
+    die 2 "PYTHON=$PYTHON does not work, or is older than 3.9"
+}
 given_port=${MASTER_PORT:-} given_mock=${MOCK_DATA:-0}
 given_tokenizer=${TOKENIZER:-}${VOCAB_SIZE:-} given_padding=${PADDED_VOCAB_SIZE:-}${VOCAB_SIZE:-}
 # Tokens a step, the learning rate chosen for them, and its tokenizer, before the environment has its say.
 # shellcheck source=models/llama_1b.sh
-own=$(unset GLOBAL_BATCH SEQ_LENGTH LR TOKENIZER && { source "$model_file"; } &>/dev/null &&
-    echo "$((GLOBAL_BATCH * SEQ_LENGTH)) $LR ${TOKENIZER:-}") || own=''
+own=$({
+    unset GLOBAL_BATCH SEQ_LENGTH LR TOKENIZER
+    source "$model_file" >/dev/null
+    echo "$((GLOBAL_BATCH * SEQ_LENGTH)) $LR ${TOKENIZER:-}"
+} 2>/dev/null) || own=''
 read -r made_for made_for_lr own_tokenizer <<<"$own"
 # shellcheck source=models/llama_1b.sh
 source "$model_file"
@@ -123,7 +135,7 @@ done
 [[ -f $DATA_ARGS/manifest.json ]] && DATA_ARGS=$DATA_ARGS/per_split_data_args.json
 # What the data were made with comes after what was given, and before the model file; where its
 # tokenizer is the data's, too, its padding stays.
-read -ra prefixes <<<"$DATA"
+read -rd '' -a prefixes <<<"$DATA" || true # on lines of their own, too
 if [[ -n $DATA_ARGS$DATA ]] &&
     IFS=$'\t' read -r data_folder data_padding < <("$PYTHON" -c '
 import sys
@@ -147,22 +159,10 @@ if found := data_lists.prepared_with(data_args, prefixes):
     [[ -n $taken ]] && echo "pretrain.sh: taken from $data_folder/manifest.json:$taken" >&2
 fi
 
-number='^[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?$'
-[[ $TOKENS =~ $number ]] || die 2 "TOKENS=$TOKENS is not a number such as 125e9"
-for name in NNODES GPUS_PER_NODE NODE_RANK TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH BUCKET_SIZE \
-    SAVE_INTERVAL KEEP_LAST KEEP_EVERY IN_JOB_RESTARTS RESTART_BUDGET STEPS WARMUP_STEPS DECAY_STEPS \
-    GATED_FFN_SIZE MASTER_PORT LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS TIMEOUT_MINUTES RENDEZVOUS_TIMEOUT; do
-    # Of 64 bits, and decimal to the shell as well.
-    [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || die 2 "$name=${!name} is not a whole number"
-done
-for name in NNODES GPUS_PER_NODE TP PP CP MICRO_BATCH GLOBAL_BATCH SEQ_LENGTH BUCKET_SIZE STEPS SAVE_INTERVAL; do
-    ((${!name} > 0)) || die 2 "$name=${!name} must be above 0"
-done
 no_master=''
 ((NNODES > 1)) && [[ -z $MASTER_ADDR ]] &&
     no_master="NNODES=$NNODES needs MASTER_ADDR, the address of node 0"
 : "${MASTER_ADDR:=localhost}"
-((NODE_RANK < NNODES)) || die 2 "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
 if [[ -z $given_port ]] && ((NNODES == 1 && !dry_run)); then
     MASTER_PORT=$("$PYTHON" -c '
 import random, socket
@@ -177,11 +177,6 @@ while True:
         pass
 print(port)')
 fi
-((MASTER_PORT < 65535)) || die 2 "MASTER_PORT=$MASTER_PORT must be below 65535: the preflight takes the next"
-[[ $RUN_DIR != -* ]] || die 2 "RUN_DIR=$RUN_DIR looks like an option; write ./$RUN_DIR"
-for name in TIE_EMBEDDINGS INPROCESS_RESTART FAULT_TOLERANCE PREFLIGHT LAYOUT_CHECK MOCK_DATA; do
-    [[ ${!name:-0} == [01] ]] || die 2 "$name=${!name}: choose 0 or 1"
-done
 
 ours=0
 [[ $ENTRY == "-m megatron_xielu.pretrain_gpt" ]] && ours=1
@@ -197,7 +192,6 @@ case $ACTIVATION in
     relu2) activation=(--squared-relu) ;;
     gelu) activation=() ;;
     swiglu) activation=(--swiglu) ffn_size=$GATED_FFN_SIZE ;;
-    *) die 2 "ACTIVATION=$ACTIVATION: choose xielu, xiprelu, relu2, swiglu or gelu" ;;
 esac
 ((GATED_FFN_SIZE % 2 == 0)) || die 2 "GATED_FFN_SIZE=$GATED_FFN_SIZE must be even for equal parameters"
 
@@ -238,21 +232,9 @@ megatron=(
 ((TP > 1)) && megatron+=(--sequence-parallel)
 ((TP > 1 && ours)) && [[ $ACTIVATION == xi* ]] && megatron+=(--xielu-check-tp-sync 1000)
 [[ -n $PADDED_VOCAB_SIZE ]] && megatron+=(--padded-vocab-size "$PADDED_VOCAB_SIZE")
-case $PRECISION in
-    bf16) megatron+=(--bf16) ;;
-    fp32) ;;
-    *) die 2 "PRECISION=$PRECISION: choose bf16 or fp32" ;;
-esac
-case $OPTIMIZER_FORMAT in
-    dp) ;;
-    full) megatron+=(--dist-ckpt-optim-fully-reshardable) ;;
-    *) die 2 "OPTIMIZER_FORMAT=$OPTIMIZER_FORMAT: choose dp or full" ;;
-esac
-case $DEVICE in
-    gpu) ;;
-    cpu) megatron+=(--cpu) ;;
-    *) die 2 "DEVICE=$DEVICE: choose gpu or cpu" ;;
-esac
+[[ $PRECISION != bf16 ]] || megatron+=(--bf16)
+[[ $OPTIMIZER_FORMAT != full ]] || megatron+=(--dist-ckpt-optim-fully-reshardable)
+[[ $DEVICE != cpu ]] || megatron+=(--cpu)
 if [[ $TOKENIZER == null ]]; then
     [[ -n $VOCAB_SIZE ]] || die 2 "TOKENIZER=null needs VOCAB_SIZE"
     megatron+=(--tokenizer-type NullTokenizer --vocab-size "$VOCAB_SIZE")
@@ -287,11 +269,8 @@ if [[ -n $resiliency ]]; then
     : "${FAULT_TOLERANCE:=1}" "${ASYNC_SAVE:=nvrx}"
 fi
 : "${FAULT_TOLERANCE:=0}" "${ASYNC_SAVE:=mcore}"
-case $ASYNC_SAVE in
-    nvrx | mcore) megatron+=(--async-save --use-persistent-ckpt-worker --async-strategy "$ASYNC_SAVE") ;;
-    0) ;;
-    *) die 2 "ASYNC_SAVE=$ASYNC_SAVE: choose nvrx, mcore or 0" ;;
-esac
+[[ $ASYNC_SAVE == 0 ]] ||
+    megatron+=(--async-save --use-persistent-ckpt-worker --async-strategy "$ASYNC_SAVE")
 launcher=()
 ((FAULT_TOLERANCE)) && launcher=(--fault-tolerance) megatron+=(--enable-ft-package --calc-ft-timeouts)
 ((INPROCESS_RESTART)) && megatron+=(--inprocess-restart)
@@ -305,7 +284,7 @@ launcher+=(
 [[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
 # SIGTERM is for the ranks, which save on it; a launcher that handles it would kill them half-way.
 ((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
-read -ra entry <<<"$ENTRY"
+read -rd '' -a entry <<<"$ENTRY" || true
 command=(
     "$PYTHON" -m megatron_xielu.cluster.launcher "${launcher[@]}"
     -m megatron_xielu.cluster.rank "${entry[@]}" "${megatron[@]}" "${trailing[@]}"
@@ -347,12 +326,19 @@ fi
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps by this order
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                          # or a replaced node cannot join
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
-mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard} 2>/dev/null || die 2 "RUN_DIR=$RUN_DIR cannot be written to"
+unwritable="RUN_DIR=$RUN_DIR cannot be written to"
+mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard} 2>/dev/null || die 2 "$unwritable"
+for folder in "$RUN_DIR" "$RUN_DIR"/{checkpoints,events,logs,tensorboard}; do
+    [[ -w $folder && -x $folder ]] || die 2 "$unwritable: $folder belongs to another user, or is read-only"
+done
 RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
 export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
 export DATA_ARGS DATA TOKENIZER                                                            # preflight.sh
+for file in "$RUN_DIR"/{attempts,exit_code} "$MEGATRON_XIELU_EVENTS" "$MEGATRON_XIELU_FINISHED"; do
+    [[ ! -e $file || -f $file && -w $file ]] || die 2 "$unwritable: $file is a folder, or another user's"
+done
 rm -f "$MEGATRON_XIELU_FINISHED"
 
 event() { # name, reason: as megatron_xielu/common/event_log.py
@@ -378,8 +364,9 @@ if ((NODE_RANK == 0)); then
     failed=$(awk -v latest="$latest" '{ n = $1 == latest ? n + 1 : 0 } END { print n + 0 }' "$attempts")
     ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
         "$failed attempts in a row ended without a checkpoint after iteration $latest; find the cause in $RUN_DIR/events and $RUN_DIR/logs, then delete $attempts"
-    echo "$latest" >>"$attempts"
+    { echo "$latest" >>"$attempts"; } 2>/dev/null || die 2 "$unwritable: $attempts; is the disk full?"
 fi
+trap - EXIT
 event start "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
 
 stopping=''
@@ -396,7 +383,7 @@ trap 'stop USR1' USR1
 
 if [[ $PREFLIGHT == 1 ]]; then
     "$here/preflight.sh" -- "${megatron[@]}" "${trailing[@]}" && code=0 || code=$?
-    ((code == 0)) || [[ -n $stopping ]] || finish 3 preflight-failed "preflight.sh ended with $code, and named the node above"
+    ((code == 0)) || [[ -n $stopping ]] || finish $((code == 2 ? 2 : 3)) preflight-failed "preflight.sh ended with $code, and named the node above"
 fi
 
 watch=''

@@ -1,20 +1,21 @@
-"""The variables of examples/pretrain.sh: the flags that they set, and names mistaken for theirs.
+"""The variables of examples/: what each may be, the flags they set, and names mistaken for theirs.
 
-``python -m megatron_xielu.plan.variables SCRIPT [MODEL_FILE]`` looks for such names in the
-environment, for SCRIPT to end with status 2 before it does anything. Standard library only, Python
-3.9 and newer.
+``python -m megatron_xielu.plan.variables SCRIPT [MODEL_FILE]`` judges the environment, and then
+what the model file makes of it, for SCRIPT to end with status 2 before it does anything: where the
+shell expects a number, it would run what stands there. Standard library only, Python 3.9 and newer.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from megatron_xielu.common.flags import argument_of
-from megatron_xielu.common.text import ready_output
+from megatron_xielu.common.text import first_line, ready_output
 
 OUR_ENTRY = "-m megatron_xielu.pretrain_gpt"
 
@@ -76,16 +77,95 @@ _CHOICE = {
     "--mock-data": "MOCK_DATA=1",
     "--dist-ckpt-optim-fully-reshardable": "OPTIMIZER_FORMAT=full",
 }
-_WITHOUT_A_FLAG = (
-    "MODEL STEPS ENTRY TIE_EMBEDDINGS NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR NETWORK "
-    "RENDEZVOUS_TIMEOUT PREFLIGHT LAYOUT_CHECK PYTHON IN_JOB_RESTARTS RESTART_BUDGET "
-    "FAULT_TOLERANCE ASYNC_SAVE INPROCESS_RESTART"
-).split()
 
-VARIABLES = frozenset(
-    [*_SAME.values(), *_FROM.values(), *_WITHOUT_A_FLAG]
-    + [choice.partition("=")[0] for choice in _CHOICE.values()]
-)
+# A value, and what is wrong with it; "" if nothing is.
+_Kind = Callable[[str], str]
+# What is no line of text would be two lines of a log, of a list or of a command.
+_TEXT = r"[^\x00-\x1f\x7f]*"
+# Nor an option of ssh, a second command or a pattern of files.
+_HOST = r"(?![-.])[\w.:%-]+"
+
+
+def _like(pattern: str, fault: str) -> _Kind:
+    return lambda value: "" if re.fullmatch(pattern, value, re.ASCII) else fault
+
+
+def _one_of(*words: str) -> _Kind:
+    fault = f": choose {', '.join(words[:-1])} or {words[-1]}"
+    return lambda value: "" if value in words else fault
+
+
+def _positive(value: str) -> str:
+    return _whole(value) or (" must be above 0" if value == "0" else "")
+
+
+def _port(value: str) -> str:
+    below = " must be below 65535: the preflight takes the next"
+    return _positive(value) or ("" if int(value) < 65535 else below)
+
+
+def _path(value: str) -> str:
+    return _text(value) or (
+        f" looks like an option; write ./{value}" if value.startswith("-") else ""
+    )
+
+
+# Of 64 bits, and decimal to the shell as well.
+_whole = _like(r"0|[1-9][0-9]{0,17}", " is not a whole number")
+_number = _like(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+", " is not a number")
+_tokens = _like(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?", " is not a number such as 125e9")
+_shares = _like(r"[0-9.]+([,/ ]+[0-9.]+){0,2}", " is not shares such as 990,10,0")
+_text = _like(_TEXT, " has a line end or another control character")
+_any: _Kind = lambda value: ""  # noqa: E731 (lists, which white space of any kind parts)
+_host = _like(_HOST, " is not a host's name or address")
+_name = _like(rf"({_HOST}@)?{_HOST}", " is not a host's name")
+_names = _like(rf"(({_HOST}@)?{_HOST}\s*)*", " is not a list of hosts' names")
+_switch = _one_of("0", "1")
+
+# Those of a model file, which has to set them where the environment does not.
+_OF_A_MODEL: dict[str, _Kind] = {
+    **dict.fromkeys(("NUM_LAYERS", "HIDDEN_SIZE", "NUM_HEADS", "NUM_KV_HEADS"), _positive),
+    **dict.fromkeys(("GATED_FFN_SIZE", "SEQ_LENGTH"), _positive),
+    **dict.fromkeys(("ROTARY_BASE", "LR"), _number),
+    "TIE_EMBEDDINGS": _switch,
+    **dict.fromkeys(("GLOBAL_BATCH", "MICRO_BATCH", "TP", "PP", "CP", "STEPS"), _positive),
+    "TOKENS": _tokens,
+    **dict.fromkeys(("WARMUP_STEPS", "DECAY_STEPS"), _whole),
+}
+_OF_A_RUN: dict[str, _Kind] = {
+    **dict.fromkeys(("MODEL", "DATA_ARGS", "TOKENIZER", "RUN_DIR"), _path),
+    **dict.fromkeys(("DATA", "ENTRY"), _any),
+    **dict.fromkeys(("PYTHON", "WANDB_PROJECT", "NETWORK"), _text),  # network.env.sh has its words
+    "ACTIVATION": _one_of("xielu", "xiprelu", "relu2", "swiglu", "gelu"),
+    "PRECISION": _one_of("bf16", "fp32"),
+    "DEVICE": _one_of("gpu", "cpu"),
+    "OPTIMIZER_FORMAT": _one_of("dp", "full"),
+    "ASYNC_SAVE": _one_of("nvrx", "mcore", "0"),
+    **dict.fromkeys(("MOCK_DATA", "PREFLIGHT", "LAYOUT_CHECK"), _switch),
+    **dict.fromkeys(("FAULT_TOLERANCE", "INPROCESS_RESTART"), _switch),
+    **dict.fromkeys(("NNODES", "GPUS_PER_NODE", "BUCKET_SIZE", "SAVE_INTERVAL"), _positive),
+    **dict.fromkeys(("VOCAB_SIZE", "PADDED_VOCAB_SIZE", "TIMEOUT_MINUTES"), _positive),
+    **dict.fromkeys(("RENDEZVOUS_TIMEOUT", "KEEP_LAST"), _positive),
+    **dict.fromkeys(("NODE_RANK", "SEED", "KEEP_EVERY", "LOG_INTERVAL"), _whole),
+    **dict.fromkeys(("EVAL_INTERVAL", "EVAL_ITERS"), _whole),
+    **dict.fromkeys(("IN_JOB_RESTARTS", "RESTART_BUDGET"), _whole),
+    **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU"), _number),
+    "SPLIT": _shares,
+    "MASTER_PORT": _port,
+    **dict.fromkeys(("MASTER_ADDR", "LOCAL_ADDR"), _host),
+}
+# The preflight's own, and those that the scripts read but nobody is to confuse with another.
+_OF_OTHERS: dict[str, _Kind] = {
+    **dict.fromkeys(("NEED_GIB", "MIN_DISK_MBPS", "MIN_BANDWIDTH"), _number),
+    "PREFLIGHT_TIMEOUT": _positive,
+    "MEGATRON_XIELU_NODE": _name,
+    "NODE_LIST": _names,
+    "CUDA_DEVICE_MAX_CONNECTIONS": _whole,
+    "OMP_NUM_THREADS": _like("[0-9]+(,[0-9]+)*", " is not a whole number"),
+}
+_KINDS = {**_OF_A_MODEL, **_OF_A_RUN, **_OF_OTHERS}
+
+VARIABLES = frozenset([*_OF_A_MODEL, *_OF_A_RUN])
 
 # Names of other programs for the same, and what is written from memory, beside the flags' own in
 # capitals and what is one slip of the keyboard away.
@@ -172,14 +252,76 @@ def _after_the_same(word: str, other: str) -> tuple[str, str]:
     return word[same:], other[same:]
 
 
+def faults(values: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with variables, one line each; an empty one is as good as none.
+
+    Args:
+        values: name, value.
+    """
+    good = {}
+    for name, kind in _KINDS.items():
+        value = values.get(name, "")
+        fault = kind(value) if value else ""
+        if fault:
+            yield f"{name}={_printable(value)}{_printable(fault)}"
+        else:
+            good[name] = value
+    if "NODE_RANK" in good and "NNODES" in good:
+        rank, nodes = int(good["NODE_RANK"] or 0), int(good["NNODES"] or 1)
+        if rank >= nodes:
+            yield f"NODE_RANK={rank} must be below NNODES={nodes}"
+
+
+def _printable(value: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+
+
+# A shell of its own, so that whatever the file does (a wrong line, exit) is seen, not suffered.
+# Its output is no place for the file's own.
+_SOURCE = """
+exec 3>&1 >&2
+set -aeuo pipefail
+source "$1"
+exec env -0 >&3
+"""
+
+
+def of_model_file(file: str, environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The variables that a model file makes of an environment, and what is wrong with it or "".
+
+    Args:
+        file: its path, with a slash in it.
+        environment: name, value.
+    """
+    command = ["bash", "-c", _SOURCE, "bash", file]
+    done = subprocess.run(
+        command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True
+    )
+    pairs = done.stdout.decode(errors="surrogateescape").split("\0")
+    values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if done.returncode or not values:
+        said = first_line(done.stderr.decode(errors="replace")).replace(f"{file}: ", "", 1)
+        return {}, f"model file {file}: {said or f'it ends the script, with {done.returncode}'}"
+    missing = [name for name in _OF_A_MODEL if not values.get(name)]
+    return values, f"model file {file} does not set {', '.join(missing)}" if missing else ""
+
+
 def main() -> None:
-    """Name them; end with status 2 where one is refused."""
+    """Name what is wrong; end with status 2 where something is refused."""
     script, *model_file = sys.argv[1:]
-    words = re.findall(r"\w+", "".join(Path(file).read_text() for file in model_file))
-    found = list(misnamed(os.environ, words))
-    for line, refused in found:
-        print(f"{script}: {'error' if refused else 'warning'}: {line}", file=sys.stderr)
-    if any(refused for _, refused in found):
+    text = "".join(Path(file).read_text(errors="replace") for file in model_file)
+    errors = list(faults(os.environ))
+    for line, refused in misnamed(os.environ, re.findall(r"\w+", text)):
+        if refused:
+            errors.append(line)
+        else:
+            print(f"{script}: warning: {line}", file=sys.stderr)
+    if model_file and not errors:
+        values, fault = of_model_file(model_file[0], os.environ)
+        errors = [fault] if fault else list(faults(values))
+    for line in errors:
+        print(f"{script}: error: {line}", file=sys.stderr)
+    if errors:
         sys.exit(2)
 
 

@@ -45,6 +45,8 @@ def test_a_step_that_fails_ends_it_and_names_its_log(tmp_path):
     [
         ([], {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0"),
         ([], {"DEVICE": "tpu"}, "DEVICE=tpu"),
+        ([], {"MASTER_PORT": "x"}, "MASTER_PORT=x is not a whole number"),
+        ([], {"PYTHON": "/no/such"}, "PYTHON=/no/such: there is no such program"),
         (["--dry-run"], {}, "takes one folder"),
     ],
 )

@@ -23,7 +23,6 @@ from megatron_xielu.checkpoints.optimizer_format import default_bucket_size
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.model import Model
 from megatron_xielu.plan.run import Cluster, Plan
-from megatron_xielu.plan.variables import VARIABLES
 
 MODELS = ["llama_1b", "llama_3b", "debug"]
 ACTIVATIONS = ["xielu", "xiprelu", "relu2", "swiglu", "gelu"]
@@ -65,7 +64,6 @@ def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
     return command, variables | injected, sets
 
 
-FRONT_END_SCRIPTS = ("slurm/pretrain.sbatch", "torchrun/launch.sh")
 FRONT_ENDS |= {f"kubernetes-{k.lower()}": kubernetes(k) for k in test_kubernetes.INJECTED}
 
 SMALL = {"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "PREFLIGHT": "0"}
@@ -217,37 +215,6 @@ def test_where_cd_looks_elsewhere_first(command):
     assert output(command, CDPATH=str(REPOSITORY)) == output(command)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            "--dryrun",
-            "--dryrun is no flag of Megatron's or this package's; did you mean --dry-",
-        ),
-        ("--learning-rate 1e-3", "did you mean LR?"),
-        ("--micro-batch 2 --no-such-thing", "did you mean MICRO_BATCH?"),
-    ],
-)
-def test_a_flag_that_nobody_knows(flags, message, tmp_path):
-    """Before anything is started; with a script that may have flags of its own a warning."""
-    small = SMALL | {"RUN_DIR": f"{tmp_path}/run", "PREFLIGHT": "1"}
-    result = run(f"examples/pretrain.sh {flags}", **small)
-    assert result.returncode == 2 and message in result.stderr
-    assert len(result.stderr.splitlines()) == len(re.findall("--", flags))
-    assert not (tmp_path / "run").exists()
-    other = output(f"{LAUNCHER} {flags}", **SMALL, ENTRY="script.py")
-    assert "warning: --" in other and message in other
-
-
-def test_names_that_a_cluster_may_set_are_warned_of():
-    result = run(LAUNCHER, **SMALL, NUM_NODES="4", TOKEN="secret", TZ="UTC", MODELS="/models")
-    assert result.returncode == 0
-    assert result.stderr == (
-        "pretrain.sh: warning: NUM_NODES=4 is not read; the variable is NNODES\n"
-    )
-    assert not run(LAUNCHER, **SMALL, NUM_NODES="4", NODES="4", NNODES="2").stderr
-
-
 def test_of_ranks_that_are_no_whole_number_there_is_no_batch():
     result = run(LAUNCHER, NNODES="11", TP="3")
     assert result.returncode == 2 and "data-parallel ranks" not in result.stderr
@@ -255,18 +222,6 @@ def test_of_ranks_that_are_no_whole_number_there_is_no_batch():
 
 def test_flags_behind_two_dashes():
     assert output(f"{LAUNCHER} -- --lr 1e-4") == output(f"{LAUNCHER} --lr 1e-4")
-
-
-def test_names_that_others_read(tmp_path):
-    """A model file, or a script, of the user's own."""
-    model = tmp_path / "model.sh"
-    debug = f"source {REPOSITORY}/examples/models/debug.sh"
-    model.write_text(f': "${{GBS:=64}}"; GLOBAL_BATCH=$GBS; {debug}\n')
-    variables = SMALL | {"GBS": "32"}
-    assert "--global-batch-size 32" in output(LAUNCHER, **variables | {"MODEL": str(model)})
-    assert run(LAUNCHER, **variables).returncode == 2
-    result = run(LAUNCHER, **variables, ENTRY="script.py")
-    assert result.returncode == 0 and "warning: GBS=32 is not read" in result.stderr
 
 
 def test_another_step_than_the_learning_rate_was_chosen_for_is_told():
@@ -285,34 +240,6 @@ def test_a_plan_that_cannot_run_does_not_look_like_one_that_can():
     assert result.returncode == 2
     assert "\n\nTHIS PLAN CANNOT RUN: 1 problem, told below\nmodel\n" in result.stdout
     assert "GPU-hours" not in result.stdout and "checkpoints\n" not in result.stdout
-
-
-def test_a_preflight_by_hand_needs_to_know_node_0():
-    result = run("examples/preflight.sh", NNODES="8")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "preflight.sh: error: NNODES=8 needs MASTER_ADDR, the address of node 0\n"
-    )
-    result = run("examples/preflight.sh", NODES="8")
-    assert result.returncode == 2 and "NODES=8 is not read; the variable is NNODES" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "code", "message"),
-    [
-        ("examples/torchrun/launch.sh --help", 0, "examples/torchrun/launch.sh host1 host2"),
-        ("examples/torchrun/launch.sh a --dry-run", 2, "error: --dry-run is no host; flags stand"),
-        ("examples/slurm/pretrain.sbatch --lr 1", 2, "error: not in a job; submit it with sbatch"),
-        ("examples/slurm/pretrain.sbatch --help", 0, "a job that is stopped, preempted or fails"),
-    ],
-)
-def test_front_ends_started_wrongly(command, code, message):
-    """They would start again for ever, or say what the shell says."""
-    environment = {name: word for name, word in os.environ.items() if "SLURM" not in name}
-    done = subprocess.run(
-        ["bash", *command.split()], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == code and message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("model, nodes", [("llama_1b", 11), ("llama_3b", 32)])
@@ -413,89 +340,3 @@ def test_other_scripts_get_the_layer_spec():
     text = output(LAUNCHER, ENTRY="/opt/megatron-lm/pretrain_gpt.py")
     assert "--spec megatron_xielu.layer_specs xielu_layer_spec" in text.replace(" \\\n   ", "")
     assert "--use-te-activation-func" in text and "--xielu " not in text
-
-
-@pytest.mark.parametrize(
-    "variables, words",
-    [
-        ({"MODEL": "llama_9b"}, "MODEL=llama_9b: no file"),
-        ({"ACTIVATION": "selu"}, "ACTIVATION=selu: choose"),
-        ({"TOKENS": "125 billion"}, "TOKENS=125 billion is not a number"),
-        ({"TP": "two"}, "TP=two is not a whole number"),
-        ({"TP": "010"}, "TP=010 is not a whole number"),
-        ({"RESTART_BUDGET": "9" * 30}, f"RESTART_BUDGET={'9' * 30} is not a whole number"),
-        ({"GATED_FFN_SIZE": "wide"}, "GATED_FFN_SIZE=wide is not a whole number"),
-        ({"EVAL_ITERS": "-1"}, "EVAL_ITERS=-1 is not a whole number"),
-        ({"GLOBAL_BATCH": "0"}, "GLOBAL_BATCH=0 must be above 0"),
-        ({"FAULT_TOLERANCE": "yes"}, "FAULT_TOLERANCE=yes: choose 0 or 1"),
-        ({"PREFLIGHT": "yes"}, "PREFLIGHT=yes: choose 0 or 1"),
-        ({"PRECISION": "fp8"}, "PRECISION=fp8: choose"),
-        ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
-        ({"OPTIMIZER_FORMAT": "tp"}, "OPTIMIZER_FORMAT=tp: choose"),
-        ({"BUCKET_SIZE": "88M"}, "BUCKET_SIZE=88M is not a whole number"),
-        ({"NODE_RANK": "1"}, "NODE_RANK=1 must be below NNODES=1"),
-        ({"MASTER_PORT": "65535"}, "MASTER_PORT=65535 must be below 65535"),
-        ({"RUN_DIR": "-run"}, "RUN_DIR=-run looks like an option; write ./-run"),
-        ({"TOKENIZER": "null"}, "TOKENIZER=null needs VOCAB_SIZE"),
-        ({"TOKENS": "0"}, "TOKENS is less than one step of GLOBAL_BATCH=440\n"),
-        ({}, "no data: set DATA_ARGS"),
-        ({"MOCK_DATA": "1", "NNODES": "11"}, "NNODES=11 needs MASTER_ADDR, the address of node 0"),
-        (
-            {"MOCK_DATA": "1", "NNODES": "8"},
-            "GLOBAL_BATCH=440 is not a multiple of MICRO_BATCH=5 × 64 data-parallel ranks; these "
-            "work: NNODES=11, or GLOBAL_BATCH=448 MICRO_BATCH=1, or GLOBAL_BATCH=384 MICRO_BATCH=6",
-        ),
-        ({"MOCK_DATA": "1"}, "libcuda.so.1"),
-        ({"MOCK_DATA": "1", "DATA": "x"}, "give one of MOCK_DATA=1, DATA_ARGS and DATA"),
-        ({"NNODES": "0"}, "NNODES=0 must be above 0"),
-        ({"NETWORK": "ib"}, "NETWORK=ib is not one of"),
-        ({"NODES": "11"}, "NODES=11 is not read; the variable is NNODES"),
-        ({"GLOBAL_BACTH": "8"}, "GLOBAL_BACTH=8 is not read; the variable is GLOBAL_BATCH"),
-    ],
-)
-def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_path):
-    result = run("examples/pretrain.sh", **{"RUN_DIR": str(tmp_path / "run"), **variables})
-    assert result.returncode == 2
-    assert words in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_run_dir_that_is_no_folder(tmp_path):
-    (tmp_path / "file").touch()
-    result = run("examples/pretrain.sh", RUN_DIR=f"{tmp_path}/file", **SMALL)
-    assert result.returncode == 2
-    assert result.stderr.endswith(f"RUN_DIR={tmp_path}/file cannot be written to\n")
-
-
-@pytest.mark.parametrize("tracker", ["", "4\n6", "release", "a\\"])
-def test_budget_with_a_damaged_tracker(tmp_path, tracker):
-    """Three attempts that began at no checkpoint are as many as a run may make."""
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text(tracker)
-    (tmp_path / "attempts").write_text("0\n0\n0\n")
-    result = run("examples/pretrain.sh", RUN_DIR=str(tmp_path), **SMALL)
-    assert result.returncode == 4, result.stderr
-    assert "3 attempts in a row ended without a checkpoint after iteration 0" in result.stderr
-
-
-# Not for a user to set.
-SHELLS_OWN = r"PYTHONPATH|SLURM\w+"
-
-
-@pytest.mark.parametrize("name", ["pretrain.sh", "preflight.sh", *FRONT_END_SCRIPTS])
-def test_help_names_every_variable(name):
-    script = REPOSITORY / "examples" / name
-    files = [script, *script.parent.glob("models/*.sh")] if name == "pretrain.sh" else [script]
-    code = "".join(file.read_text() for file in files)
-    read = {
-        variable
-        for variable in re.findall(r"\$\{([A-Z][A-Z_]+):?[-=+]", code)
-        if not re.fullmatch(SHELLS_OWN, variable)
-    }
-    text = script.read_text().partition("\nset -")[0]  # what --help prints
-    assert len(read) > 3
-    if name == "pretrain.sh":
-        others = {"MEGATRON_XIELU_NODE", "CUDA_DEVICE_MAX_CONNECTIONS"}
-        assert read - others <= VARIABLES
-        read |= VARIABLES
-    assert {variable for variable in read if not re.search(rf"\b{variable}\b", text)} == set()

@@ -36,14 +36,21 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_xielu.common import event_log, text, torchrun
 from megatron_xielu.common.flags import POSITIVE, Limits
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one line: the usage is two dozen more."""
+        self.exit(2, f"preflight: error: {message}\n")
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what it says must be the same on all nodes."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python3 -m megatron_xielu.cluster.preflight",
         description="Check nodes before a training run.",
         allow_abbrev=False,
