@@ -30,7 +30,7 @@ tag='' base='' builder=${BUILDER:-} push='' sif='' enroot=''
 while (($#)); do
     case $1 in
         --tag | --base | --builder | --sif | --enroot)
-            [[ -n ${2:-} ]] || die "$1 needs a value"
+            [[ -n ${2:-} && $2 != -* ]] || die "$1 needs a value"
             printf -v "${1#--}" %s "$2"
             shift
             ;;

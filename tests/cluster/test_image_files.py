@@ -155,6 +155,7 @@ def test_build_image_calls(programs: Path):
         (["--push"], "--tag"),
         (["--builder", "kaniko"], "kaniko"),
         (["--sif"], "--sif"),
+        (["--tag", "--push"], "--tag"),
         (["--colour"], "--colour"),
         (["--builder", "buildah", "--enroot", "x.sqsh"], "enroot"),
     ],

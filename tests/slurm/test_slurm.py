@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from launch import REPOSITORY
-from namespaces import until
+from namespaces import environment, until
 from slurm import SlurmCluster
 from trajectory import (
     SETTINGS,
@@ -141,3 +141,28 @@ def test_deterministic_crash_is_not_requeued_for_ever(slurm, tmp_path):
     assert "event=budget-spent" in text
     time.sleep(2)
     assert slurm.state(job) == "FAILED"
+
+
+def test_what_does_not_start_is_not_requeued_for_ever(slurm, tmp_path):
+    """A setting that is refused ends the job; a container that fails before the budget is counted
+    is tried again, so often; one that is not there is not."""
+    apptainer = tmp_path / "bin/apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text("#!/bin/sh\necho no room for the image >&2\nexit 1\n")
+    apptainer.chmod(0o755)
+    image = tmp_path / "image.sif"
+    image.touch()
+    path = f"{apptainer.parent}:{environment()['PATH']}"
+    for variables, code, restarts, words in (
+        ({"TP": "two"}, 2, 0, "pretrain.sh: error: TP=two is not a whole number"),
+        ({"IMAGE": f"{image}.sif"}, 2, 0, f"IMAGE={image}.sif is not there"),
+        ({"RUN_DIR": f"{image}/run"}, 2, 0, f"RUN_DIR={image}/run cannot be written to"),
+        ({"IMAGE": str(image), "RESTART_BUDGET": "1"}, 4, 1, "before pretrain.sh counted the"),
+    ):
+        job = submit(slurm, tmp_path / "run", **{"PATH": path, **variables})
+        slurm.wait(job, timeout=100, until={"FAILED"})
+        found = slurm.show(job)
+        assert (found["ExitCode"], found["Restarts"]) == (f"{code}:0", str(restarts)), slurm.log(
+            job
+        )
+        assert words in slurm.log(job)

@@ -62,8 +62,9 @@ class Launch:
 
 
 def test_cut_link_and_interrupt(hosts, reference, tmp_path):
-    """The link is cut and comes back; then Ctrl-C, and the same command again."""
-    run = tmp_path / "run"
+    """The link is cut and comes back; then Ctrl-C, and the same command again. Of a run whose
+    folder has a name that no shell may read."""
+    run = tmp_path / "it's a $run"
     launch = Launch(hosts, run)
     until("ten steps", lambda: latest(run) >= 10, timeout=120)
     hosts.cut_link("host2")
