@@ -12,6 +12,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 LONGEST_LINE = 500
+# As messages have it: what ends a sentence, a quotation or a bracket comes after it. urllib3's have
+# "url: " and no host. ``a::b`` is fsspec's chain of two. Without limits it would take a long time.
+_CHAINED = r"::[a-z0-9+.-]{1,30}(?:://|::)"
+_URL = re.compile(
+    rf"""([a-z][a-z0-9+.-]{{0,30}}://|(?<=url:\ )/)
+    ((?:(?!{_CHAINED})[^\s"<>])+?)
+    (?=[:,;.)\]}}']{{0,9}}(?:[\s"<>]|$|{_CHAINED}))""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# The second: of a password with an unescaped slash or question mark. Digits there are a port.
+_USER = re.compile(r"[^/?#]*@|[^/?#@:\[]+:(?!\d*(?:[/?#]|$)).*@")
+# What stands before their @ is a container or a repository.
+_WITHOUT_USERS = ("abfs", "abfss", "adl", "az", "git", "github", "wasb", "wasbs")
 
 # What a terminal obeys, but for line ends and tabs: C0 and C1 controls, and what changes the
 # direction of text.
@@ -93,19 +106,43 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
+def without_secrets(text: str) -> str:
+    """The text with its URLs bare of what gives access: user, password, query and fragment."""
+    return _URL.sub(_without_secrets, text) if "/" in text else text
+
+
+def _without_secrets(match: re.Match[str]) -> str:
+    start, rest = match.groups()
+    scheme = start.rpartition("://")[0].lower()
+    if scheme == "file":
+        return match[0]
+    if start != "/" and scheme not in _WITHOUT_USERS:
+        rest = _USER.sub("", rest, count=1) if _USER.match(rest) else rest
+    path, _, query = rest.partition("?")
+    if scheme in ("", "http", "https"):
+        path = path.partition("#")[0]
+    elif "=" not in query:  # of a name, in a bucket for example
+        path = rest
+    return start + path
+
+
 def one_line(error: BaseException) -> str:
     """All that an exception says, in one line; a path in it may have line ends."""
-    return " ".join(filter(None, map(str.strip, str(error).splitlines())))
+    return " ".join(filter(None, map(str.strip, _said(error).splitlines())))
+
+
+def _said(error: BaseException) -> str:
+    return without_secrets(str(error))
 
 
 def describe(error: BaseException) -> str:
     """An exception with its type, in one line of limited length."""
-    return f"{type(error).__name__}: {first_line(str(error))}"[:LONGEST_LINE]
+    return f"{type(error).__name__}: {first_line(_said(error))}"[:LONGEST_LINE]
 
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing."""
-    return first_line(str(error)) or type(error).__name__
+    return first_line(_said(error)) or type(error).__name__
 
 
 def size(number: float) -> str:

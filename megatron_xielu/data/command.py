@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_xielu.common.flags import Limits, flag_of
-from megatron_xielu.common.text import is_utf8
+from megatron_xielu.common.text import is_utf8, without_secrets
 from megatron_xielu.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,9 +43,14 @@ _OF_EXECUTORS = {
 _ENTRIES = Limits(257, 10**6)  # a token for every byte, and one that ends a document
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(without_secrets(message))
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="prepare_data.py",
         description="Text to Megatron's .bin/.idx. The same command goes on where it stopped.",
         epilog="docs/data.md leads from a folder on a laptop to 125B tokens on a cluster.",
@@ -127,6 +132,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             )
     if any("=" not in option for option in options.slurm_option or ()):
         parser.error("--slurm-option takes NAME=VALUE, account=me for example")
+    if any(option.startswith("export=") for option in options.slurm_option or ()):
+        parser.error(
+            "--slurm-option export: jobs have this command's environment, and all can read their "
+            "script: leave it out, and export the variables before"
+        )
     return options
 
 
@@ -142,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _prepare(options)
     except (DataError, OSError) as error:
-        sys.exit(f"prepare_data.py: error: {error}")
+        sys.exit(f"prepare_data.py: error: {without_secrets(str(error))}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on")
 
@@ -161,7 +171,15 @@ def _prepare(options: argparse.Namespace) -> None:
         raise DataError(
             f"{error}: install this package's extra, pip install 'megatron_xielu[data]'"
         ) from error
-    from megatron_xielu.data import estimate, manifest, recipe, records, scheduler, tokenizer_files
+    from megatron_xielu.data import (
+        credentials,
+        estimate,
+        manifest,
+        recipe,
+        records,
+        scheduler,
+        tokenizer_files,
+    )
 
     output: Path = options.output.absolute()
     if str(output).split() != [str(output)] or "::" in str(output):
@@ -174,6 +192,7 @@ def _prepare(options: argparse.Namespace) -> None:
             f"--output {output}: choose a path without {odd[0]!r}, for --executor slurm puts it "
             "into a batch script"
         )
+    _refuse_overlap(options, output)
     request = _request(options)
     inspect = partial(
         tokenizer_files.inspect,
@@ -212,12 +231,46 @@ def _prepare(options: argparse.Namespace) -> None:
         for task in changed:
             print(f"task {task}: its input was replaced; it is done again", file=sys.stderr)
             records.forget(output, task)
+        credentials.save(output)
         this.save(output)  # first: where there is a tokeniser, it says of what
         tokenizer_files.keep(tokenizer_path, config, output / "tokenizer")
         _forget_damaged(this, output)
         left = scheduler.run(this, output, request, expected.train_tokens)
         result = manifest.finish(this, output, left.used)
+        credentials.remove(output)
     _report(result, output)
+
+
+def _refuse_overlap(options: argparse.Namespace, output: Path) -> None:
+    """Input that is output, too: the next start would read what this one wrote, or write over it.
+
+    Raises:
+        DataError: names the flag.
+    """
+    there = output.resolve()
+    for source in options.source:
+        place = Path(source.removeprefix("file://"))
+        if not os.path.lexists(place):
+            continue
+        place = place.resolve()
+        if place == there or place in there.parents or there in place.parents:
+            raise DataError(
+                f"--output {output} and --source {source}: one is within the other, and data would "
+                "be read as text; choose another --output"
+            )
+    if (there / "work" / "records").exists() or (there / "manifest.json").exists():
+        return  # of an earlier start: its tokeniser and its shards may be written again
+    kept = there / "tokenizer"
+    if options.tokenizer and Path(options.tokenizer).resolve() in (kept, kept / "tokenizer.json"):
+        raise DataError(
+            f"--tokenizer {options.tokenizer}: a part of --output {output}, which would be written "
+            "over; choose another --output"
+        )
+    for split in ("train", "valid"):
+        for shard in (there / split).glob("*.bin"):
+            raise DataError(
+                f"--output {output}: {shard} is not of this command; choose another --output"
+            )
 
 
 @contextmanager
@@ -252,8 +305,9 @@ def _train(options: argparse.Namespace, groups: tuple[Group, ...], output: Path)
 
 
 def _find_groups(options: argparse.Namespace, before: Recipe | None) -> tuple[Group, ...]:
-    from megatron_xielu.data import sources
+    from megatron_xielu.data import credentials, sources
 
+    credentials.forget()
     groups = tuple(
         group
         for source in options.source
@@ -272,7 +326,7 @@ def _make_recipe(
     groups: tuple[Group, ...],
     before: Recipe | None,
 ) -> Recipe:
-    from megatron_xielu.data import sentences
+    from megatron_xielu.data import credentials, sentences
     from megatron_xielu.data.recipe import Recipe
 
     files = sum(len(group.files) for group in groups)
@@ -283,7 +337,7 @@ def _make_recipe(
     tasks = options.tasks or (before.tasks if before else by_size)
     language = options.language if options.split_sentences else None
     return Recipe(
-        sources=tuple(options.source),
+        sources=tuple(map(credentials.hide, options.source)),
         subset=options.subset,
         groups=groups,
         tasks=min(tasks, files),

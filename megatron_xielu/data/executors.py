@@ -109,8 +109,9 @@ def make_executor(output: Path, request: Request) -> PipelineExecutor:
 
 
 def task_environment() -> dict[str, str]:
-    """What tasks need: one core each, datatrove's log files only."""
+    """What tasks need: one core each, datatrove's log files only, and no values in tracebacks."""
     return {
+        "LOGURU_DIAGNOSE": "NO",
         "TOKENIZERS_PARALLELISM": "false",
         "RAYON_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",

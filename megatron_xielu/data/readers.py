@@ -12,17 +12,19 @@ import sys
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, BinaryIO
 
 import orjson
 from datatrove.data import Document
+from datatrove.io import DataFolder
 from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.utils.logging import logger
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from megatron_xielu.common.text import describe
+from megatron_xielu.data import credentials
 from megatron_xielu.data.errors import BadInputError
 from megatron_xielu.data.sources import File, Group, open_folder
 
@@ -62,11 +64,26 @@ class _Strict(BaseDiskReader):
     """
 
     def __init__(self, group: Group, *, tasks: int, text_key: str, skip_bad_rows: bool) -> None:
-        super().__init__(open_folder(group.folder), text_key=text_key)
+        super().__init__(open_folder("/"), text_key=text_key)
+        del self.data_folder  # for the one below
+        self.folder = group.folder
         self.paths = [file.path for file in group.files]
         self.tasks = tasks
         self.skip_bad_rows = skip_bad_rows
         self.row = self.empty_rows = self.bad_rows = 0
+
+    @cached_property
+    def data_folder(self) -> DataFolder:
+        """Opened by who reads: executors write this object to files, and it has no secrets."""
+        return open_folder(self.folder)
+
+    def open(self, path: str) -> BinaryIO:
+        """A file as it is stored."""
+        return self.data_folder.open(credentials.real_path(self.folder, path), "rb")
+
+    def place(self, path: str) -> str:
+        """A file in the words of a message."""
+        return f"{self.folder.rstrip('/')}/{path}"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         self.empty_rows = self.bad_rows = 0
@@ -97,7 +114,7 @@ class _Strict(BaseDiskReader):
     def plain(self, path: str) -> Iterator[BinaryIO]:
         """The file without its compression; all of gzip's members and zstd's frames."""
         compression = infer_compression(path)
-        with self.data_folder.open(path, "rb") as self.stored:
+        with self.open(path) as self.stored:
             if compression is None:  # files of remote systems know no readline with a limit
                 yield io.BufferedReader(self.stored)
             elif compression == "zip":  # fsspec would read the first of its files
@@ -109,8 +126,7 @@ class _Strict(BaseDiskReader):
 
     def unreadable(self, path: str, problem: object) -> BadInputError:
         """The error of a file that cannot be read on from a row, even with ``skip_bad_rows``."""
-        path = self.data_folder.resolve_paths(path)
-        return BadInputError(f"{path}: row {self.row}: cannot be read: {problem}")
+        return BadInputError(f"{self.place(path)}: row {self.row}: cannot be read: {problem}")
 
     def too_long(self, path: str) -> BadInputError:
         """The error of a row that is no document any more."""
@@ -136,7 +152,7 @@ class _Strict(BaseDiskReader):
 
     def bad(self, path: str, problem: str, row: int | None = None) -> None:
         """Raise, or count and log."""
-        message = f"{self.data_folder.resolve_paths(path)}: row {row or self.row}: {problem}"
+        message = f"{self.place(path)}: row {row or self.row}: {problem}"
         if not self.skip_bad_rows:
             raise BadInputError(f"{message} (--skip-bad-rows leaves such rows out)")
         self.bad_rows += 1
@@ -159,7 +175,7 @@ class StrictParquetReader(_Strict):
         import pyarrow.parquet
 
         with (
-            self.data_folder.open(filepath, "rb") as stream,
+            self.open(filepath) as stream,
             pyarrow.parquet.ParquetFile(stream) as file,
         ):
             self.rows = file.metadata.num_rows

@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from megatron_xielu.common import prepared_data, schema, text
 from megatron_xielu.common.schema import Count, Malformed
+from megatron_xielu.data import credentials
 from megatron_xielu.data.errors import BadInputError, DataError
 
 FORMATS = ("parquet", "jsonl", "text")
@@ -76,7 +77,8 @@ def is_local(source: str) -> bool:
 
 def open_folder(folder: str) -> DataFolder:
     """A group's folder. In a local one's name ``::`` is no chain of file systems, as in a URL."""
-    return DataFolder(folder, fs=LocalFileSystem() if folder.startswith("/") else None)
+    fs = LocalFileSystem() if folder.startswith("/") else None
+    return DataFolder(credentials.real(folder), fs=fs)
 
 
 def find(
@@ -94,6 +96,7 @@ def find(
         DataError: there is no such source, or it has no files of a known format.
         BadInputError: a file is empty, or none, or its name cannot be used.
     """
+    source = credentials.hide(source)
     if is_local(source) or "://" in source:
         if whole := prepared_data.whole_of(Path(source)):
             raise DataError(f"--source {source} is a part of the prepared data in {whole}")
@@ -249,7 +252,7 @@ def _list(url: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """The folder, and all that is below it; of a file, that file."""
     folder = open_folder(url)
     if folder.fs.isfile(folder.path):
-        parent, _, name = url.rpartition("/")
+        parent, name = credentials.hide_parent(url)
         return parent or "/", {name: folder.fs.info(folder.path)}
     if folder.is_local():
         found = _list_local(folder.path)

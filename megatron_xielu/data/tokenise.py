@@ -24,7 +24,9 @@ from datatrove.utils.logging import logger
 
 from megatron_xielu.common import files, processes
 from megatron_xielu.common.pretrained_tokenizer import panics_as_errors
-from megatron_xielu.data import records, sentences
+from megatron_xielu.common.text import without_secrets
+from megatron_xielu.data import credentials, records, sentences
+from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.records import Attempt, Record, Shard
 
 OWNER = "MEGATRON_XIELU_DATA_OWNER"  # process whose end ends the local tasks
@@ -95,15 +97,17 @@ class SplitTokenizer(MegatronDocumentTokenizer):
         failure = self.output / "work" / "failures" / f"{rank:05d}"
         failure.unlink(missing_ok=True)
         try:
+            credentials.load(self.output)
             with panics_as_errors(), records.attempt(self.output, rank) as attempt:
                 record = self._write(data, attempt, self.limits.get(rank))
                 self._publish(attempt, record)
         except Exception as error:
             name = "" if "Error: " in str(error)[:40] else f"{type(error).__name__}: "
-            files.write(failure, f"{name}{error}\n")
-            if self.raise_errors:
-                raise
-            logger.error(f"task {rank} failed: {error}")
+            said = without_secrets(f"{name}{error}")
+            files.write(failure, said + "\n")
+            if self.raise_errors:  # without what it comes from, which datatrove would log
+                raise (error if isinstance(error, DataError) else DataError(said)) from None
+            logger.error(f"task {rank} failed: {said}")
 
     def _write(self, data: Any, attempt: Attempt, limit: int | None) -> Record:
         out = {

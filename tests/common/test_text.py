@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xielu.common import event_log
-from megatron_xielu.common.text import table
+from megatron_xielu.common.text import describe, table, without_secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,3 +127,36 @@ def test_every_command_readies_its_output_first():
             continue
         if match := start.search(file.read_text()):
             assert "ready_output()" in match[1], file
+
+
+SECRET = {
+    "https://me:pw@h/a.jsonl?token=1": "https://h/a.jsonl",
+    "https://t0ken@h:8080/a#t0ken": "https://h:8080/a",
+    "HTTPS://h/a?X-Amz-Signature=1/2&x=http://o/?sig=2": "HTTPS://h/a",
+    "https://me:p@w@h/a and ftp://me:pw@h/b": "https://h/a and ftp://h/b",
+    "s3://key:p/w@bucket/a": "s3://bucket/a",
+    "sftp://me:p?w@h/a": "sftp://h/a",
+    "az://c/a?sv=1&sig=2": "az://c/a",
+    "simplecache::https://me:pw@h/a?sig=1": "simplecache::https://h/a",
+    "zip://a::https://me:pw@h/a.zip?sig=1: no": "zip://a::https://h/a.zip: no",
+    "500, url='http://me:pw@h/a?sig=1')>": "500, url='http://h/a')>",
+    "(Caused by x) with url: /a?sig=1 (c)": "(Caused by x) with url: /a (c)",
+    'a <https://h/a?sig=1>, b "https://h/a?sig=1".': 'a <https://h/a>, b "https://h/a".',
+    "https://me:pw@[fe80::1]:80/a?sig=1": "https://[fe80::1]:80/a",
+}
+NO_SECRET = (
+    "hf://datasets/a/b@refs%2Fconvert%2Fparquet/c.parquet",
+    "abfs://container@account.dfs.core.windows.net/a",
+    "github://org:repo@main/a",
+    "http://h:8080/@x/a@b",
+    "http://[::1]:80/@x",
+    "s3://bucket/a?b#c.jsonl",
+    "file:///a?b=c@d",
+    "/a?b=c, me:pw@h and no URL",
+)
+
+
+@pytest.mark.parametrize("said", [*SECRET, *NO_SECRET])
+def test_what_gives_access_is_not_said(said: str):
+    assert without_secrets(said) == SECRET.get(said, said)
+    assert describe(ValueError(said)) == f"ValueError: {SECRET.get(said, said)}"

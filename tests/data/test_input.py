@@ -421,6 +421,17 @@ def test_estimate(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, case: str):
         (("--train-tokenizer", "300"), "--train-tokenizer: not allowed with argument --tokenizer"),
         (("--output", "a.jsonl"), "--output"),
         (("--output", "a.jsonl/b"), "--output"),
+        (("--output", "in", "--source", "."), "in and --source .: one is within the other"),
+        (("--output", "link/new/in", "--source", "in"), "--source in: one is within the other"),
+        (("--output", "in", "--source", "link"), "--source link: one is within the other"),
+        (("--output", ".", "--source", "in"), "--source in: one is within the other"),
+        (("--output", "in", "--tokenizer", "in/tokenizer"), "--tokenizer in/tokenizer: a part of"),
+        (("--output", "old"), "old/valid/00000.bin is not of this command"),
+        (
+            ("--slurm-option", "export=A=b", "--executor", "slurm", "--slurm-partition", "a"),
+            "--slurm-option export: jobs have this command's environment",
+        ),
+        (("--sauce", "https://me:pw@h/a?b"), "unrecognized arguments: --sauce https://h/a"),
     ],
 )
 def test_flags(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, capsys, flags, message):
@@ -428,6 +439,12 @@ def test_flags(tmp_path: Path, tokenizer: Tokenizer, monkeypatch, capsys, flags,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer.save("tokenizer.json")
     Path("a.jsonl").write_bytes(A)
+    for folder in ("in/tokenizer", "old/valid"):
+        Path(folder).mkdir(parents=True)
+    Path("in/a.jsonl").write_bytes(A)
+    Path("link").symlink_to("in")
+    tokenizer.save("in/tokenizer/tokenizer.json")
+    Path("old/valid/00000.bin").write_bytes(A)
     before = set(tmp_path.iterdir())
     arguments = ["--source", "a.jsonl", "--tokenizer", "tokenizer.json", "--eod-token", "end"]
     with pytest.raises(SystemExit) as end:
