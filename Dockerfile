@@ -4,6 +4,7 @@
 # 26.06 is the image that Megatron-LM core_v0.19.0 itself is built in (docker/.ngc_version.dev
 # there): its PyTorch, Transformer Engine and Apex are built for each other and stay as they are.
 # Any other Debian or Ubuntu with Python 3.12 or newer does; without PyTorch it gets the index's.
+# A tag can be moved: NAME@sha256:… cannot, and tools/build_image.sh says what to give it.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE_IMAGE}
 
@@ -26,8 +27,14 @@ RUN packages=$APT_PACKAGES \
         && rm -rf /var/lib/apt/lists/*; \
     fi
 
-# Writable for whatever user the cluster starts it with: a random uid has no home of its own.
-RUN useradd --uid 10001 --no-log-init --create-home xielu && chmod 1777 /home/xielu
+# A random uid has no home of its own. OpenShift gives one group 0, and so may others (docker run
+# --user UID:0): what the user may, that group may, and nobody else.
+RUN useradd --uid 10001 --gid 0 --no-log-init --create-home xielu && chmod 0770 /home/xielu
+
+# Beside the distribution's, which pip cannot replace. It checks archives and index better
+# (CVE-2026-3219, CVE-2026-13346), and knows constraints for what it builds with.
+RUN PIP_CONSTRAINT='' PIP_ROOT_USER_ACTION=ignore \
+        python3 -m pip install --no-cache-dir --break-system-packages --ignore-installed pip==26.3
 
 # Everything from the package index, before the code: a changed line of code rebuilds none of it.
 # PIP_CONSTRAINT replaces NVIDIA's list, which pins far more than what the image was built around.
@@ -35,8 +42,8 @@ WORKDIR /opt/megatron_xielu
 COPY pyproject.toml constraints.txt ./
 COPY tools/image_dependencies.py tools/
 RUN python3 tools/image_dependencies.py /tmp/dependencies \
-    && PIP_CONSTRAINT=/tmp/dependencies/constraints.txt PIP_ROOT_USER_ACTION=ignore \
-        python3 -m pip install --no-cache-dir --break-system-packages \
+    && PIP_CONSTRAINT=/tmp/dependencies/constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+        PIP_ROOT_USER_ACTION=ignore python3 -m pip install --no-cache-dir --break-system-packages \
         --requirement /tmp/dependencies/requirements.txt \
     && rm -r /tmp/dependencies
 
@@ -61,16 +68,16 @@ RUN mkdir -p "$NLTK_DATA" \
         python3 -m nltk.downloader --exit-on-error --dir "$NLTK_DATA" "$package" || exit 1; \
     done
 
-# Installed in place: a checkout mounted over this folder is what runs. The base's constraints are
-# lifted for pip's own build environment, where they would pin setuptools.
+# Installed in place: a checkout mounted over this folder is what runs. It is built by the setuptools
+# of constraints.txt; the base's own list would pin another.
 COPY . .
-RUN PIP_CONSTRAINT='' PIP_ROOT_USER_ACTION=ignore \
+RUN PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_ROOT_USER_ACTION=ignore \
         python3 -m pip install --no-cache-dir --break-system-packages --no-deps --editable . \
     && chmod -R a+rX . \
-    && mkdir -p runs && chmod 1777 runs
+    && mkdir -p runs && chown 10001:0 runs && chmod 0775 runs
 
 ENV HOME=/home/xielu
-USER 10001:10001
+USER 10001:0
 
 # Seldom and without the GPUs: it must not take time and memory from the training beside it.
 HEALTHCHECK --interval=30m --timeout=5m --start-period=5m \

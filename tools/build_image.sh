@@ -4,7 +4,7 @@
 #   tools/build_image.sh [options] [-- arguments for the builder, such as --build-arg NAME=VALUE]
 #
 #   --tag NAME        name of the image   [megatron_xielu:VERSION, and -dirty with uncommitted changes]
-#   --base IMAGE      base image   [the Dockerfile's]
+#   --base IMAGE      base image, for the same one each time NAME@sha256:…   [the Dockerfile's]
 #   --builder NAME    docker, podman or buildah   [$BUILDER, or the first of them that works]
 #   --push            push it to the registry that --tag names; log in with the builder before
 #   --sif FILE        also write an Apptainer image
@@ -90,6 +90,21 @@ build=("$builder" build --tag "$tag" --file "$root/Dockerfile"
 [[ $builder == docker ]] || build+=(--format docker --layers)
 "${build[@]}" "$@" "$root"
 echo "build_image.sh: built $tag ($commit$dirty)"
+: "${base:=$(sed -n 's/^ARG BASE_IMAGE=//p' "$root/Dockerfile")}"
+if [[ $base != *@* ]]; then
+    name=$base
+    [[ ${base##*/} != *:* ]] || name=${base%:*} # the colon of a tag, not that of a port
+    case $builder in
+        docker) digest=(docker buildx imagetools inspect --format '{{.Manifest.Digest}}') ;;
+        podman) digest=(podman image inspect --format '{{.Digest}}') ;;
+        buildah) digest=(buildah inspect --type image --format '{{.FromImageDigest}}') ;;
+    esac
+    if found=$("${digest[@]}" "$base" 2>/dev/null) && [[ $found == sha256:* ]]; then
+        echo "build_image.sh: its base is --base $name@$found"
+    else
+        echo "build_image.sh: $builder does not know the digest of its base, $base"
+    fi
+fi
 
 [[ -z $push ]] || "$builder" push "$tag"
 

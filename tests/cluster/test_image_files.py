@@ -10,9 +10,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -85,6 +87,30 @@ def test_versions_come_from_the_constraints():
     assert series.startswith(named + "."), "the base image was chosen for another Megatron"
 
 
+def test_the_constraints_have_no_fault_that_the_bounds_exclude():
+    """Every requirement is met by its pin, and beside every advisory is a bound."""
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)
+    canonical = image_dependencies().canonical
+    pins = {canonical(name): v for name, _, v in (line.partition("==") for line in CONSTRAINTS)}
+    groups = [*project["project"]["optional-dependencies"].values()]
+    groups += [project["project"]["dependencies"], project["build-system"]["requires"]]
+    for wanted in (Requirement(line) for group in groups for line in group):
+        if wanted.name != "megatron_xielu":
+            assert wanted.specifier.contains(pins[canonical(wanted.name)]), wanted
+    advised = [line.split("#")[0] for line in text.splitlines() if re.search(r"#.*CVE-", line)]
+    assert len(advised) > 8 and all(">=" in line for line in advised), advised
+
+
+def test_what_all_may_write_to_and_what_is_built_with():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert not re.search(r"chmod\b[^&]*(\b[0-7]*[2367] |[oa]\+\w*w)", dockerfile)
+    assert "\nUSER 10001:0\n" in dockerfile
+    installs = [run for run in dockerfile.split("\nRUN ") if "pip install" in run]
+    assert [line for line in installs if "pip==" not in line]
+    assert all("pip==" in run or "PIP_BUILD_CONSTRAINT=constraints.txt" in run for run in installs)
+
+
 def test_the_base_keeps_what_it_was_built_around():
     base = {
         "torch": "2.13.0a0+0123456789.nv26.6",
@@ -120,7 +146,8 @@ def programs(tmp_path: Path) -> Path:
     """A folder of programs that only write down how they are called: engines cannot run here."""
     for name in ("docker", "buildah", "apptainer", "enroot"):
         program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/calls"\n')
+        said = f'echo {name} "$@" >>"{tmp_path}/calls"\n[ "$2" != imagetools ] || echo sha256:0f\n'
+        program.write_text(f"#!/bin/sh\n{said}")
         program.chmod(0o755)
     return tmp_path
 
@@ -137,12 +164,14 @@ def test_build_image_calls(programs: Path):
         GIT_CONFIG_VALUE_0="*",
     )
     assert done.returncode == 0, done.stderr
-    _, build, push, save, sif, enroot = (programs / "calls").read_text().splitlines()
+    assert "its base is --base debian@sha256:0f\n" in done.stdout
+    _, build, digest, push, save, sif, enroot = (programs / "calls").read_text().splitlines()
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     dirty = subprocess.check_output(["git", "status", "--porcelain"], cwd=ROOT)
     assert f"--build-arg COMMIT={commit}{'-dirty' if dirty else ''} " in build
     assert "--build-arg BASE_IMAGE=debian:13" in build
     assert build.endswith(f"--build-arg NLTK_PACKAGES=punkt_tab {ROOT}")
+    assert digest.endswith(" debian:13")
     assert push == "docker push registry.example/x:1"
     assert save.startswith("docker save --output ") and sif.startswith("apptainer build ")
     assert enroot == f"enroot import --output {programs}/x.sqsh dockerd://registry.example/x:1"

@@ -120,7 +120,7 @@ label licenses Apache-2.0
 step "inside"
 container=$(buildah from --pull-never "$image")
 inside() { buildah run "$@"; }
-for user in '' --user=54321:54321; do
+for user in '' --user=54321:0; do
     inside ${user:+"$user"} "$container" -- bash -ec '
         echo "as $(id -u):$(id -g)"
         [ "$(id -u)" != 0 ] && touch "$HOME/written-by-$(id -u)" "runs/written-by-$(id -u)"
