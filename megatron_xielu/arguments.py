@@ -14,6 +14,7 @@ import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 from megatron_xielu import __version__, catalog
@@ -349,7 +350,8 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
             said = (str(error).strip() or f"its {TRACKER} names no iteration").splitlines()[-1]
             raise ValueError(
                 f"{flag_of(load_arg)} {folder} cannot be read: {said}; python -m "
-                f"megatron_xielu.checkpoints {folder} repair sets damaged checkpoints aside"
+                f"megatron_xielu.checkpoints {quote(str(folder))} repair sets damaged checkpoints "
+                "aside"
             ) from error
         if isinstance(result, tuple):
             return result[1], folder

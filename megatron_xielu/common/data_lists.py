@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from megatron_xielu.common import indexed_dataset, prepared_data, schema
@@ -318,13 +319,17 @@ def _no_list(path: str) -> str:
     if _is_prefix(path):
         return f"is a prefix of data; give --data-path {path}"
     if whole := prepared_data.find(Path(path)):
-        return f"is prepared data; give {_FLAG} {whole.with_name(prepared_data.BY_SPLIT)}"
+        return (
+            f"is prepared data; give {_FLAG} {quote(str(whole.with_name(prepared_data.BY_SPLIT)))}"
+        )
     if whole := prepared_data.whole_of(Path(path)):
-        return f"is a part of prepared data; give {_FLAG} {whole / prepared_data.BY_SPLIT}"
+        return (
+            f"is a part of prepared data; give {_FLAG} {quote(str(whole / prepared_data.BY_SPLIT))}"
+        )
     if os.path.isdir(path):
         return (
             "is a folder, and no prefix of .bin and .idx; of a folder of texts, "
-            f"tools/prepare_data.py --source {path} makes some"
+            f"tools/prepare_data.py --source {quote(path)} makes some"
         )
     prefix, suffix = os.path.splitext(path)
     if suffix in (".bin", ".idx"):

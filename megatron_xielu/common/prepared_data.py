@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from megatron_xielu.common import files, indexed_dataset, schema
@@ -215,7 +216,7 @@ def _fix(folder: Path | None = None, size: int | None = None) -> str:
             "give the data's tokenizer and --padded-vocab-size more (TOKENIZER and "
             "PADDED_VOCAB_SIZE of pretrain.sh)"
         )
-    tokenizer = f"give --tokenizer-model {folder}/tokenizer"
+    tokenizer = f"give --tokenizer-model {quote(f'{folder}/tokenizer')}"
     if not size:
         return f"{tokenizer} (pretrain.sh takes it from the data where TOKENIZER is not given)"
     return (

@@ -405,17 +405,18 @@ def _report(result: dict, output: Path) -> None:
     if budget and train["tokens"] < budget:
         print(f"the input has no more: {budget - train['tokens']:,} tokens below --max-tokens")
     least = min(entry["documents"] for entry in result["shards"] if entry["split"] == "train")
-    print(f"--data-args-path {output / 'data_args.txt'}   (training documents)")
+    print(f"--data-args-path {quote(str(output / 'data_args.txt'))}   (training documents)")
     if least < _FEW_DOCUMENTS:
         print(
             f"  the smallest shard has {least} documents; with --split, Megatron loops forever on "
             "one that has none for a part of it: use the next line's, or fewer --tasks"
         )
     both = "both" if valid["documents"] else "training documents; none is held out"
-    print(f"--per-split-data-args-path {output / 'per_split_data_args.json'}   ({both})")
+    by_split = quote(str(output / "per_split_data_args.json"))
+    print(f"--per-split-data-args-path {by_split}   ({both})")
     print(
-        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output / 'tokenizer'}   "
-        f"({entries:,} entries)"
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model "
+        f"{quote(str(output / 'tokenizer'))}   ({entries:,} entries)"
     )
     if not valid["documents"]:
         print(

@@ -77,7 +77,7 @@ class _Strict(BaseDiskReader):
         """Opened by who reads: executors write this object to files, and it has no secrets."""
         return open_folder(self.folder)
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> Any:
         """A file as it is stored."""
         return self.data_folder.open(credentials.real_path(self.folder, path), "rb")
 

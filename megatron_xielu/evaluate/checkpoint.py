@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from megatron_xielu.checkpoints import folder as save_folder
 from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
@@ -24,7 +25,8 @@ def find(folder: Path, step: int | None) -> Path:
     if (folder / ".metadata").is_file():
         number = folder.name.removeprefix("iter_").lstrip("0") or "0"
         raise ValueError(
-            f"--load {folder} is one checkpoint; give --load {folder.parent} --ckpt-step {number}"
+            f"--load {folder} is one checkpoint; give --load {quote(str(folder.parent))} "
+            f"--ckpt-step {number}"
         )
     try:
         checkpoint = save_folder.find(folder, step)
@@ -32,7 +34,8 @@ def find(folder: Path, step: int | None) -> Path:
         if not save_folder.checkpoints(folder) and not (folder / TRACKER).exists():
             raise ValueError(f"--load {folder}: there is no checkpoint in it") from None
         raise ValueError(
-            f"{error}; mend it with python3 -m megatron_xielu.checkpoints {folder} repair"
+            f"{error}; mend it with python3 -m megatron_xielu.checkpoints {quote(str(folder))} "
+            "repair"
         ) from None
     if not checkpoint.is_dir():
         flag = f"--ckpt-step {step}" if step else f"--load {folder}"

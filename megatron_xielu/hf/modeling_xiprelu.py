@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """xIPReLU for Hugging Face: Arcee (Llama without a gate) and Apertus (the same with QK-norm).
 
     x > 0     alpha_p x^2 + beta x        alpha_p = softplus(a_p)

@@ -193,3 +193,13 @@ def test_a_part_of_prepared_data_is_no_folder_of_texts(tmp_path):
         sources.find(str(part), subset=None, format=None, glob=None)
     (tmp_path / "manifest.json").unlink()
     assert "prepare_data.py --source" in data_lists.what_takes(str(part))
+
+
+def test_a_path_to_type_is_quoted(tmp_path):
+    write_prepared(tmp_path / "my data", WORDS)
+    whole = f"give --per-split-data-args-path '{tmp_path}/my data/per_split_data_args.json'"
+    assert data_lists.what_takes(str(tmp_path / "my data")).endswith(whole)
+    assert data_lists.what_takes(str(tmp_path / "my data" / "train")).endswith(whole)
+    (tmp_path / "my data" / "manifest.json").unlink()
+    texts = f"--source '{tmp_path}/my data' makes"
+    assert texts in data_lists.what_takes(str(tmp_path / "my data"))

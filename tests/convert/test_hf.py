@@ -84,6 +84,13 @@ def write_xiprelu(name: str, path: Path) -> Path:
     return path
 
 
+def test_what_travels_into_models_names_its_licence():
+    """Their folders have no LICENSE of this package."""
+    assert all(
+        "# SPDX-License-Identifier: Apache-2.0\n" in f.read_text() for f in remote_code.files()
+    )
+
+
 class TestXIPReLU:
     @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16, torch.float32])
     def test_alphas_stay_float32(self, folder: Path, dtype) -> None:

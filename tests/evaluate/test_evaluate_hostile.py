@@ -15,7 +15,7 @@ from hostile import damaged, damaged_bytes
 from hypothesis import given, settings
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_xielu.evaluate import data, result, run
+from megatron_xielu.evaluate import checkpoint, data, result, run
 
 MANIFEST = {
     "tokenizer": {"name": "tokenizer.json", "sha256": "0", "vocab_size": 12, "eod_id": 0},
@@ -179,3 +179,14 @@ def test_a_result_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     with pytest.raises(BrokenPipeError):
         result.report(found, tmp_path / "written.json")
     assert json.loads((tmp_path / "written.json").read_text())["loss"] == 1e6
+
+
+def test_a_folder_to_type_is_quoted(tmp_path):
+    folder = tmp_path / "my run"
+    (folder / "iter_0000002").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("nan")
+    with pytest.raises(ValueError, match=f"megatron_xielu.checkpoints '{folder}' repair"):
+        checkpoint.find(folder, None)
+    (folder / "iter_0000002" / ".metadata").touch()
+    with pytest.raises(ValueError, match=f"give --load '{folder}' --ckpt-step 2"):
+        checkpoint.find(folder / "iter_0000002", None)

@@ -67,7 +67,7 @@ def show(
     lines += [
         "",
         "# and afterwards:",
-        f"python -m megatron_xielu.report {shlex.join(folders)} --output {out}/report",
+        f"python -m megatron_xielu.report {shlex.join([*folders, '--output', f'{out}/report'])}",
     ]
     return "\n".join(lines)
 
