@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--tokenizer",
         metavar="PATH|NAME",
-        help="a Hugging Face tokenizer (default: the checkpoint's, where that is a local folder)",
+        help="a Hugging Face tokenizer (default: none; what the checkpoint names is printed)",
     )
     export.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="5GB, 500MB, …"

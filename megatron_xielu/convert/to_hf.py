@@ -33,7 +33,7 @@ class Options:
     """Of an export.
 
     Attributes:
-        tokenizer: path or name; None for the checkpoint's own.
+        tokenizer: path or name; None for no tokenizer.
         dtype: of the weights; None as stored. Alphas are fp32 in any case.
         shard_bytes: the most in one file, if no tensor is larger.
         vocabulary: keep that many rows of the vocabulary; None for all.

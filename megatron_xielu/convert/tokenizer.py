@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,12 +76,13 @@ class Words:
 def load(
     name: str | None, arguments: Namespace, vocabulary: int, report: Callable[[str], None]
 ) -> Words | None:
-    """The tokenizer to export; None, with a note, if the checkpoint leads to none.
+    """The tokenizer to export; None, with a note, if none is named.
 
     A local path is never looked up on the hub; a name that is no path is, because it was asked for.
+    What the checkpoint names was not: whoever wrote it would choose which files are opened here.
 
     Args:
-        name: what the user named; by default the checkpoint's own, where that is a local folder.
+        name: what the user named.
         arguments: the checkpoint's.
         vocabulary: rows of the embedding.
         report: told what was chosen, and what the training may have seen otherwise.
@@ -90,13 +92,14 @@ def load(
     """
     if name is None:
         kind, model = (getattr(arguments, f"tokenizer_{x}", None) for x in ("type", "model"))
-        if kind != "HuggingFaceTokenizer" or not model or not os.path.isdir(str(model)):
-            report(
-                f"no tokenizer: the checkpoint was trained with {kind} ({model}), which is no "
-                "local Hugging Face tokenizer; add one with --tokenizer"
-            )
-            return None
-        name = str(model)
+        is_own = kind == "HuggingFaceTokenizer" and model and model.isprintable()
+        fix = (
+            f"if you trust it, add --tokenizer {shlex.quote(model)}"
+            if is_own
+            else ("add a Hugging Face tokenizer with --tokenizer")
+        )
+        report(f"no tokenizer: the checkpoint was trained with {kind!a} ({model!a}); {fix}")
+        return None
     try:
         return _load(name, vocabulary, report)
     except (Malformed, OSError) as error:

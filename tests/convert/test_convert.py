@@ -238,7 +238,7 @@ def tokenizer(tmp_path_factory) -> Path:
     return folder
 
 
-def test_tokenizer_and_padded_rows(trained, tokenizer, tmp_path):
+def test_tokenizer_and_padded_rows(trained, tokenizer, tmp_path, capsys):
     checkpoint, out = trained("relu2") / "checkpoints", tmp_path / "hf"
     convert("to-hf", checkpoint, out, "--tokenizer", tokenizer, "--dtype", "bfloat16")
     words = transformers.AutoTokenizer.from_pretrained(out)
@@ -253,9 +253,14 @@ def test_tokenizer_and_padded_rows(trained, tokenizer, tmp_path):
     generated = model.generate(TOKENS[:1, :4], max_new_tokens=8)
     assert generated.shape[1] > 4 and generated.max() < 120
 
-    # From there to Megatron and back, the tokenizer comes along by itself.
+    # To Megatron and back: what the checkpoint names is named, and not opened.
     convert("from-hf", out, tmp_path / "megatron")
-    convert("to-hf", tmp_path / "megatron", tmp_path / "again", "--trim-vocab", 120)
+    capsys.readouterr()
+    convert("to-hf", tmp_path / "megatron", tmp_path / "without")
+    assert f"; if you trust it, add --tokenizer {out}\n" in capsys.readouterr().out
+    assert not list((tmp_path / "without").glob("tokenizer*"))
+    again = ("--tokenizer", out, "--trim-vocab", 120)
+    convert("to-hf", tmp_path / "megatron", tmp_path / "again", *again)
     assert (tmp_path / "again/tokenizer.json").read_text() == (out / "tokenizer.json").read_text()
     assert Reader(tmp_path / "again").shape("lm_head.weight") == (120, 32)
     assert "suppress_tokens" not in (tmp_path / "again/generation_config.json").read_text()

@@ -1,6 +1,7 @@
 """An exported model has the tokenizer that its data had, or none is exported."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -106,6 +107,44 @@ def test_encodes_as_tokenizer_json_does_whatever_the_class(name, checkpoint, tmp
     assert tuple(config[f"{x}_token_id"] for x in ("eos", "pad", "bos")) == ids
     rebuilt = name in ("GPT2Tokenizer", "Qwen2Tokenizer")
     assert (f"loads {source} as {name}, which encodes" in capsys.readouterr().out) == rebuilt
+
+
+_CODE = """
+import os
+from transformers import PreTrainedTokenizerFast
+os.mkdir({marker!r})
+class Mine(PreTrainedTokenizerFast): ...
+"""
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_code_beside_a_tokenizer_is_neither_executed_nor_asked_about(
+    file, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    classes = {"AutoTokenizer": ["mine.Mine", "mine.Mine"], "AutoConfig": "mine.Mine"}
+    source = folder_of(tmp_path / "source", tokenizer_class="Mine")
+    (source / "mine.py").write_text(_CODE.format(marker=str(tmp_path / "executed")))
+    content = {"auto_map": classes, "tokenizer_class": "Mine", "model_type": "mine"}
+    (source / file).write_text(json.dumps(content))
+    export(checkpoint, tmp_path / "out", source)
+    assert not (tmp_path / "executed").exists()
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    (source / "tokenizer.json").rename(source / "vocab.json")  # what transformers has to read
+    assert "cannot be loaded" in refusal(checkpoint, tmp_path / "none", source)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_name_in_the_checkpoint_is_no_command(capsys):
+    """It is printed, to be copied."""
+    for name, said in (
+        ("a; rm -rf ~", "add --tokenizer 'a; rm -rf ~'\n"),
+        ("\x1b[2J", "('\\x1b[2J'); add a Hugging Face tokenizer with --tokenizer\n"),
+        (None, "(None); add a Hugging Face tokenizer with --tokenizer\n"),
+    ):
+        arguments = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=name)
+        assert tokenizer.load(None, arguments, 9, print) is None
+        assert capsys.readouterr().out.endswith(said)
 
 
 def test_special_tokens_that_only_the_class_names(checkpoint, tmp_path, capsys):
