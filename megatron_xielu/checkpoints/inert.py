@@ -1,23 +1,22 @@
 """Reads pickles without executing anything from them: classes become inert objects.
 
-PyTorch itself unpickles ``.metadata`` without any restriction, so it is not asked to; and Megatron,
-whose classes stand in its state, need not be installed.
+Neither PyTorch is needed for that nor Megatron, whose classes stand in its state. A name that no
+checkpoint needs (`pickled_names`) is refused, though it would do nothing here: PyTorch unpickles
+``.metadata`` without any restriction, and what is called good here is loaded there.
 """
 
 from __future__ import annotations
 
+import functools
 import io
-import pickle
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common import pickled_names
 from megatron_xielu.common.text import reason
-
-# Whose classes may stand among the arguments; no code of theirs runs.
-_ARGUMENT_MODULES = ("megatron", "transformer_engine", "signal", "pathlib", "types", "numpy")
 
 
 class Inert:
@@ -41,17 +40,19 @@ class Inert:
 
 
 def stand_in(module: str, name: str) -> Any:
-    """An inert class for any name; containers stay what they are."""
-    return {"OrderedDict": dict, "Size": tuple}.get(name, Inert)
+    """An inert class of the same name, for one of ``.metadata``; containers stay what they are.
+
+    Raises:
+        pickle.UnpicklingError: it does not belong there.
+    """
+    if not pickled_names.in_metadata(module, name):
+        raise pickled_names.foreign(f"{module}.{name}")
+    return {"OrderedDict": dict, "Size": tuple}.get(name) or _inert(name)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BufferedReader, find: Callable[[str, str], Any]) -> None:
-        super().__init__(file)
-        self._find = find
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self._find(module, name)
+@functools.cache
+def _inert(name: str) -> type[Inert]:
+    return type(name, (Inert,), {})
 
 
 def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
@@ -65,7 +66,7 @@ def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
         Exception: whatever wrong bytes make a pickle raise.
     """
     with path.open("rb") as file:
-        return _Unpickler(file, find).load()
+        return pickled_names.Unpickler(file, find).load()
 
 
 def load(data: io.BytesIO | Path, what: str) -> Any:
@@ -86,14 +87,13 @@ def load(data: io.BytesIO | Path, what: str) -> Any:
             data.seek(0)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(data)
         for name in names:
-            if name != "argparse.Namespace" and name.partition(".")[0] not in _ARGUMENT_MODULES:
+            if not pickled_names.in_state(name):
                 raise Refused(
                     f"{what} names {name}, which does not belong into a checkpoint; nothing of it "
                     "was executed"
                 )
         inert: list[Any] = [
-            (Namespace if name == "argparse.Namespace" else type(name, (Inert,), {}), name)
-            for name in names
+            (Namespace if name == "argparse.Namespace" else _inert(name), name) for name in names
         ]
         if isinstance(data, io.BytesIO):
             data.seek(0)

@@ -2,27 +2,22 @@
 
 Of ``.metadata`` only PyTorch's own classes are looked up. In Megatron's state beside the tensors
 its classes (enumerations among the arguments) become `inert` objects. A name that no checkpoint
-needs is refused in both.
+needs (`pickled_names`) is refused in both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import math
-import pickle
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, metadata, planner
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -34,32 +29,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_xielu.checkpoints import inert, saved_arguments
 from megatron_xielu.checkpoints.source import Refused
+from megatron_xielu.common import pickled_names
 from megatron_xielu.common.text import reason
 
-# Data classes and enumerations; Megatron keeps the plans of the save there, too.
-_METADATA_CLASSES = {
-    *((cls.__module__, name) for name, cls in vars(metadata).items() if is_dataclass(cls)),
-    *((cls.__module__, name) for name, cls in vars(planner).items() if is_dataclass(cls)),
-    (planner.__name__, "WriteItemType"),
-    (metadata.__name__, "_MEM_FORMAT_ENCODING"),
-    *((cls.__module__, cls.__name__) for cls in (_StorageInfo, _StoragePrefix)),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "Path")),
-}
 # Of several optimizers, as with Muon or experts, each has a number before it.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 # Of the state that ranks share: a record since Megatron 0.19, a file before.
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
-
-
-def _find_metadata_class(module: str, name: str) -> Any:
-    if (module, name) in _METADATA_CLASSES:
-        return getattr(importlib.import_module(module), name)
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
-    raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
 
 
 class _Slices(DefaultLoadPlanner):
@@ -178,7 +154,7 @@ def read_metadata(path: Path) -> Metadata:
         Refused: it cannot be read, or names something else than PyTorch's classes for this.
     """
     try:
-        content = inert.unpickle(path, _find_metadata_class)
+        content = inert.unpickle(path, pickled_names.metadata_class)
     except Exception as error:  # whatever wrong bytes make a pickle raise
         raise Refused(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(content, Metadata) or not _is_sound(content):

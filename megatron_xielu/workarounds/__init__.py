@@ -1,7 +1,8 @@
 """Faults of Megatron that training with this package would meet: one file, one fault.
 
 Each says which releases have it and which upstream change ends it, and does nothing where it is
-gone. `mend_optimizers` applies those that decide what an optimizer writes into a checkpoint.
+gone. `mend_optimizers` applies those that decide what an optimizer writes into a checkpoint, and
+lets no checkpoint execute code that is loaded from then on.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ def mend_optimizers() -> None:
     patched checkouts, Megatron-Bridge, and the launcher for the ranks of any script.
     """
     from megatron_xielu.workarounds import (
+        checkpoint_pickles,
         distributed_optimizer_checkpoints,
         early_checkpoints,
         fp32_parameters,
         shifted_checkpoints,
     )
 
+    checkpoint_pickles.install()
     fp32_parameters.install()
     distributed_optimizer_checkpoints.install()
     early_checkpoints.install()
@@ -56,7 +59,11 @@ class _AfterImport(MetaPathFinder):
 
 
 def mend_optimizers_when_imported() -> None:
-    """`mend_optimizers` for a script that has yet to import Megatron, in its own time and way."""
+    """`mend_optimizers` for a script that has yet to import Megatron, in its own time and way; what
+    it loads is restricted at once."""
+    from megatron_xielu.workarounds import checkpoint_pickles
+
+    checkpoint_pickles.install()
     if _AfterImport._module in sys.modules:
         mend_optimizers()
     else:

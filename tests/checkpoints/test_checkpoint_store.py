@@ -307,9 +307,9 @@ def flip_tensor(path):
     flip_weight(path.parent)
 
 
-def flip_class(path):
-    """What `check` by itself does not notice: only PyTorch needs the class."""
-    flip(path, path.read_bytes().index(b"BytesStorageMetadata"))
+def flip_attribute(path):
+    """What `check` by itself does not notice: only PyTorch needs the attribute."""
+    flip(path, path.read_bytes().index(b"storage_meta"))
     check(path.parent, whole=True)
 
 
@@ -323,7 +323,7 @@ def flip_class(path):
             for harm in (flip_middle, empty, Path.unlink)
         ),
         ("__0_0.distcp", flip_tensor),
-        (".metadata", flip_class),
+        (".metadata", flip_attribute),
     ],
 )
 def test_damage_after_a_check(save_dir, tmp_path, monkeypatch, name, harm, keep_times):

@@ -12,6 +12,8 @@ import torch
 from launch import REPOSITORY, TINY_LLAMA, Run, load_checkpoint, train
 from megatron_wheels import patched, train_stock, unpack
 
+from megatron_xielu.checkpoints.check import check
+
 START, LAST = 4, 8  # iterations: four after the resume
 
 BUCKETS = "--bf16 --overlap-grad-reduce --ddp-bucket-size 10000"
@@ -70,6 +72,8 @@ def assert_same(whole: Run, resumed: Run, folders: list[Path]) -> None:
     # The second loss that a run prints is Megatron's mean of two.
     assert whole.losses[START] == resumed.losses[0]
     assert whole.losses[START + 2 :] == resumed.losses[2:]
+    for folder in folders:  # what each release writes of each optimizer is called good
+        check(folder / "checkpoints" / f"iter_{LAST:07}", whole=True)
     one, other = (load_checkpoint(f / "checkpoints" / f"iter_{LAST:07}") for f in folders)
     assert one.keys() == other.keys()
     assert any("optimizer." in key for key in one)
