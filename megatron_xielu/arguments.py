@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from megatron_xielu import __version__, catalog
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
-from megatron_xielu.checkpoints import optimizer_format, resume
+from megatron_xielu.checkpoints import loading, optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
@@ -332,13 +332,14 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
     """The arguments saved in the checkpoint that ``args`` would load, and where; None if none.
 
     Raises:
-        ValueError: it is damaged; names flag and folder.
+        ValueError: it is not there, or damaged; names flag and folder.
     """
+    loading.check(args)
     from megatron.training.checkpointing import load_args_from_checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
     ours = copy.copy(args)
-    ours.exit_on_missing_checkpoint = False  # Megatron's to do, and to say
+    ours.exit_on_missing_checkpoint = False  # see `loading`
     for load_arg in ("load", "pretrained_checkpoint"):
         folder = getattr(ours, load_arg, None)
         if not folder:
@@ -431,9 +432,10 @@ def restore_from_checkpoint(args: Namespace) -> None:
     The activation with its settings, and the rest of what the model's function depends on.
     """
     checkpoint = saved_arguments(args)
-    if checkpoint is not None:
-        restore(args, *checkpoint)
-        checkpoint_arguments.restore(args, checkpoint[0])
+    if checkpoint is None:
+        raise ValueError("--use-checkpoint-args: there is no checkpoint with arguments in --load")
+    restore(args, *checkpoint)
+    checkpoint_arguments.restore(args, checkpoint[0])
 
 
 def restore(args: Namespace, saved: Namespace, folder: str) -> None:

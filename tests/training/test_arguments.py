@@ -1,6 +1,7 @@
 """The flags: every refused combination, before anything is allocated and naming the flag."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -211,13 +212,37 @@ def test_a_damaged_checkpoint(parse, tmp_path, start_checkpoint, name, content):
 
 
 def test_no_checkpoint_yet(parse, tmp_path, start_checkpoint):
-    arguments.check_checkpoint(parse(f"--xielu --load {tmp_path}"))
-    arguments.check_checkpoint(parse(f"--xielu --load {tmp_path} --exit-on-missing-checkpoint"))
+    for folder in (tmp_path, tmp_path / "none"):
+        arguments.check_checkpoint(parse(f"--xielu --load {folder} --save {folder}/."))
     arguments.check_checkpoint(parse("--xielu"))
     first_run = f"--load {tmp_path} --pretrained-checkpoint {start_checkpoint}"
     arguments.check_checkpoint(parse(f"--xielu {first_run}"))
     with pytest.raises(ValueError, match="was trained with --xielu"):
         arguments.check_checkpoint(parse(first_run))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--load NONE", "--load NONE: there is no checkpoint in it .*, and it is not .* of --save"),
+        ("--load NONE --save OTHER", "--load NONE: there is no checkpoint in it"),
+        ("--load NONE --save NONE --use-checkpoint-args", "which --use-checkpoint-args needs"),
+        ("--load NONE --save NONE --finetune", "which --finetune needs"),
+        ("--finetune --save NONE", "--finetune has nothing to go on from; add --load, or drop it"),
+        ("--load NONE --save NONE --exit-on-missing-checkpoint", "which --exit-on-missing-checkpo"),
+        ("--load NONE --save NONE --pretrained-checkpoint NO", "--pretrained-checkpoint NO: there"),
+        ("--pretrained-checkpoint NO --ckpt-step 1", "--pretrained-checkpoint NO: there is no che"),
+        ("--load START --ckpt-step 7", "--ckpt-step 7: there is no START/iter_0000007; there is 1"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there(parse, tmp_path, start_checkpoint, flags, message):
+    """Megatron would train from scratch, or end with status 0 or a traceback."""
+    folders = {name: str(tmp_path / name) for name in ("NONE", "NO", "OTHER")}
+    folders["START"] = str(start_checkpoint)
+    for name in ("START", "NONE", "NO", "OTHER"):
+        flags, message = (re.sub(rf"\b{name}\b", folders[name], text) for text in (flags, message))
+    with pytest.raises(ValueError, match=message):
+        arguments.check_checkpoint(parse(f"--xielu {flags}"))
 
 
 def test_checkpoint_args_against_a_flag(parse, start_checkpoint):
