@@ -92,12 +92,9 @@ def load(
     """
     if name is None:
         kind, model = (getattr(arguments, f"tokenizer_{x}", None) for x in ("type", "model"))
-        is_own = kind == "HuggingFaceTokenizer" and model and model.isprintable()
-        fix = (
-            f"if you trust it, add --tokenizer {shlex.quote(model)}"
-            if is_own
-            else ("add a Hugging Face tokenizer with --tokenizer")
-        )
+        fix = "add a Hugging Face tokenizer with --tokenizer"
+        if kind == "HuggingFaceTokenizer" and model and model.isprintable():
+            fix = f"if you trust it, add --tokenizer {shlex.quote(model)}"
         report(f"no tokenizer: the checkpoint was trained with {kind!a} ({model!a}); {fix}")
         return None
     try:

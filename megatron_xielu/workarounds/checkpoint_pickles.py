@@ -40,7 +40,7 @@ def install() -> None:
     import torch
     from torch.distributed.checkpoint import default_planner, filesystem
 
-    filesystem.pickle = _Pickle()
+    filesystem.pickle = _Pickle()  # type: ignore[assignment]
     load_bytes = default_planner.DefaultLoadPlanner.load_bytes
 
     @functools.wraps(load_bytes)
