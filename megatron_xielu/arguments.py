@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from megatron_xielu import __version__, catalog
 from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
-from megatron_xielu.checkpoints import loading, optimizer_format, resume
+from megatron_xielu.checkpoints import before_load, missing, optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
@@ -334,12 +334,12 @@ def saved_arguments(args: Namespace) -> tuple[Namespace, str] | None:
     Raises:
         ValueError: it is not there, or damaged; names flag and folder.
     """
-    loading.check(args)
+    missing.check(args)
     from megatron.training.checkpointing import load_args_from_checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
     ours = copy.copy(args)
-    ours.exit_on_missing_checkpoint = False  # see `loading`
+    ours.exit_on_missing_checkpoint = False  # see `missing`
     for load_arg in ("load", "pretrained_checkpoint"):
         folder = getattr(ours, load_arg, None)
         if not folder:
@@ -476,6 +476,8 @@ def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = Tr
 
     with megatrons_checks():  # some flags have types of their own
         args = parse_args(extra_args_provider=with_errors_in_one_line)
+    if resumes or args.use_checkpoint_args:
+        before_load.once(args)
     if args.use_checkpoint_args:
         if not (args.load or args.pretrained_checkpoint):
             raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")

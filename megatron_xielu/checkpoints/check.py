@@ -2,10 +2,12 @@
 
 Good means: ``metadata.json`` and ``.metadata`` can be read, and every record that ``.metadata``
 lists is there in full. A whole check also reads all bytes: every record is a zip by ``torch.save``,
-with a CRC-32 of each member that was taken in memory. ``.metadata`` and ``metadata.json`` have no
-checksum: where they passed before, they must be as they were (`ledger`), and where the save had
-``--verify-integrity``, the SHA-256 in ``integrity.json`` must be right, too. Of the format
-``torch`` (``mp_rank_*``) the files' existence and the zips are checked.
+with a CRC-32 of each member that was taken in memory, and none of its numbers is NaN or infinite: a
+run that resumes from one ends at its first loss, whenever it is started. ``.metadata`` and
+``metadata.json`` have no checksum: the records must be what the index says, where the two passed
+before, they must be as they were (`ledger`), and where the save had ``--verify-integrity``, the
+SHA-256 in ``integrity.json`` must be right, too. Of the format ``torch`` (``mp_rank_*``) the files'
+existence and the zips are checked, but no numbers: tensors in it can be views of padded buffers.
 
 ``.metadata`` is a pickle. It is read into `inert` objects: no class of it is imported or called.
 There, and in what else will be unpickled at a load, a name that no checkpoint needs is damage, too.
@@ -15,9 +17,13 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
+import math
 import os
+import pickle
+import re
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,18 +31,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from megatron_xielu.checkpoints import inert
 from megatron_xielu.common import files, pickled_names, schema, text
 
 # What a file system says of one name or place on the disk, and will say again.
-_OF_THIS_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
+OF_THIS_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 
 # The entry in .metadata of a record that is no tensor.
 _PICKLED = "BytesStorageMetadata"
 
-# Of .metadata: keys; by file, each record's place (offset and length in bytes) and if it is a zip;
-# by file, the places of those that are no tensors.
-_Index = tuple[list[str], dict[str, list[tuple[int, int, bool]]], dict[str, list[tuple[int, int]]]]
+_BEFORE_ZIPS = b"\x80\x02\x8a"  # begins a file by `torch.save` of PyTorch 1.5 or older
+_PIECE = 1 << 20  # bytes read at a time: what fits into a core's cache
+
+# By storage, as unsigned integers: the bits of the exponent. All are set in NaN and infinity alone.
+_EXPONENTS = {
+    "FloatStorage": ("<u4", 0x7F80_0000),
+    "DoubleStorage": ("<u8", 0x7FF0_0000_0000_0000),
+    "HalfStorage": ("<u2", 0x7C00),
+    "BFloat16Storage": ("<u2", 0x7F80),
+}
+
+# Keys of the optimizer; of several, as with Muon or experts, each has a number before it.
+OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+
+# Of the distributed optimizer's buckets (dp_reshardable). Parameters start at multiples of 64 in
+# them, and Megatron without our mend writes what lies between as it was in memory.
+_OF_BUCKET, _ALIGNMENT = re.compile(r"\.gbuf_idx_\d+\..*\.bucket_idx_\d+\."), 64
 
 
 class Damaged(Exception):
@@ -55,6 +77,38 @@ class _Integrity:
     """``integrity.json`` of ``--verify-integrity``: SHA-256 by name."""
 
     files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record of a checkpoint: where it is in its file, and what it is.
+
+    Attributes:
+        start: in bytes.
+        length: in bytes.
+        is_zip: whether ``torch.save`` wrote it; a transformed one (compressed, say) is none.
+        key: its name.
+        sizes: of the tensor; None of what is none.
+        offsets: of the tensor in the one that has been cut up.
+    """
+
+    start: int
+    length: int
+    is_zip: bool = True
+    key: str = ""
+    sizes: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    def may_be_padding(self) -> bool:
+        """Whether nothing of a bucket may be in it but what lies between two parameters."""
+        if not _OF_BUCKET.search(self.key) or not self.offsets or not self.sizes:
+            return False
+        start = self.offsets[0]
+        return start + self.sizes[0] <= -(-start // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Window(io.RawIOBase):
@@ -83,7 +137,12 @@ class _Window(io.RawIOBase):
 
 
 def check(
-    folder: Path, *, whole: bool, hashes: Mapping[str, str] | None = None, threads: int = 1
+    folder: Path,
+    *,
+    whole: bool,
+    hashes: Mapping[str, str] | None = None,
+    threads: int = 1,
+    only_model: bool = False,
 ) -> None:
     """Check one checkpoint.
 
@@ -92,6 +151,8 @@ def check(
         whole: read every byte and compare checksums, too.
         hashes: SHA-256 of files in it, from when it was good.
         threads: how many read at a time.
+        only_model: for a reader of nothing else: without the bytes of the optimizer's state, six
+            sevenths of all, and without metadata.json.
 
     Raises:
         Damaged: it is not good.
@@ -104,31 +165,13 @@ def check(
         if any(folder.glob("mp_rank_*")):
             _check_torch_format(folder, whole=whole)
         else:
-            _check_distributed_format(folder, whole=whole, threads=threads)
+            _check_distributed_format(folder, whole, threads, only_model)
     except schema.Malformed as error:
         raise Damaged(str(error).removeprefix(f"{folder}/")) from error
     except OSError as error:
-        if error.errno not in _OF_THIS_FILE:
+        if error.errno not in OF_THIS_FILE:
             raise
         raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror}") from error
-
-
-def check_pickles(folder: Path) -> None:
-    """Check what Megatron would unpickle, without the tensors of ``torch_dist``.
-
-    Raises:
-        Damaged: something of it names what no checkpoint needs, or cannot be read.
-        OSError: the file system fails.
-    """
-    files_of_ranks = sorted(folder.glob("mp_rank_*/*.pt"))
-    places = {path: [(0, path.stat().st_size)] for path in files_of_ranks}
-    if not places:
-        _, _, pickled = _read_metadata(folder / ".metadata")
-        places = {folder / name: found for name, found in pickled.items()}
-        if (common := folder / "common.pt").exists():
-            places[common] = [(0, common.stat().st_size)]
-    for path, found in places.items():
-        _check_names(found, path)
 
 
 def _check_torch_format(folder: Path, *, whole: bool) -> None:
@@ -136,96 +179,102 @@ def _check_torch_format(folder: Path, *, whole: bool) -> None:
         if not (rank / "model_optim_rng.pt").is_file():
             raise Damaged(f"{rank.name}/model_optim_rng.pt is missing")
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
-        _check_zips([(0, path.stat().st_size)], path, whole=whole)
-        _check_names([(0, path.stat().st_size)], path)
+        with path.open("rb") as file:
+            is_old = file.read(len(_BEFORE_ZIPS)) == _BEFORE_ZIPS  # and has no checksum
+        if not is_old:
+            _check_records([_Record(0, path.stat().st_size)], path, whole=whole)
 
 
-def _check_distributed_format(folder: Path, *, whole: bool, threads: int) -> None:
-    keys, records, pickled = _read_metadata(folder / ".metadata")
+def _check_distributed_format(folder: Path, whole: bool, threads: int, only_model: bool) -> None:
+    keys, records = _read_metadata(folder / ".metadata")
     # The state that all ranks share is a record in Megatron 0.19, and was a file before. Formats
     # other than torch_dist have neither, and no metadata.json.
     common, megatrons = folder / "common.pt", folder / "metadata.json"
     has_common = common.exists() or any(key.startswith("common_state/") for key in keys)
-    if has_common or megatrons.exists():
+    if not only_model and (has_common or megatrons.exists()):
         schema.load(_Format, megatrons)
         if not has_common:
             raise Damaged("common.pt is missing")
 
-    for name, places in sorted(records.items()):
+    for name, in_file in sorted(records.items()):
         if not (folder / name).is_file():
             raise Damaged(f"{name} is missing")
-        short = max(start + length for start, length, _ in places) - (folder / name).stat().st_size
+        short = max(record.end for record in in_file) - (folder / name).stat().st_size
         if short > 0:
             raise Damaged(f"{name} is {short} bytes short")
     if common.exists():
-        _check_zips([(0, common.stat().st_size)], common, whole=whole)
-        _check_names([(0, common.stat().st_size)], common)
+        _check_records([_Record(0, common.stat().st_size)], common, whole=whole)
     manifest = folder / "integrity.json"
     hashes = schema.load(_Integrity, manifest).files if manifest.exists() else {}
     if whole:
         checks = [partial(_check_hash, expected, folder / n) for n, expected in hashes.items()]
-        for name, places in sorted(records.items()):
-            zips = sorted(place[:2] for place in places if place[2])
-            checks.append(partial(_check_zips, zips, folder / name, whole=True))
-            checks.append(partial(_check_names, pickled[name], folder / name))
+        for name, in_file in sorted(records.items()):
+            wanted = [r for r in in_file if not (only_model and OPTIMIZER.match(r.key))]
+            checks.append(partial(_check_records, wanted, folder / name, whole=True))
         with ThreadPoolExecutor(threads) as pool:
             # A watch reads in its own thread: at a SIGTERM it ends in the middle of a file.
             for _ in (pool.map if threads > 1 else map)(lambda one: one(), checks):
                 pass
 
 
-def _read_metadata(path: Path) -> _Index:
-    """What the index of a checkpoint says."""
+def _read_metadata(path: Path) -> tuple[list[str], dict[str, list[_Record]]]:
+    """What the index of a checkpoint says: keys; by file, its records, in their order."""
     try:
-        return _index(inert.unpickle(path))
+        metadata = inert.unpickle(path)
     except FileNotFoundError:
         raise Damaged(".metadata is missing: the save did not finish") from None
-    except (Damaged, OSError):
+    except OSError:
         raise
-    except Exception as error:  # whatever wrong bytes make a pickle raise, or what is read of it
+    except Exception as error:  # whatever wrong bytes make a pickle raise
         raise Damaged(f".metadata cannot be read: {text.describe(error)}") from error
-
-
-def _index(metadata: Any) -> _Index:
-    """`_read_metadata` of what was unpickled."""
     keys = getattr(metadata, "state_dict_metadata", None)
     storage = getattr(metadata, "storage_data", None)
     if not isinstance(keys, dict) or not isinstance(storage, dict):
         raise Damaged(".metadata is not that of a checkpoint")
-    missing = set(map(str, keys)) - {str(getattr(index, "fqn", None)) for index in storage}
-    if missing:
-        raise Damaged(f".metadata does not say where {min(missing)!a} is")
-    offsets = {(index.fqn, getattr(index, "offset", None)) for index in storage}
-    for key, entry in keys.items():
-        if type(entry).__name__ != _PICKLED and not _is_tensor(key, entry, offsets):
-            raise Damaged(f".metadata does not say what {key!a} is made of")
-    places, pickled = defaultdict(list), defaultdict(list)
+    try:
+        return [*map(str, keys)], _records(keys, storage)
+    except (AttributeError, TypeError) as error:
+        raise Damaged(f".metadata is not that of a checkpoint: {text.describe(error)}") from error
+
+
+def _records(keys: dict[Any, Any], storage: dict[Any, Any]) -> dict[str, list[_Record]]:
+    records = defaultdict(list)
     for index, info in storage.items():
         name, start, length = (
             getattr(info, field, None) for field in ("relative_path", "offset", "length")
         )
         if not (_is_name(name) and _is_count(start) and _is_count(length)):
             raise Damaged(".metadata has a record without a place")
-        # A transformed record (compressed, say) is not a zip.
-        places[name].append((start, length, getattr(info, "transform_descriptors", None) is None))
-        if type(keys.get(index.fqn)).__name__ == _PICKLED and places[name][-1][2]:
-            pickled[name].append((start, length))
-    return [*map(str, keys)], dict(places), pickled
+        is_zip = getattr(info, "transform_descriptors", None) is None
+        offsets = tuple(getattr(index, "offset", None) or ())
+        sizes = _sizes(keys.get(index.fqn), index.fqn, offsets)
+        records[name].append(_Record(start, length, is_zip, str(index.fqn), sizes, offsets))
+    for name, in_file in records.items():
+        in_file.sort(key=lambda record: record.start)
+        if any(one.end > after.start for one, after in itertools.pairwise(in_file)):
+            raise Damaged(f".metadata has two records in one place of {name}")
+    written = Counter(record.key for in_file in records.values() for record in in_file)
+    for key, entry in keys.items():
+        chunks = getattr(entry, "chunks", None)
+        if written[str(key)] < (1 if chunks is None else len(chunks)):
+            raise Damaged(f".metadata does not say where {str(key)!a} is")
+        if chunks is None and type(entry).__name__ != _PICKLED:
+            raise Damaged(f".metadata does not say what {str(key)!a} is made of")
+        if chunks is not None:
+            elements = sum(math.prod(chunk.sizes) for chunk in chunks)
+            if elements != math.prod(entry.size):
+                raise Damaged(f".metadata has another size for {str(key)!a} than for its pieces")
+    return dict(records)
 
 
-def _is_tensor(key: str, entry: Any, offsets: set[tuple[str, Any]]) -> bool:
-    """Whether a tensor has a shape, and each of its chunks a shape and a record."""
-    chunks = getattr(entry, "chunks", None)
-    return (
-        _is_shape(getattr(entry, "size", None))
-        and isinstance(chunks, list)
-        and all(_is_shape(getattr(chunk, "sizes", None)) for chunk in chunks)
-        and all((key, getattr(chunk, "offsets", None)) in offsets for chunk in chunks)
-    )
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_count, value))
+def _sizes(entry: Any, key: Any, offsets: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """Of the piece of a tensor that begins at ``offsets``; None of what is no tensor."""
+    if not hasattr(entry, "chunks"):
+        return None
+    for chunk in entry.chunks:
+        if tuple(chunk.offsets) == offsets:
+            return tuple(chunk.sizes)
+    raise Damaged(f".metadata has another place for a piece of {str(key)!a} than the piece has")
 
 
 def _is_name(value: Any) -> TypeGuard[str]:
@@ -236,37 +285,72 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and value >= 0
 
 
-def _check_zips(places: list[tuple[int, int]], path: Path, *, whole: bool) -> None:
-    """Check the zips at (offset, length) of a file: their directories, or all their bytes."""
+def _check_records(records: list[_Record], path: Path, *, whole: bool) -> None:
+    """Check the zips among a file's records: their directories, or all their bytes."""
     with path.open("rb") as file:
-        for start, length in places:
+        for record in records:
+            if not record.is_zip:
+                continue
+            window = _Window(file, record.start, record.length)
             try:
-                with zipfile.ZipFile(_Window(file, start, length)) as archive:  # type: ignore[arg-type]
-                    wrong = archive.testzip() if whole else None
+                with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
                     for member in archive.infolist():
                         if member.compress_size != member.file_size:  # torch.save only stores
-                            wrong = member.filename
-            except OSError:
+                            raise zipfile.BadZipFile(member.filename)
+                    if whole:
+                        _read(archive, record)
+                    if record.sizes is None:
+                        _check_names(archive)
+            except (OSError, Damaged):
                 raise
+            except pickle.UnpicklingError as error:
+                raise Damaged(f"{path.name}: at byte {record.start}: {error}") from error
             except Exception as error:  # whatever wrong bytes make zipfile raise
-                wrong = text.describe(error)
-            if wrong:
-                raise Damaged(f"{path.name}: checksum at byte {start} is wrong ({wrong})")
+                raise Damaged(
+                    f"{path.name}: checksum at byte {record.start} is wrong "
+                    f"({text.describe(error)})"
+                ) from error
 
 
-def _check_names(places: list[tuple[int, int]], path: Path) -> None:
-    """Check what the pickles by torch.save at (offset, length) of a file would call."""
-    with path.open("rb") as file:
-        for start, length in places:
-            try:
-                with zipfile.ZipFile(_Window(file, start, length)) as archive:  # type: ignore[arg-type]
-                    for member in archive.infolist():  # not by name: there may be two of one
-                        if member.filename.lower().endswith(".pkl"):
-                            pickled_names.check_state(archive.read(member))
-            except OSError:
-                raise
-            except Exception as error:  # whatever wrong bytes make zipfile or pickletools raise
-                raise Damaged(f"{path.name}: at byte {start}: {text.describe(error)}") from error
+def _read(archive: zipfile.ZipFile, record: _Record) -> None:
+    """Read all bytes of a zip.
+
+    Raises:
+        Damaged: it holds another tensor than the index says, or one that is not finite.
+        Exception: a checksum is wrong.
+    """
+    storage = kind = ""
+    for member in archive.infolist():  # the pickle comes before the storages
+        is_tested = member.filename.endswith(f"/data/{storage}") and not record.may_be_padding()
+        is_finite = _is_finite(archive, member, kind if storage and is_tested else "")
+        if record.sizes is not None and member.filename.endswith("/data.pkl"):
+            tensor = inert.saved_tensor(archive.read(member))
+            if tensor is None:
+                continue  # of a class of its own
+            if tensor.elements != math.prod(record.sizes):
+                raise Damaged(f".metadata has another size for {record.key!a} than its record")
+            if tensor.fills_its_storage:
+                storage, kind = tensor.storage, tensor.kind
+        if not is_finite:
+            raise Damaged(f"{record.key} has a number that is NaN or infinite")
+
+
+def _check_names(archive: zipfile.ZipFile) -> None:
+    """Check what a pickle by ``torch.save`` would call."""
+    for member in archive.infolist():  # not by name: there may be two of one
+        if member.filename.lower().endswith(".pkl"):
+            pickled_names.check_state(archive.read(member))
+
+
+def _is_finite(archive: zipfile.ZipFile, member: zipfile.ZipInfo, kind: str) -> bool:
+    """Read a member; the end of it compares its checksum. False: a number in it is not finite."""
+    integers, exponent = _EXPONENTS.get(kind, ("", 0))
+    finite = True
+    with archive.open(member) as data:
+        while piece := data.read(_PIECE):
+            if integers and finite:
+                finite = bool((np.frombuffer(piece, integers) & exponent).max() < exponent)
+    return finite
 
 
 def _check_hash(expected: str, path: Path) -> None:

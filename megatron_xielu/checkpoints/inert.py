@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,38 @@ def stand_in(module: str, name: str) -> Any:
     """
     if not pickled_names.in_metadata(module, name):
         raise pickled_names.foreign(f"{module}.{name}")
+    return _class(name)
+
+
+def _class(name: str) -> Any:
     return {"OrderedDict": dict, "Size": tuple}.get(name) or _inert(name)
 
 
 @functools.cache
 def _inert(name: str) -> type[Inert]:
     return type(name, (Inert,), {})
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """What the pickle of a tensor by ``torch.save`` says of it.
+
+    Attributes:
+        kind: of its storage, as ``FloatStorage``.
+        storage: the file beside the pickle that holds it.
+        elements: of the tensor.
+        fills_its_storage: whether there is nothing else in that file.
+    """
+
+    kind: str
+    storage: str
+    elements: int
+    fills_its_storage: bool
+
+
+class _TensorUnpickler(pickled_names.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
 
 
 def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
@@ -67,6 +95,29 @@ def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
     """
     with path.open("rb") as file:
         return pickled_names.Unpickler(file, find).load()
+
+
+def saved_tensor(pickled: bytes) -> SavedTensor | None:
+    """What is said of a tensor; None of what is no plain tensor.
+
+    Raises:
+        Exception: whatever wrong bytes make a pickle raise.
+    """
+
+    def find(module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *rebuilt_from: rebuilt_from
+        if not pickled_names.in_state(f"{module}.{name}"):
+            raise pickled_names.foreign(f"{module}.{name}")
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        return _class(name)
+
+    match _TensorUnpickler(io.BytesIO(pickled), find).load():
+        case (("storage", str(kind), str(storage), _, int(held)), _, tuple(size), *_):
+            elements = math.prod(size)
+            return SavedTensor(kind, storage, elements, elements == held)
+    return None
 
 
 def load(data: io.BytesIO | Path, what: str) -> Any:

@@ -6,16 +6,22 @@ between the two. To go back to an older checkpoint, rename the newer ones.
 
 What a start resumes from is read whole before each start, though it passed when it was written:
 PyTorch does not compare checksums, and a checkpoint that cannot be loaded would be tried again and
-again.
+again. One that is whole, and could not be loaded twice all the same, is set aside, too
+(`failed_loads`).
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
+from megatron_xielu.checkpoints import failed_loads
+from megatron_xielu.checkpoints.before_load import THREADS
 from megatron_xielu.checkpoints.check import Damaged, check
+from megatron_xielu.checkpoints.failed_loads import FailedLoad
 from megatron_xielu.checkpoints.folder import (
     RELEASE,
     TRACKER,
@@ -27,51 +33,64 @@ from megatron_xielu.checkpoints.folder import (
 from megatron_xielu.checkpoints.ledger import RECORD, Record, lock
 from megatron_xielu.common import event_log, files, text
 
-_THREADS = 8  # nothing else runs yet
-
 
 class NoGoodCheckpoint(RuntimeError):
-    """There were checkpoints and none is good: a start would train from scratch."""
+    """There were checkpoints, and none is good or can be loaded; or a start would begin anew."""
 
 
-def repair(save_dir: Path) -> int | None:
+def repair(save_dir: Path, *, starts: bool = False) -> int | None:
     """Set damaged checkpoints aside and point the tracker at the newest good one.
 
     Older ones than that only get the quick check.
 
     Args:
         save_dir: the ``--save`` folder; need not exist.
+        starts: whether a training follows, which loads what is found.
 
     Returns:
         The iteration that a start resumes from; None: from none, or ``release``.
 
     Raises:
-        NoGoodCheckpoint: there were checkpoints, and none is good.
+        NoGoodCheckpoint: there were checkpoints, and none is good, or can be loaded.
         OSError: the file system fails, or it is no folder.
     """
     if not is_there(save_dir):
         print("resume none", flush=True)
         return None
     with lock(save_dir):
-        return _repair(save_dir)
+        failed = failed_loads.at_a_start(save_dir) if starts else None
+        try:
+            newest, failed = _repair(save_dir, failed)
+        except NoGoodCheckpoint:
+            failed = None  # the next start tries again: what was wrong may be mended
+            raise
+        finally:
+            if starts:
+                failed_loads.write(save_dir, failed)
+        return newest
 
 
-def _repair(save_dir: Path) -> int | None:
+def _repair(save_dir: Path, failed: FailedLoad | None) -> tuple[int | None, FailedLoad | None]:
     tracker = read_tracker(save_dir)
     if tracker == RELEASE:
         try:
-            check(save_dir / RELEASE, whole=True, threads=_THREADS)
+            check(save_dir / RELEASE, whole=True, threads=THREADS)
         except Damaged as error:
             raise NoGoodCheckpoint(
                 f"{save_dir / RELEASE}: {error}; convert the model again"
             ) from None
         print("resume release", flush=True)
-        return None
-    record, newest = Record(save_dir), None
+        return None, None
+    if failed and failed.aside is not None and failed.times:
+        _give_name_back(save_dir, failed)
+    record, newest, unloadable = Record(save_dir), None, None
     for iteration, folder in checkpoints(save_dir).items():
+        if newest is None and failed and failed.is_enough_for(iteration):
+            unloadable = folder
+            continue
         try:
             hashes = record.hashes(folder)
-            check(folder, whole=newest is None, hashes=hashes, threads=_THREADS)
+            check(folder, whole=newest is None, hashes=hashes, threads=THREADS)
         except Damaged as error:
             record.verified.pop(folder.name, None)
             aside = _set_aside(folder)
@@ -85,6 +104,13 @@ def _repair(save_dir: Path) -> int | None:
                 record.add(folder)
                 record.save()
 
+    if unloadable and failed:
+        if newest is None:
+            raise NoGoodCheckpoint(
+                f"{unloadable} is whole, and cannot be loaded ({failed.error}); there is no older "
+                "one to go on from"
+            )
+        failed = _set_unloadable_aside(unloadable, failed, newest)
     if newest is None:
         if tracker != "missing" or _was_good(save_dir):
             raise NoGoodCheckpoint(
@@ -93,14 +119,39 @@ def _repair(save_dir: Path) -> int | None:
                 "damaged_iter_… away"
             )
         print("resume none", flush=True)
-        return None
+        return None, None
     if tracker != newest:
         files.write(save_dir / TRACKER, str(newest))
         reason = f"tracker was {tracker}, is {newest}"
         print(reason, flush=True)
         event_log.write("tracker-repaired", reason, iteration=newest)
     print(f"resume {newest}", flush=True)
-    return newest
+    if failed and newest > failed.iteration:  # saved since then
+        failed = None
+    return newest, failed and replace(failed, iteration=newest)
+
+
+def _set_unloadable_aside(folder: Path, failed: FailedLoad, newest: int) -> FailedLoad:
+    aside = _set_aside(folder)
+    reason = f"it could not be loaded {failed.times} times: {failed.error}; now {aside.name}"
+    print(f"iter {failed.iteration} CANNOT BE LOADED: {reason}", flush=True)
+    event_log.write("checkpoint-damaged", reason, iteration=failed.iteration)
+    return FailedLoad(
+        newest, aside=failed.iteration, aside_name=aside.name, aside_error=failed.error
+    )
+
+
+def _give_name_back(save_dir: Path, failed: FailedLoad) -> NoReturn:
+    """Refuse to go on to a third checkpoint: whatever it is, it is not in the files."""
+    name = f"iter_{failed.aside:07d}"
+    if not os.path.lexists(save_dir / name):
+        (save_dir / Path(failed.aside_name).name).rename(save_dir / name)
+        files.write(save_dir / TRACKER, str(failed.aside))
+    raise NoGoodCheckpoint(
+        f"{save_dir}: neither {name} ({failed.aside_error}) nor iter_{failed.iteration:07d} "
+        f"({failed.error}) can be loaded, and both are whole: look for the cause in the flags, the "
+        "versions and the memory of this run; both are where they were"
+    )
 
 
 def _set_aside(folder: Path) -> Path:

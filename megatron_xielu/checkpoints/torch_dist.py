@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +27,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_xielu.checkpoints import inert, saved_arguments
+from megatron_xielu.checkpoints.check import OPTIMIZER
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import pickled_names
 from megatron_xielu.common.text import reason
 
-# Of several optimizers, as with Muon or experts, each has a number before it.
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 # Of the state that ranks share: a record since Megatron 0.19, a file before.
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
 
@@ -79,7 +77,7 @@ class TorchDist:
         self._tensors = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not _OPTIMIZER.match(key)
+            if isinstance(entry, TensorStorageMetadata) and not OPTIMIZER.match(key)
         }
         self.arguments = self._read_arguments()
 

@@ -114,13 +114,19 @@ class Watcher:
 
 @contextmanager
 def _lock(save_dir: Path) -> Iterator[None]:
-    """`lock`, held for moments; a SIGTERM waits, or it could leave the lock to the next start."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """`lock`, held for moments; a SIGTERM waits, or it could leave the lock to the next start.
+
+    To block the signal is not enough: another thread (NumPy has some) would take it.
+    """
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
         with lock(save_dir):
             yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGTERM, before)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def watch(save_dir: Path, *, keep_last: int, keep_every: int, interval: float) -> NoReturn:

@@ -3,10 +3,11 @@
 ``… -m megatron_xielu.cluster.rank (SCRIPT.py | -m MODULE) MEGATRON ARGUMENTS``
 
 What it adds to the script, whichever it is: before anything is loaded, rank 0 sets aside damaged
-checkpoints and points Megatron at the newest whole one (the other ranks wait for it in the
-rendezvous); what Megatron's optimizers write into checkpoints is mended (`workarounds`), whatever
-the activation; at the end, the event log says how the rank ended; and a training that reached its
-last step is told from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
+checkpoints, points Megatron at the newest whole one, and reads what is loaded from elsewhere (the
+other ranks wait for it); a load that fails is noted, for the next start to act on it; what
+Megatron's optimizers write into checkpoints is mended (`workarounds`), whatever the activation; at
+the end, the event log says how the rank ended; and a training that reached its last step is told
+from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ import runpy
 import shutil
 import signal
 import sys
+import traceback
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from megatron_xielu import workarounds
+from megatron_xielu.checkpoints import before_load, failed_loads
+from megatron_xielu.checkpoints.check import OF_THIS_FILE
+from megatron_xielu.checkpoints.folder import RELEASE
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
 from megatron_xielu.cluster.launcher import REFUSED
 from megatron_xielu.common import event_log, text
@@ -37,6 +45,9 @@ _REJECTED_RESULT = {
 }
 
 _REFUSAL = "megatron_xielu: error: "
+
+_CHECKPOINTING = "megatron.training.checkpointing"
+_LOADS = ("load_checkpoint", "load_args_from_checkpoint")  # the second: of the entry's checks
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -52,13 +63,13 @@ def main() -> None:
     is_module = sys.argv[1] == "-m"
     script = sys.argv[2 if is_module else 1]
     arguments = sys.argv[3 if is_module else 2 :]
-    save = _save_folder(arguments)
+    flags = _flags(arguments)
+    save = Path(flags.save) if flags.save else None
     try:
         package = script.partition(".")[0]
         if not (importlib.util.find_spec(package) if is_module else Path(script).exists()):
             raise SystemExit(f"{_REFUSAL}ENTRY: there is no {script}")
-        if save and os.environ.get("RANK", "0") == "0":
-            event_log.write("resume", iteration=_repair(save) or 0)
+        _prepare(flags)
         workarounds.mend_optimizers_when_imported()
         sys.argv = [script, *arguments]
         if is_module:
@@ -68,20 +79,26 @@ def main() -> None:
             sys.path.insert(0, str(Path(script).resolve().parent))
             runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
-        if end.code in (None, 0):
+        failed = _failed_to_load(end)
+        if end.code in (None, 0) and not failed:
             return  # left early, after saving: a signal, --exit-interval, --exit-duration-in-mins
-        reason = f"exit code {end.code}" if isinstance(end.code, int) else str(end.code)
-        reason = _REJECTED_RESULT.get(end.code, reason)  # type: ignore[arg-type]
+        reason = _REJECTED_RESULT.get(end.code) or _reason(end, None)  # type: ignore[arg-type]
         event_log.write("worker-failed", reason)
         atexit.register(_kill_children)
+        is_noted = failed and _note(end, flags)
         if not isinstance(end.code, int):
             get_error_handler().record_exception(SystemExit(reason))  # for the launcher
-        if reason.startswith(_REFUSAL):
+        if reason.startswith(_REFUSAL) and not is_noted:
             raise SystemExit(REFUSED) from None  # the launcher prints the reason, once
+        if failed:
+            raise SystemExit(1) from None
         raise
     except BaseException as error:
-        event_log.write("worker-failed", _reason(error, save))
+        failed = _failed_to_load(error)
+        event_log.write("worker-failed", _reason(error, None if failed else save))
         atexit.register(_kill_children)
+        if failed:
+            _note(error, flags)
         raise
     finally:
         # Megatron leaves its handler in place, and Python's exit would make a SIGTERM that comes
@@ -92,20 +109,70 @@ def main() -> None:
         Path(finished).touch()
 
 
-def _save_folder(arguments: list[str]) -> Path | None:
+def _flags(arguments: list[str]) -> Namespace:
+    """Megatron's flags that say what is loaded and saved."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--save")
-    save = parser.parse_known_args(arguments)[0].save
-    return Path(save) if save else None
+    for flag in ("--save", "--load", "--pretrained-checkpoint", "--ckpt-step"):
+        parser.add_argument(flag)
+    flags = parser.parse_known_args(arguments)[0]
+    step = flags.ckpt_step or ""
+    flags.ckpt_step = int(step) if step.isascii() and step.isdigit() else None
+    return flags
 
 
-def _repair(save: Path) -> int | None:
+def _prepare(flags: Namespace) -> None:
+    """On rank 0, while the others wait: see to it that what is loaded is whole."""
+    if not (flags.save or flags.load or flags.pretrained_checkpoint):
+        return
     try:
-        return repair(save)
+        before_load.on_rank_0(partial(_repair_and_read, flags))
     except (NoGoodCheckpoint, NotADirectoryError) as error:
         raise SystemExit(f"{_REFUSAL}--save: {error}") from None
-    except OSError as error:  # of a file system that may come back
-        raise SystemExit(f"--save: {error}") from None
+    except ValueError as error:
+        raise SystemExit(f"{_REFUSAL}{error}") from None
+    except OSError as error:  # of a file system or network that may come back
+        raise SystemExit(f"before the checkpoint was loaded: {error}") from None
+
+
+def _repair_and_read(flags: Namespace) -> None:
+    repaired = None
+    if flags.save:
+        iteration = repair(Path(flags.save), starts=True)
+        event_log.write("resume", iteration=iteration or 0)
+        repaired = Path(flags.save) / (RELEASE if iteration is None else f"iter_{iteration:07d}")
+    before_load.read_what_is_loaded(flags, repaired)
+
+
+def _failed_to_load(error: BaseException) -> bool:
+    """Whether Megatron raised it while it loaded a checkpoint, and not because of the network."""
+    one: BaseException | None = error
+    while one is not None:
+        is_ours = isinstance(one, SystemExit) and str(one.code).startswith(_REFUSAL)
+        if not is_ours and any(
+            frame.f_code.co_name in _LOADS and frame.f_globals.get("__name__") == _CHECKPOINTING
+            for frame, _ in traceback.walk_tb(one.__traceback__)
+        ):
+            # PyTorch's of a checkpoint holds those of all ranks.
+            causes = [cause for cause, _ in getattr(one, "failures", {}).values()]
+            return not all(map(_may_pass, causes or [one]))
+        one = one.__cause__ or one.__context__
+    return False
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether it is of the network, or of a file system that may come back."""
+    said = str(error).lower()
+    if isinstance(error, OSError):
+        return error.errno not in OF_THIS_FILE
+    return isinstance(error, DistError) or "gloo" in said or "nccl" in said
+
+
+def _note(error: BaseException, flags: Namespace) -> bool:
+    """Note a failed load for the next start; whether there is one that can act on it."""
+    own = flags.save and flags.load and os.path.realpath(flags.load) == os.path.realpath(flags.save)
+    if not own or flags.ckpt_step:
+        return False
+    return failed_loads.note(Path(flags.save), _reason(error, None))
 
 
 def _kill_children() -> None:
@@ -119,11 +186,15 @@ def _kill_children() -> None:
 
 def _reason(error: BaseException, save: Path | None) -> str:
     """One line; of a failed save also how full the disk is, which PyTorch's error does not say."""
+    if isinstance(error, SystemExit):
+        if not error.code:
+            return "Megatron ended while it loaded a checkpoint; its output says why"
+        return f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
     reason = text.describe(error)
-    if save and save.is_dir() and type(error).__name__ == "CheckpointException":
-        free = shutil.disk_usage(save).free
-        last = str(error).strip().rpartition("\n")[2].strip()
-        reason += f" ({last}); {text.size(free)} are free in {save}"
+    if type(error).__name__ == "CheckpointException":
+        reason += f" ({text.first_line(str(error).strip().rpartition(chr(10))[2])})"
+        if save and save.is_dir():
+            reason += f"; {text.size(shutil.disk_usage(save).free)} are free in {save}"
     return reason
 
 

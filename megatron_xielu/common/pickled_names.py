@@ -9,12 +9,11 @@ training imports no torch; a test compares them with what torch and Megatron wri
 from __future__ import annotations
 
 import importlib
-import io
 import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA = f"{_DCP}.metadata"
@@ -109,7 +108,7 @@ def check_state(data: bytes) -> None:
 class Unpickler(pickle.Unpickler):
     """Unpickles with what a function of module and name finds, and may refuse."""
 
-    def __init__(self, file: io.BufferedReader, find: Callable[[str, str], Any]) -> None:
+    def __init__(self, file: IO[bytes], find: Callable[[str, str], Any]) -> None:
         super().__init__(file)
         self._find = find
 

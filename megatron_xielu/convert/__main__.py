@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_hf(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoints import before_load
     from megatron_xielu.checkpoints.reader import open_source
     from megatron_xielu.convert import to_hf
 
@@ -116,6 +117,11 @@ def _to_hf(args: argparse.Namespace) -> None:
         force=args.force,
     )
     source = open_source(args.checkpoint, trust_pickle=args.trust_pickle)
+    try:
+        fix = "convert another of the run's iter_… folders"
+        before_load.read_whole(source.folder, str(args.checkpoint), fix, only_model=True)
+    except ValueError as error:
+        raise Refused(str(error)) from None
     to_hf.export(source, args.out.absolute(), options)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
+from megatron_xielu.checkpoints import before_load
 from megatron_xielu.checkpoints import folder as save_folder
 from megatron_xielu.checkpoints.folder import RELEASE, TRACKER
 from megatron_xielu.checkpoints.torch_dist import TorchDist
@@ -49,8 +51,8 @@ def find(folder: Path, step: int | None) -> Path:
 
 
 def check(checkpoint: Path) -> int:
-    """Refuse arguments that Megatron would not have saved, and code in ``.metadata``: Megatron
-    reads both, whatever they are.
+    """Refuse one that is damaged, arguments that Megatron would not have saved, and code in
+    ``.metadata``: Megatron reads all of it, whatever it is.
 
     Args:
         checkpoint: as `find` found it.
@@ -60,6 +62,12 @@ def check(checkpoint: Path) -> int:
 
     Raises:
         ValueError: naming the argument, or the file.
+        OSError: it cannot be read now.
     """
+    fix = "give another by --ckpt-step"
+    read = partial(
+        before_load.read_whole, checkpoint, f"--load {checkpoint.parent}", fix, only_model=True
+    )
+    before_load.on_rank_0(read)
     TorchDist(checkpoint)
     return 0 if checkpoint.name == RELEASE else int(checkpoint.name.removeprefix("iter_"))

@@ -27,7 +27,7 @@ from torch import _weights_only_unpickler
 from torch.distributed.checkpoint import default_planner, filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_xielu.checkpoints.check import Damaged, check, check_pickles
+from megatron_xielu.checkpoints.check import Damaged, check
 from megatron_xielu.common import pickled_names
 from megatron_xielu.workarounds import checkpoint_pickles
 
@@ -102,9 +102,8 @@ def hostile(request, start_checkpoint, tmp_path) -> Path:
 
 @pytest.mark.parametrize("hostile", WHERE, indirect=True)
 def test_no_check_calls_it_good(hostile):
-    for look in (lambda folder: check(folder, whole=True), check_pickles):
-        with pytest.raises(Damaged, match=r"names posix\.mkdir, which does not belong there; noth"):
-            look(hostile / "iter_0000001")
+    with pytest.raises(Damaged, match=r"names posix\.mkdir, which does not belong there; noth"):
+        check(hostile / "iter_0000001", whole=True)
     assert not (hostile.parent / "executed").exists()
 
 

@@ -3,9 +3,12 @@
 The whole of it, with Megatron and several nodes, is tested in tests/slurm.
 """
 
+import dataclasses
 import io
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +17,10 @@ from dataclasses import dataclass
 import launch
 import pytest
 
+from megatron_xielu.checkpoints import failed_loads
+from megatron_xielu.checkpoints.check import check
+from megatron_xielu.checkpoints.folder import read_tracker
+from megatron_xielu.checkpoints.ledger import RECORD
 from megatron_xielu.checkpoints.repair import repair
 from megatron_xielu.common import event_log
 
@@ -187,30 +194,88 @@ def test_what_is_refused_is_not_tried_again(log, tmp_path, script, tee, reason):
     assert told == f'"{reason}"'
 
 
-def test_a_checkpoint_damaged_after_its_check_is_not_resumed_from_again(log, tmp_path):
-    """Its ``.metadata`` has the size and times from when it was checked, and cannot be loaded."""
-    saves = f"--save {tmp_path}/checkpoints --load {tmp_path}/checkpoints --save-interval 2"
-    launch.train(tmp_path, f"--xielu {saves} --exit-interval 4")
-    assert repair(tmp_path / "checkpoints") == 4
-    metadata = tmp_path / "checkpoints/iter_0000004/.metadata"
-    before, content = metadata.stat(), metadata.read_bytes()
-    metadata.write_bytes(content.replace(b"BytesStorageMetadata", b"RytesStorageMetadata"))
-    os.utime(metadata, ns=(before.st_atime_ns, before.st_mtime_ns))
-    command = [launch.python(), "-m", "megatron_xielu.cluster.launcher", "--standalone"]
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A save folder with checkpoints of iterations 2 and 4, of 6."""
+    folder = tmp_path_factory.mktemp("saved")
+    launch.train(folder, "--xielu --save checkpoints --save-interval 2 --exit-interval 4")
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def save_dir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def resumed(save_dir, *flags: str) -> subprocess.CompletedProcess:
+    """Go on under the launcher."""
+    command = [launch.python(), "-m", "megatron_xielu.cluster.launcher", "--standalone", *flags]
     command += ["-m", "megatron_xielu.cluster.rank", "-m", "megatron_xielu.pretrain_gpt"]
-    done = subprocess.run(
-        [*command, *launch.TINY_LLAMA, "--xielu", *saves.split()],
+    return subprocess.run(
+        [
+            *(*command, *launch.TINY_LLAMA, "--xielu", "--save-interval", "2"),
+            *("--save", str(save_dir), "--load", str(save_dir)),
+        ],
         env=launch._environment(),
-        cwd=tmp_path,
+        cwd=save_dir.parent,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_a_checkpoint_damaged_after_its_check_is_not_resumed_from_again(log, save_dir):
+    """Its ``.metadata`` has the size and times from when it was checked, and cannot be loaded."""
+    assert repair(save_dir) == 4
+    metadata = save_dir / "iter_0000004/.metadata"
+    before, content = metadata.stat(), metadata.read_bytes()
+    metadata.write_bytes(content.replace(b"BytesStorageMetadata", b"RytesStorageMetadata"))
+    os.utime(metadata, ns=(before.st_atime_ns, before.st_mtime_ns))
+    done = resumed(save_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r" iteration +(\d+)/", done.stdout) == ["3", "4", "5", "6"]
     (told,) = re.findall("event=checkpoint-damaged (.*)", log.read_text())
     assert told.startswith('iteration=4 reason=".metadata is not as it was')
     assert "event=resume iteration=2" in log.read_text()
+
+
+def rename(folder, key) -> bytes:
+    """Give a record another name in an index, which stays sound; returns what it was."""
+    path = folder / ".metadata"
+    before = path.read_bytes()
+    content = pickle.loads(before)
+    content.state_dict_metadata[f"{key}_"] = content.state_dict_metadata.pop(key)
+    content.storage_data = {
+        dataclasses.replace(index, fqn=f"{key}_") if index.fqn == key else index: info
+        for index, info in content.storage_data.items()
+    }
+    path.write_bytes(pickle.dumps(content))
+    check(folder, whole=True)
+    return before
+
+
+def test_what_cannot_be_loaded_is_passed_over_once(log, save_dir):
+    """By Megatron, and by this entry's own look at the arguments before it."""
+    newer, older = save_dir / "iter_0000004", save_dir / "iter_0000002"
+    rename(newer, "decoder.final_layernorm.weight")
+    sound = rename(older, "common_state/shard_0_1")
+    done = resumed(save_dir, "--max-restarts", "3")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.findall(r"event=resume iteration=(\d+)", log.read_text()) == ["4", "4", "2"]
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith(f"megatron_xielu: error: --save: {save_dir}: neither iter_0000004 (")
+    assert "final_layernorm" in last and "common" in last
+    assert newer.is_dir() and older.is_dir() and read_tracker(save_dir) == 4
+
+    (older / ".metadata").write_bytes(sound)
+    (save_dir / RECORD).unlink()
+    log.unlink()
+    failed_loads.note(save_dir, "once before")
+    done = resumed(save_dir, "--max-restarts", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r" iteration +(\d+)/", done.stdout) == ["3", "4", "5", "6"]
+    assert re.findall(r"event=resume iteration=(\d+)", log.read_text()) == ["4", "2"]
+    assert 'event=checkpoint-damaged iteration=4 reason="it could not be' in log.read_text()
 
 
 def test_a_save_folder_that_cannot_be_repaired(log, tmp_path, monkeypatch):

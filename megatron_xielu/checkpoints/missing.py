@@ -1,4 +1,4 @@
-"""What a start would load: is it there, and does it name nothing that could be executed?
+"""Refuses a start without the checkpoint that its flags ask for.
 
 Without the checkpoint that flags ask for, Megatron trains from scratch and says so in a warning
 among hundreds of lines; with ``--exit-on-missing-checkpoint`` it ends with status 0, as a run that
@@ -12,12 +12,11 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_xielu.checkpoints.check import Damaged, check_pickles
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, find, read_tracker
 
 
 def check(args: Namespace) -> None:
-    """Refuse to start without the checkpoint that is asked for, or with one that would run code.
+    """Refuse to start without the checkpoint that is asked for.
 
     Args:
         args: Megatron's, whether or not it has validated them.
@@ -54,8 +53,6 @@ def check(args: Namespace) -> None:
         raise ValueError(
             f"--ckpt-step {step}: there is no {checkpoint}; there is {there or 'none at all'}"
         )
-    if args.rank == 0 and checkpoint.is_dir():
-        _check_pickles(flag, folder, checkpoint)
 
 
 def _why_needed(args: Namespace, flag: str) -> str:
@@ -69,13 +66,3 @@ def _why_needed(args: Namespace, flag: str) -> str:
     if save and os.path.realpath(save) == os.path.realpath(args.load):
         return ""
     return "and it is not the folder of --save, which a first start may find empty"
-
-
-def _check_pickles(flag: str, folder: str, checkpoint: Path) -> None:
-    try:
-        check_pickles(checkpoint)
-    except (Damaged, OSError) as error:
-        raise ValueError(
-            f"{flag} {folder} cannot be read: {checkpoint.name}: {error}; python -m "
-            f"megatron_xielu.checkpoints {folder} repair sets damaged checkpoints aside"
-        ) from None
