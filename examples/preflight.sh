@@ -78,15 +78,21 @@ RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * GPUS_PER_NODE)) LOCAL_WORLD_SIZE=$GPU
 # system's own, so the nodes' clocks do not matter.
 signs=$RUN_DIR/preflight
 started=''
-life=''
+outer=${MEGATRON_XIELU_GUARD:-}
+export MEGATRON_XIELU_GUARD=${outer:-$MEGATRON_XIELU_NODE-$$}.preflight$$
 if [[ -n $RUN_DIR ]]; then
     # shellcheck disable=SC2016 # expanded by the inner shell
     started=$(timeout 10 bash -c 'mkdir -p "$0" && touch "$0/$1" && stat -c %Y "$0/$1"' \
         "$signs" "$MEGATRON_XIELU_NODE" 2>/dev/null || true)
-    (while sleep 2; do touch "$signs/$MEGATRON_XIELU_NODE" || exit; done) >/dev/null 2>&1 &
-    life=$!
+    (while sleep 2 && kill -0 $$; do touch "$signs/$MEGATRON_XIELU_NODE" || exit; done) >/dev/null 2>&1 &
 fi
-trap '[[ -z $life ]] || kill "$life" 2>/dev/null || true' EXIT
+# Kills that and the ranks when this script has ended, whatever ends it.
+"$PYTHON" -m megatron_xielu.cluster.guard $$ >/dev/null &
+guard=$!
+clean_up() {
+    { kill -USR2 "$guard" && wait "$guard"; } 2>/dev/null || true
+}
+trap clean_up EXIT
 
 name_the_missing() {
     local node sign answered=() missing=()
@@ -138,11 +144,12 @@ if ((NODE_RANK)); then
         sleep 0.5
     done
 fi
-exec 3> >(exec awk "$filter" >&2)
+exec 3> >(MEGATRON_XIELU_GUARD=$outer exec awk "$filter" >&2) # which ends when all others have
 filter_pid=$!
 "$PYTHON" -m torch.distributed.run "${launcher[@]}" -m megatron_xielu.cluster.preflight \
     "${flags[@]}" "${own[@]}" 2>&3 && code=0 || code=$?
 exec 3>&-
+clean_up # a launcher that was killed leaves its ranks
 wait "$filter_pid" && reason=0 || reason=$?
 ((reason == 3 && code)) && name_the_missing
 ((reason == 4 && code)) &&

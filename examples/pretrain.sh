@@ -56,8 +56,8 @@
 #               (Megatron's own), or 0: nobody, it waits   [nvrx where it is installed, else mcore]
 #   INPROCESS_RESTART  1: restart inside the processes (nvidia-resiliency-ext)   [0]
 #
-# Exit codes: 0 finished; 2 wrong configuration and 4 restart budget spent (starting again is useless);
-# 75 stopped by SIGTERM or SIGUSR1 after saving (start again to go on); others: failed (start again).
+# Exit codes: 0 finished; 2 wrong configuration, or RUN_DIR is another training's, and 4 restart budget spent (starting again is useless);
+# 75 stopped by SIGTERM, SIGUSR1, SIGINT or SIGHUP after saving (start again to go on); others: failed (start again).
 set -euo pipefail
 unset CDPATH # with it cd prints, and may go elsewhere
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -68,7 +68,14 @@ die() { # code, message
 }
 
 # Until the attempt is counted, whatever fails is a wrong setting: it would fail again, for ever.
-trap '(($? == 0 || $? == 4 || $? == 75)) || exit 2' EXIT
+counted='' guard_pid=''
+# shellcheck disable=SC2329 # called at the end
+leave() {
+    local code=$?
+    [[ -z $guard_pid ]] || release
+    [[ -n $counted ]] || ((code == 0 || code == 4 || code == 75)) || exit 2
+}
+trap leave EXIT
 trap 'exit 75' TERM USR1
 
 dry_run=0
@@ -282,8 +289,8 @@ launcher+=(
 )
 ((NNODES == 1)) && : "${LOCAL_ADDR:=127.0.0.1}" # a container's own name often resolves to nothing
 [[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
-# SIGTERM is for the ranks, which save on it; a launcher that handles it would kill them half-way.
-((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
+# Signals are for the ranks, which save on SIGTERM; a launcher that handles it would kill them half-way.
+((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle SIGQUIT)
 read -rd '' -a entry <<<"$ENTRY" || true
 command=(
     "$PYTHON" -m megatron_xielu.cluster.launcher "${launcher[@]}"
@@ -336,10 +343,10 @@ export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
 export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
 export DATA_ARGS DATA TOKENIZER                                                            # preflight.sh
-for file in "$RUN_DIR"/{attempts,exit_code} "$MEGATRON_XIELU_EVENTS" "$MEGATRON_XIELU_FINISHED"; do
+verdict=$RUN_DIR/exit_code${SLURM_JOB_ID:+.$SLURM_JOB_ID}
+for file in "$RUN_DIR/attempts" "$verdict" "$MEGATRON_XIELU_EVENTS" "$MEGATRON_XIELU_FINISHED"; do
     [[ ! -e $file || -f $file && -w $file ]] || die 2 "$unwritable: $file is a folder, or another user's"
 done
-rm -f "$MEGATRON_XIELU_FINISHED"
 
 event() { # name, reason: as megatron_xielu/common/event_log.py
     local line
@@ -350,67 +357,114 @@ event() { # name, reason: as megatron_xielu/common/event_log.py
 
 finish() { # exit code, event, reason: node 0 also leaves the verdict for the front end
     event "$2" "$3"
-    ((NODE_RANK)) || echo "$1" >"$RUN_DIR/exit_code"
+    ((NODE_RANK)) || echo "$1" >"$verdict"
     exit "$1"
 }
 
-# The budget: attempts in a row that started from the same checkpoint and were not stopped on purpose.
-attempts=$RUN_DIR/attempts
-if ((NODE_RANK == 0)); then
-    rm -f "$RUN_DIR/exit_code"
-    latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
-    [[ $latest =~ ^[0-9]+$ ]] || latest=0 # empty or damaged: repaired before the ranks start
-    touch "$attempts"
-    failed=$(awk -v latest="$latest" '{ n = $1 == latest ? n + 1 : 0 } END { print n + 0 }' "$attempts")
-    ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
-        "$failed attempts in a row ended without a checkpoint after iteration $latest; find the cause in $RUN_DIR/events and $RUN_DIR/logs, then delete $attempts"
-    { echo "$latest" >>"$attempts"; } 2>/dev/null || die 2 "$unwritable: $attempts; is the disk full?"
-fi
-trap - EXIT
-event start "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
-
 stopping=''
 launcher_pid=''
+preflight=''
+terminate_ranks() { # those whose parent is the launcher; pkill is not everywhere
+    local stat fields
+    for stat in /proc/[0-9]*/stat; do
+        fields=''
+        { read -rd '' fields <"$stat"; } 2>/dev/null || true
+        [[ ${fields##*) } =~ ^.\ ([0-9]+)\  && ${BASH_REMATCH[1]} == "$launcher_pid" ]] || continue
+        kill -TERM "${stat//[^0-9]/}" 2>/dev/null || true
+    done
+}
 # shellcheck disable=SC2329 # called by the traps
 stop() { # signal
     [[ -n $stopping ]] || event stopping "SIG$1: the ranks save after this step and end"
     stopping=$1
-    [[ -z $launcher_pid ]] || pkill -TERM -P "$launcher_pid" || true
+    [[ -z $launcher_pid ]] || terminate_ranks
+    [[ -z $preflight ]] || kill -TERM "$preflight" 2>/dev/null || true
 }
-trap '' PIPE # whoever read the output may have ended by the same signal; the ranks must still be stopped
-trap 'stop TERM' TERM
-trap 'stop USR1' USR1
 
-if [[ $PREFLIGHT == 1 ]]; then
-    "$here/preflight.sh" -- "${megatron[@]}" "${trailing[@]}" && code=0 || code=$?
+guard() { # holds RUN_DIR, and kills what is left here when this script has ended, whatever ends it
+    local ready
+    exec {ready}<> <(:) # a pipe
+    "$PYTHON" -m megatron_xielu.cluster.guard $$ --run-dir "$RUN_DIR" --node-rank "$NODE_RANK" \
+        --wait "$RENDEZVOUS_TIMEOUT" >&"$ready" &
+    guard_pid=$!
+    until read -t 0.1 -r _ <&"$ready"; do
+        kill -0 "$guard_pid" 2>/dev/null && continue
+        wait "$guard_pid" && code=1 || code=$?
+        # Another training's files are left as they are, but for the front end's.
+        ((NODE_RANK)) || [[ -z ${SLURM_JOB_ID:-} ]] || echo "$code" >"$verdict"
+        exit "$code"
+    done
+    exec {ready}>&-
+}
+
+watch=''
+# shellcheck disable=SC2329 # called at the end
+release() { # waits: the next start repairs this folder, and nobody else may be at work in it
+    [[ -z $watch ]] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true
+    [[ -z $launcher_pid ]] || kill -KILL "$launcher_pid" 2>/dev/null || true # only if the guard was refused
+    { kill -USR2 "$guard_pid" && wait "$guard_pid"; } 2>/dev/null || true
+}
+
+export MEGATRON_XIELU_GUARD=$MEGATRON_XIELU_NODE-$$-$RANDOM$RANDOM
+guard
+trap '' PIPE # whoever read the output may have ended by the same signal; the ranks must still be stopped
+for signal in TERM USR1 INT HUP; do
+    # shellcheck disable=SC2064 # now
+    trap "stop $signal" "$signal"
+done
+
+# The budget: attempts that were not stopped on purpose, since the newest checkpoint that any of them
+# began with. One that falls back past a bad checkpoint and reaches it again has come no further.
+attempts=$RUN_DIR/attempts
+if ((NODE_RANK == 0)); then
+    rm -f "$verdict"
+    latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
+    [[ $latest =~ ^[0-9]+$ ]] || latest=0 # empty or damaged: repaired before the ranks start
+    touch "$attempts"
+    failed=$(awk -v latest="$latest" '$1 > best { best = $1; n = 0 } { n++ } END { print latest > best ? 0 : n + 0 }' "$attempts")
+    ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
+        "$failed attempts in a row ended without a checkpoint after iteration $latest; find the cause in $RUN_DIR/events and $RUN_DIR/logs, then delete $attempts"
+    { echo "$latest" >>"$attempts"; } 2>/dev/null || die 2 "$unwritable: $attempts; is the disk full?"
+fi
+counted=1
+event start "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
+
+if [[ $PREFLIGHT == 1 && -z $stopping ]]; then
+    "$here/preflight.sh" -- "${megatron[@]}" "${trailing[@]}" &
+    preflight=$!
+    while kill -0 "$preflight" 2>/dev/null; do
+        wait "$preflight" || true # a signal ends the wait
+    done
+    wait "$preflight" && code=0 || code=$?
+    preflight=''
     ((code == 0)) || [[ -n $stopping ]] || finish $((code == 2 ? 2 : 3)) preflight-failed "preflight.sh ended with $code, and named the node above"
 fi
 
-watch=''
 if ((NODE_RANK == 0)); then
     "$PYTHON" -m megatron_xielu.checkpoints "$RUN_DIR/checkpoints" watch \
         --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY" &
     watch=$!
 fi
-# Waited for: the next start repairs this folder, and nobody else may be at work in it.
-trap '[[ -z $watch ]] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true' EXIT
 
 code=75
 if [[ -z $stopping ]]; then
     logs=$RUN_DIR/logs/$(date -u +%Y%m%dT%H%M%SZ)-$MEGATRON_XIELU_NODE
-    # Started with these two ignored, which the ranks inherit: until Megatron has its handler in place
+    # Started with these ignored, which the ranks inherit: until Megatron has its handler in place
     # a SIGTERM is lost, not fatal, and the loop below repeats it.
     (
-        trap '' TERM USR1
+        trap '' TERM USR1 INT HUP
         exec "${command[@]:0:3}" --log-dir "$logs" --tee 3 "${command[@]:3}"
     ) &
     launcher_pid=$!
     while kill -0 "$launcher_pid" 2>/dev/null; do
         if [[ -n $stopping ]]; then
-            pkill -TERM -P "$launcher_pid" || true
-            sleep 2
+            terminate_ranks
+            sleep 2 || true # the signal may have been for this, too
         else
-            wait "$launcher_pid" || true # a signal ends the wait, not the launcher
+            # A signal ends the wait, not the launcher; and old shells miss what ends just before it.
+            sleep 10 &
+            wait -n "$launcher_pid" "$guard_pid" $! || true
+            kill -0 "$guard_pid" 2>/dev/null || guard
         fi
     done
     wait "$launcher_pid" && code=0 || code=$?

@@ -5,8 +5,9 @@
 #       examples/torchrun/launch.sh host1 host2 … [-- [--dry-run] MEGATRON FLAGS]
 #
 # Every host sees the repository and RUN_DIR under the same path as this machine. The environment is
-# passed on, through ssh's standard input: keys appear in no process list. Ctrl-C or SIGTERM saves a
-# checkpoint and ends; the same command goes on from there.
+# passed on, through ssh's standard input: keys appear in no process list. Ctrl-C, SIGTERM or a closed
+# terminal (without nohup) saves a checkpoint and ends; the same command goes on from there. So it does
+# when launch.sh was killed, and the hosts train on: they are first asked to save and end.
 #
 #   RUN_DIR        a relative one is of this folder   [runs/MODEL-ACTIVATION]
 #   MASTER_ADDR    address of the first host that the others reach   [the first host's name]
@@ -63,65 +64,102 @@ fi
 # What belongs to this machine and this shell, not to the run.
 private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|TMPDIR|SSH.*|XDG_.*|BASH.*|_)$'
 
+trap '' PIPE # whoever read the output may be gone; the ranks must still be stopped
+say() {
+    echo "launch.sh: $1" >&2 || true
+}
+
+started() { # process of this machine: when it started; nothing if there is none
+    local stat
+    { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 0
+    read -ra stat <<<"${stat##*) }"
+    [[ ${stat[0]} == [ZX] ]] || echo "${stat[19]}"
+}
+launch="launch.sh $$ $(uname -n) $(started $$)" # in RUN_DIR/lock, too
+
 start() { # rank: run pretrain.sh on that host; it stays there when the connection breaks
     local rank=$1 host=${hosts[$1]} name
     shift
-    trap '' INT # Ctrl-C reaches every process of the terminal, and ssh must stay
+    trap '' INT HUP # which reach every process of the terminal, and ssh must stay
     {
         while IFS= read -r name; do
             [[ $name =~ $private ]] || printf 'export %s=%q\n' "$name" "${!name}"
         done < <(compgen -e)
-        printf 'export NODE_RANK=%q MEGATRON_XIELU_NODE=%q MEGATRON_XIELU_LAUNCH=%q\n' "$rank" "$host" "$RUN_DIR"
+        printf 'export NODE_RANK=%q MEGATRON_XIELU_NODE=%q MEGATRON_XIELU_LAUNCH=%q\n' "$rank" "$host" "$launch"
         printf 'cd %q || exit 2; exec' "$PWD"
         printf ' %q' "$home/examples/pretrain.sh" "$@"
         printf '\n'
-    } | "${ssh[@]}" "$host" setsid --wait bash -s 2>&1 | sed -u "s/^/$host: /"
+    } | "${ssh[@]}" "$host" setsid --wait bash -s 2>&1 | { sed -u "s/^/$host: /" || cat >/dev/null; }
     return "${PIPESTATUS[1]}"
 }
 
 # By an environment variable: ranks lead sessions of their own, and a checkpoint writer outlives its
-# rank. Every process of the run gets the signal, as from Slurm.
-signal() { # TERM or KILL
-    local host
+# rank. Every process of the run gets the signal, as from Slurm; those of another launch.sh do not.
+signal() { # TERM, KILL or 0, of this launch.sh or that one; whether there was any process
+    local host some=1
     for host in "${hosts[@]}"; do
-        printf 'grep -lzxF %q /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -%s' \
-            "MEGATRON_XIELU_LAUNCH=$RUN_DIR" "$1" |
-            "${ssh[@]}" -o ConnectTimeout=5 "$host" bash -s &>/dev/null || true
+        (
+            trap '' INT HUP
+            # shellcheck disable=SC2016 # expanded on the host
+            printf 'pids=$(grep -lzxF %q /proc/[0-9]*/environ | cut -d/ -f3); [ -n "$pids" ] && { kill -%s $pids; true; }' \
+                "MEGATRON_XIELU_LAUNCH=${2:-$launch}" "$1" |
+                "${ssh[@]}" -o ConnectTimeout=5 "$host" bash -s &>/dev/null
+        ) && some=0
     done
+    return "$some"
 }
 
 stopping=0
 stop() {
-    ((stopping)) || echo "launch.sh: stopping: the ranks save and end" >&2
+    ((stopping)) || say "stopping: the ranks save and end"
     stopping=1
-    signal TERM
+    signal TERM || true
 }
-trap stop INT TERM
+trap stop INT TERM HUP
 
 counted() { # what the first host has of the budget
     printf 'cksum %q 2>/dev/null' "$RUN_DIR/attempts" | "${ssh[@]}" -o ConnectTimeout=5 "${hosts[0]}" bash -s || true
 }
 
-verdict='' uncounted=0
+# A launch.sh that was killed leaves its ranks at work.
+take_back() {
+    local former pid host begun end=$((SECONDS + 300))
+    former=$(sed -n 's/.*"run": "\(launch\.sh [^"]*\)".*/\1/p' "$RUN_DIR/lock" 2>/dev/null || true)
+    read -r _ pid host begun <<<"$former"
+    [[ -n $former && $host == "$(uname -n)" && $(started "$pid") != "$begun" ]] || return 0
+    signal TERM "$former" || return 0
+    say "$RUN_DIR is still trained in, by what a launch.sh that was killed (process $pid) has left on the hosts; waiting until that has saved and ended"
+    while ((SECONDS < end)); do
+        sleep 2
+        ((stopping)) && exit 75
+        signal 0 "$former" || return 0
+    done
+    signal KILL "$former" || true
+}
+
+take_back
+verdict='' uncounted=0 attempt=0
 while :; do
     tries=0
     for host in "${hosts[@]}"; do
         until "${ssh[@]}" -o ConnectTimeout=5 "$host" true </dev/null; do
             ((stopping)) && exit 75
             [[ -n $verdict ]] || ((++tries < 12)) || die "$host does not answer"
-            echo "launch.sh: $host does not answer; trying again" >&2
+            say "$host does not answer; trying again"
             sleep 5
         done
     done
-    signal KILL # of an earlier attempt
+    signal KILL || true # of an earlier attempt
+    ((stopping)) && exit 75
     now=$(counted)
     # A start that was killed, or cut off, before pretrain.sh counted it.
     [[ -n $verdict && $verdict != 75 && $now == "$before" ]] && uncounted=$((uncounted + 1)) || uncounted=0
     if ((uncounted && uncounted >= RESTART_BUDGET)); then
-        echo "launch.sh: error: $uncounted starts in a row ended before ${hosts[0]} counted the attempt (RESTART_BUDGET); the cause is above" >&2
+        say "error: $uncounted starts in a row ended before ${hosts[0]} counted the attempt (RESTART_BUDGET); the cause is above"
         exit 4
     fi
     before=$now
+    export MEGATRON_XIELU_ATTEMPT=$((attempt += 1))
     pids=()
     for rank in "${!hosts[@]}"; do
         start "$rank" "$@" &
@@ -139,12 +177,12 @@ while :; do
         case $code in
             2 | 126 | 127) refused=2 ;;
         esac
-        ((left == 0 || code == 0 || code == 75)) || signal KILL
+        ((left == 0 || code == 0 || code == 75)) || signal KILL || true
     done
     case ${refused:-$verdict} in
         0 | 2 | 4) exit "${refused:-$verdict}" ;;
     esac
     ((stopping)) && exit 75
-    echo "launch.sh: starting again in $RESTART_DELAY s (exit code $verdict)" >&2
+    say "starting again in $RESTART_DELAY s (exit code $verdict)"
     sleep "$RESTART_DELAY"
 done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 import zlib
@@ -14,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker, size_and_stamp
-from megatron_xielu.common import event_log, files, processes, schema, text
+from megatron_xielu.common import event_log, files, schema, text
+from megatron_xielu.common.lock_file import LockFile
 from megatron_xielu.common.schema import Count
 
 RECORD = "verified.json"
@@ -124,49 +124,26 @@ def lock(save_dir: Path) -> Iterator[None]:
     Should its holder wake up again, no harm is done: every step is a rename that happens once, or
     is repeated with the same result.
     """
-    path = save_dir / _LOCK
-    seen, since = None, time.monotonic()
-    while True:
-        try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            time.sleep(0.05)
-        else:
-            with suppress(OSError):  # a full disk
-                os.write(file, f"{os.uname().nodename} {os.getpid()}".encode())
-            os.close(file)
+    own = LockFile(save_dir / _LOCK, pid=os.getpid())
+    while not own.create():
+        own.look()
+        if own.is_free(_STALE_AFTER) and own.take_over():
             break
-        with suppress(FileNotFoundError):
-            stamp = path.stat().st_mtime_ns
-            if stamp != seen:  # its own clock against itself: nodes' clocks differ
-                seen, since = stamp, time.monotonic()
-            if time.monotonic() - since > _STALE_AFTER or _has_ended(
-                path.read_text(errors="replace")
-            ):
-                path.unlink()
+        time.sleep(0.05)
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(_RENEW_EVERY):
-            with suppress(OSError):
-                os.utime(path)
+            own.renew()
 
-    threading.Thread(target=renew, daemon=True).start()
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
     try:
         yield
     finally:
         done.set()
-        path.unlink(missing_ok=True)
-
-
-def _has_ended(holder: str) -> bool:
-    """Whether the process that wrote this into its lock was on this node and is no more."""
-    node, _, pid = holder.partition(" ")
-    return (
-        node == os.uname().nodename
-        and re.fullmatch(r"[0-9]{1,9}", pid) is not None
-        and not processes.is_alive(int(pid))
-    )
+        renewing.join()
+        own.release()
 
 
 def kept(save_dir: Path, record: Record) -> dict[int, str]:

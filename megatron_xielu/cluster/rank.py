@@ -65,6 +65,9 @@ def main() -> None:
     arguments = sys.argv[3 if is_module else 2 :]
     flags = _flags(arguments)
     save = Path(flags.save) if flags.save else None
+    finished = os.environ.get("MEGATRON_XIELU_FINISHED")
+    if finished and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(finished).unlink(missing_ok=True)  # of an earlier start
     try:
         package = script.partition(".")[0]
         if not (importlib.util.find_spec(package) if is_module else Path(script).exists()):
@@ -104,7 +107,6 @@ def main() -> None:
         # Megatron leaves its handler in place, and Python's exit would make a SIGTERM that comes
         # again fatal, after everything is saved.
         signal.signal(signal.SIGTERM, at_sigterm)
-    finished = os.environ.get("MEGATRON_XIELU_FINISHED")
     if finished and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(finished).touch()
 

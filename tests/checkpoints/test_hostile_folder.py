@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ from hostile import damaged, damaged_bytes
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_xielu.checkpoints import __main__, ledger
+from megatron_xielu.checkpoints import __main__
 from megatron_xielu.checkpoints.check import Damaged, check
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.checkpoints.ledger import RECORD, Policy, Record
 from megatron_xielu.checkpoints.repair import repair
 from megatron_xielu.checkpoints.watch import Watcher
+from megatron_xielu.common.lock_file import Holder, LockFile
 
+HOLDER = Holder("n1", 4711, "another boot", "2026-11-24T10:17:20Z")
+LOCK = json.dumps(asdict(HOLDER)).encode()
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 fuzz = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -121,12 +125,15 @@ def test_damaged_tracker(save_dir, content):
     assert repair(save_dir) == read_tracker(save_dir) == 4
 
 
-@given(st.text() | st.integers().map(str))
-@example("²")
-@example(str(10**29))
+@given(st.binary() | damaged_bytes(LOCK))
+@example(LOCK.replace(b"4711", str(10**29).encode()))
+@example(LOCK)
 @fuzz
-def test_damaged_lock(pid):
-    assert ledger._has_ended(f"{os.uname().nodename} {pid}") in (True, False)
+def test_damaged_lock(tmp_path, content):
+    (tmp_path / "lock").write_bytes(content)
+    lock = LockFile(tmp_path / "lock", pid=1)
+    lock.look()
+    assert not lock.is_free(60)
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])

@@ -1,9 +1,12 @@
-"""launch.sh on two hosts: the link is cut and comes back, a rank hangs, a key is pressed."""
+"""launch.sh on two hosts: the link is cut and comes back, a rank hangs, a key is pressed, it is
+started twice, or killed.
+"""
 
 import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,7 @@ class Launch:
     """launch.sh at work; ``log`` is its output."""
 
     def __init__(self, hosts: TwoHosts, run: Path, *flags: str, **variables: str) -> None:
-        self.path = run.parent / f"{run.name}.log"
+        self.path = run.parent / f"launch-{time.monotonic_ns()}.log"
         self.process = subprocess.Popen(
             [str(REPOSITORY / "examples/torchrun/launch.sh"), "host1", "host2", "--", *flags],
             env=environment(
@@ -82,6 +85,35 @@ def test_cut_link_and_interrupt(hosts, reference, tmp_path):
     assert_same_run(run, reference)
     assert_no_secrets(run, launch.log, again.log)
     assert not hosts.processes("host1", "cluster.rank")
+
+
+def test_started_twice_killed_and_hung_up(hosts, reference, tmp_path):
+    """The second disturbs nothing; the third, when the first was killed, has its ranks save."""
+    run = tmp_path / "run"
+    first = Launch(hosts, run, PREFLIGHT="0", STEP_TIME="1")
+    until("ten steps", lambda: latest(run) >= 10, timeout=120)
+    before = events(run)
+    second = Launch(hosts, run, PREFLIGHT="0")
+    second.wait(2)
+    (line,) = [line for line in second.log.splitlines() if "error" in line]
+    assert re.search(f"belongs to another training of launch.sh {first.process.pid} ", line)
+    assert f"`kill {first.process.pid} on {os.uname().nodename}` saves and ends it" in line
+    assert [line for line in events(run) if "checkpoint" not in line] == [
+        line for line in before if "checkpoint" not in line
+    ]
+    assert first.process.poll() is None and hosts.processes("host1", "cluster.rank")
+
+    first.process.kill()
+    third = Launch(hosts, run, PREFLIGHT="0", STEP_TIME="1")
+    until("the ranks to be taken back", lambda: count(run, "stopped") == 2, timeout=60)
+    assert f"(process {first.process.pid}) has left on the hosts" in third.log
+    saved = latest(run)
+    until("training again", lambda: reached(run, saved + 1), timeout=120)
+    os.killpg(third.process.pid, signal.SIGHUP)  # as a closed terminal does
+    third.wait(75)
+    assert latest(run) > saved and not hosts.processes("host2", "megatron_xielu")
+    Launch(hosts, run, PREFLIGHT="0", STEP_TIME="0").wait(0)
+    assert_same_run(run, reference)
 
 
 def test_hung_rank(hosts, reference, tmp_path):
