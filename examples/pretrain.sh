@@ -421,7 +421,7 @@ if ((NODE_RANK == 0)); then
     latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
     [[ $latest =~ ^[0-9]+$ ]] || latest=0 # empty or damaged: repaired before the ranks start
     touch "$attempts"
-    failed=$(awk -v latest="$latest" '$1 > best { best = $1; n = 0 } { n++ } END { print latest > best ? 0 : n + 0 }' "$attempts")
+    failed=$(awk -v latest="$latest" '$1 > best { best = $1; n = 0 } { n++ } END { print (latest > best ? 0 : n + 0) }' "$attempts")
     ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
         "$failed attempts in a row ended without a checkpoint after iteration $latest; find the cause in $RUN_DIR/events and $RUN_DIR/logs, then delete $attempts"
     { echo "$latest" >>"$attempts"; } 2>/dev/null || die 2 "$unwritable: $attempts; is the disk full?"

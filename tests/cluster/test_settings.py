@@ -222,6 +222,16 @@ def test_budget_with_a_damaged_tracker(tmp_path, tracker):
     assert "3 attempts in a row ended without a checkpoint after iteration 0" in result.stderr
 
 
+def test_a_run_that_falls_back_and_returns_comes_no_further(tmp_path):
+    """The checkpoint of iteration 6 is bad each time that one is written."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "attempts").write_text("2\n6\n4\n6\n")
+    result = run("examples/pretrain.sh", RUN_DIR=str(tmp_path), **SMALL)
+    assert result.returncode == 4, result.stderr
+    assert "3 attempts" in result.stderr
+
+
 def test_a_preflight_by_hand_needs_to_know_node_0():
     result = run("examples/preflight.sh", NNODES="8")
     assert (result.returncode, result.stdout) == (2, "")
