@@ -69,5 +69,5 @@ def _train(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    text.ready_output()
+    text.ready_output(colours=True)
     main()

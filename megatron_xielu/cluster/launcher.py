@@ -112,5 +112,5 @@ def _last_error(errors: str) -> str:
 
 
 if __name__ == "__main__":
-    text.ready_output()
+    text.ready_output(colours=True)
     main()

@@ -201,5 +201,5 @@ def _reason(error: BaseException, save: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    text.ready_output()
+    text.ready_output(colours=True)
     main()

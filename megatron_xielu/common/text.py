@@ -31,10 +31,11 @@ _WITHOUT_USERS = ("abfs", "abfss", "adl", "az", "git", "github", "wasb", "wasbs"
 _CONTROLS = [*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
 _CONTROLS += range(0x2066, 0x206A)
 _ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS if chr(c) not in "\n\t"}
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 _CURSOR_UP = re.compile(r"(\x1b\[A)+")
 
 
-def ready_output() -> None:
+def ready_output(*, colours: bool = False) -> None:
     """Of a command, first of all: it prints wherever its output goes; Ctrl-C ends it in silence.
 
     Names of folders, arguments in checkpoints and the like are others' to choose: what a terminal
@@ -43,7 +44,11 @@ def ready_output() -> None:
     Where that cannot hold a character (ASCII has no arrow, UTF-8 not every name on a disk), its
     number is printed. An output that was closed (``>&-``) is none: Python has None in its place,
     and would give its descriptor to the next file that is opened.
+
+    Args:
+        colours: leave colours in what is printed, for a process in which other programs print, too.
     """
+    show = visible_but_colours if colours else visible
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -54,13 +59,19 @@ def ready_output() -> None:
             stream.reconfigure(errors="backslashreplace")
         if isinstance(stream, io.TextIOWrapper) and not isinstance(stream.write, _Visibly):
             # Of the stream itself, which handlers of logs may hold already.
-            stream.write = _Visibly(stream.write)  # type: ignore[method-assign]
+            stream.write = _Visibly(stream.write, show)  # type: ignore[method-assign]
     sys.excepthook = _excepthook
 
 
 def visible(text: str) -> str:
     """With the number of each character that a terminal would obey: ``\\x1b``."""
     return text.translate(_ESCAPED)
+
+
+def visible_but_colours(text: str) -> str:
+    """`visible`, and its colours as they are."""
+    parts = _COLOUR.split(text)
+    return "".join(part if i % 2 else visible(part) for i, part in enumerate(parts))
 
 
 def print_coloured(text: str) -> None:
@@ -76,15 +87,15 @@ class _Visibly:
     several, as tqdm has them, the cursor goes up to the first.
     """
 
-    def __init__(self, write: Callable[[str], int]) -> None:
-        self.as_it_is = write
+    def __init__(self, write: Callable[[str], int], show: Callable[[str], str]) -> None:
+        self.as_it_is, self._show = write, show
         self._progress, self._empty = False, True  # what the line has
 
     def __call__(self, text: str) -> int:
         if self._progress and _CURSOR_UP.fullmatch(text):
             return self.as_it_is(text)
         again = text.startswith("\r") and (self._progress or self._empty)
-        shown = "\r" + visible(text[1:]) if again else visible(text)
+        shown = "\r" + self._show(text[1:]) if again else self._show(text)
         if shown:
             self._progress, self._empty = again and "\n" not in shown, shown.endswith("\n")
         return self.as_it_is(shown)

@@ -36,5 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    text.ready_output()
+    text.ready_output(colours=True)
     main()

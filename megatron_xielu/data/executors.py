@@ -170,7 +170,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    text.ready_output()
+    text.ready_output(colours=True)
     try:
         main()
     except (Malformed, DataError) as error:

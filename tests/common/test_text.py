@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xielu.common import event_log
-from megatron_xielu.common.text import describe, table, without_secrets
+from megatron_xielu.common.text import describe, table, visible_but_colours, without_secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +126,7 @@ def test_every_command_readies_its_output_first():
         if file.name in of_the_repository_itself:
             continue
         if match := start.search(file.read_text()):
-            assert "ready_output()" in match[1], file
+            assert "ready_output(" in match[1], file
 
 
 SECRET = {
@@ -160,3 +160,9 @@ NO_SECRET = (
 def test_what_gives_access_is_not_said(said: str):
     assert without_secrets(said) == SECRET.get(said, said)
     assert describe(ValueError(said)) == f"ValueError: {SECRET.get(said, said)}"
+
+
+def test_colours_of_other_programs_stay():
+    assert visible_but_colours("\x1b[1;34mwandb\x1b[0m: \x1b]0;x\x07") == (
+        "\x1b[1;34mwandb\x1b[0m: " + r"\x1b]0;x\x07"
+    )
