@@ -32,7 +32,14 @@ _stores: list[Any] = []  # a store is closed when nobody holds it
 _done = False  # by `rank`, before the entry of the same process
 
 
-def read_whole(checkpoint: Path, named: str, fix: str, *, only_model: bool = False) -> None:
+def read_whole(
+    checkpoint: Path,
+    named: str,
+    fix: str,
+    *,
+    only_model: bool = False,
+    trusts_pickles: bool = False,
+) -> None:
     """Check a checkpoint that is about to be loaded.
 
     Args:
@@ -40,6 +47,7 @@ def read_whole(checkpoint: Path, named: str, fix: str, *, only_model: bool = Fal
         named: what the user calls it.
         fix: what to do about one that is damaged.
         only_model: no optimizer's state is loaded.
+        trusts_pickles: as `check.check` has it.
 
     Raises:
         ValueError: it is damaged.
@@ -50,7 +58,14 @@ def read_whole(checkpoint: Path, named: str, fix: str, *, only_model: bool = Fal
     start = time.monotonic()
     hashes = Record(checkpoint.parent).hashes(checkpoint)
     try:
-        check(checkpoint, whole=True, hashes=hashes, threads=THREADS, only_model=only_model)
+        check(
+            checkpoint,
+            whole=True,
+            hashes=hashes,
+            threads=THREADS,
+            only_model=only_model,
+            trusts_pickles=trusts_pickles,
+        )
     except Damaged as error:
         raise ValueError(f"{named}: {checkpoint.name} is damaged: {error}; {fix}") from None
     seconds = time.monotonic() - start

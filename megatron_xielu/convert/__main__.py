@@ -119,7 +119,13 @@ def _to_hf(args: argparse.Namespace) -> None:
     source = open_source(args.checkpoint, trust_pickle=args.trust_pickle)
     try:
         fix = "convert another of the run's iter_… folders"
-        before_load.read_whole(source.folder, str(args.checkpoint), fix, only_model=True)
+        before_load.read_whole(
+            source.folder,
+            str(args.checkpoint),
+            fix,
+            only_model=True,
+            trusts_pickles=args.trust_pickle,
+        )
     except ValueError as error:
         raise Refused(str(error)) from None
     to_hf.export(source, args.out.absolute(), options)

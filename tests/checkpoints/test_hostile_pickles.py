@@ -107,6 +107,12 @@ def test_no_check_calls_it_good(hostile):
     assert not (hostile.parent / "executed").exists()
 
 
+@pytest.mark.parametrize("hostile", ["mp_rank"], indirect=True)
+def test_what_is_trusted_may_name_anything(hostile):
+    """Of `convert --trust-pickle`."""
+    check(hostile / "iter_0000001", whole=True, trusts_pickles=True)
+
+
 @pytest.mark.parametrize("hostile", [".metadata", "rng_state"], indirect=True)
 def test_no_load_executes_it(hostile, monkeypatch):
     """Whatever loads: also a script of whose flags nothing is known."""
