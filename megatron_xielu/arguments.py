@@ -22,6 +22,7 @@ from megatron_xielu.activations import ACTIVATIONS
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import before_load, missing, optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
+from megatron_xielu.checkpoints.saved_arguments import check_spec
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
 from megatron_xielu.common.versions import made_with
@@ -442,8 +443,9 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
     """Take the activation and its settings from arguments that a checkpoint in ``folder`` holds.
 
     Raises:
-        ValueError: a flag contradicts them.
+        ValueError: a flag contradicts them, or they ask for code that nobody else does.
     """
+    check_spec(saved, args.spec, folder)
     found = activation_name(saved)
     for name in _TRAINED_ALPHAS:
         setattr(args, name, getattr(args, name, False) or getattr(saved, name, False))

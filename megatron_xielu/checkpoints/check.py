@@ -43,6 +43,7 @@ OF_THIS_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, e
 _PICKLED = "BytesStorageMetadata"
 
 _BEFORE_ZIPS = b"\x80\x02\x8a"  # begins a file by `torch.save` of PyTorch 1.5 or older
+_LARGEST_PICKLE = 1 << 16  # bytes beside a tensor's own; they have some hundreds
 _PIECE = 1 << 20  # bytes read at a time: what fits into a core's cache
 
 # By storage, as unsigned integers: the bits of the exponent. All are set in NaN and infinity alone.
@@ -161,6 +162,7 @@ def check(
         OSError: the file system does not let it be read now, which says nothing about it.
     """
     try:
+        _check_kinds(folder)
         for name, expected in (hashes or {}).items():
             if files.sha256(folder / name) != expected:
                 raise Damaged(f"{name} is not as it was when it was checked")
@@ -176,6 +178,12 @@ def check(
         raise Damaged(f"{Path(error.filename or folder).name}: {error.strerror}") from error
 
 
+def _check_kinds(folder: Path) -> None:
+    for path in (*folder.glob("*"), *folder.glob("mp_rank_*/*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise Damaged(f"{path.name} is a pipe or a device")  # and would be read for ever
+
+
 def _check_torch_format(folder: Path, whole: bool, trusts_pickles: bool) -> None:
     for rank in sorted(folder.glob("mp_rank_*")):
         if not (rank / "model_optim_rng.pt").is_file():
@@ -189,7 +197,10 @@ def _check_torch_format(folder: Path, whole: bool, trusts_pickles: bool) -> None
 
 
 def _check_distributed_format(folder: Path, whole: bool, threads: int, only_model: bool) -> None:
-    keys, records = _read_metadata(folder / ".metadata")
+    metadata = folder / ".metadata"
+    if whole and metadata.exists() and not inert.survives(metadata):
+        raise Damaged(".metadata cannot be read: it ends the process that reads it")
+    keys, records = _read_metadata(metadata)
     # The state that all ranks share is a record in Megatron 0.19, and was a file before. Formats
     # other than torch_dist have neither, and no metadata.json.
     common, megatrons = folder / "common.pt", folder / "metadata.json"
@@ -209,6 +220,8 @@ def _check_distributed_format(folder: Path, whole: bool, threads: int, only_mode
         _check_records([_Record(0, common.stat().st_size)], common, whole=whole)
     manifest = folder / "integrity.json"
     hashes = schema.load(_Integrity, manifest).files if manifest.exists() else {}
+    if wrong := [name for name in hashes if not _is_name(name)]:
+        raise Damaged(f"{manifest.name} names {wrong[0]!a}, which is not in the checkpoint")
     if whole:
         checks = [partial(_check_hash, expected, folder / n) for n, expected in hashes.items()]
         for name, in_file in sorted(records.items()):
@@ -264,6 +277,8 @@ def _records(keys: dict[Any, Any], storage: dict[Any, Any]) -> dict[str, list[_R
         if chunks is None and type(entry).__name__ != _PICKLED:
             raise Damaged(f".metadata does not say what {str(key)!a} is made of")
         if chunks is not None:
+            if not all(map(_is_shape, [entry.size, *(chunk.sizes for chunk in chunks)])):
+                raise Damaged(f".metadata has no shape for {str(key)!a}")
             elements = sum(math.prod(chunk.sizes) for chunk in chunks)
             if elements != math.prod(entry.size):
                 raise Damaged(f".metadata has another size for {str(key)!a} than for its pieces")
@@ -284,8 +299,12 @@ def _is_name(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value.isprintable() and Path(value).name == value
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_count, value))
+
+
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and value >= 0
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def _check_records(records: list[_Record], path: Path, *, whole: bool, names: bool = True) -> None:
@@ -327,6 +346,8 @@ def _read(archive: zipfile.ZipFile, record: _Record) -> None:
         is_tested = member.filename.endswith(f"/data/{storage}") and not record.may_be_padding()
         is_finite = _is_finite(archive, member, kind if storage and is_tested else "")
         if record.sizes is not None and member.filename.endswith("/data.pkl"):
+            if member.file_size > _LARGEST_PICKLE:
+                raise Damaged(f"{record.key} is no tensor")
             tensor = inert.saved_tensor(archive.read(member))
             if tensor is None:
                 continue  # of a class of its own

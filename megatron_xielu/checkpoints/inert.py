@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import io
 import math
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,14 @@ from typing import Any
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import pickled_names
 from megatron_xielu.common.text import reason
+
+_READ = """
+import sys
+from pathlib import Path
+from megatron_xielu.checkpoints import inert
+inert.unpickle(Path(sys.argv[1]))
+"""
+_SLOWEST = 1e5  # bytes a second; a twentieth of what any disk and processor do
 
 
 class Inert:
@@ -95,6 +105,17 @@ def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
     """
     with path.open("rb") as file:
         return pickled_names.Unpickler(file, find).load()
+
+
+def survives(path: Path) -> bool:
+    """Whether a process can read a pickle and go on: deep nesting ends it, some take for ever."""
+    command = [sys.executable, "-c", _READ, path]
+    try:
+        longest = 30.0 + path.stat().st_size / _SLOWEST
+        done = subprocess.run(command, stderr=subprocess.DEVNULL, timeout=longest)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode >= 0
 
 
 def saved_tensor(pickled: bytes) -> SavedTensor | None:

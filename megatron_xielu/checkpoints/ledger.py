@@ -84,7 +84,7 @@ class Record:
         entry = self.verified.get(folder.name)
         if entry is None or entry.data_stamp != size_and_stamp(folder, without=entry.sha256)[1]:
             return {}
-        return entry.sha256
+        return {name: sha for name, sha in entry.sha256.items() if Path(name).name == name}
 
     def add(self, folder: Path) -> None:
         """Note that a folder passed, as it is now."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from typing import Annotated, Any
 
@@ -93,6 +93,9 @@ _KINDS: dict[str, Any] = {
     "window_size": list[int] | int | None,
     "rampup_batch_size": list[int] | list[str] | None,
 }
+# Whose modules may be imported because a checkpoint says so.
+_KNOWN_CODE = ("megatron", "megatron_xielu")
+
 _Saved = make_dataclass("_Saved", [(name, kind, None) for name, kind in _KINDS.items()])
 
 
@@ -111,6 +114,26 @@ def check(arguments: Namespace, where: str) -> Namespace:
     except Malformed as error:
         raise Refused(str(error)) from None
     return arguments
+
+
+def check_spec(saved: Namespace, given: Sequence[str] | None, folder: str) -> None:
+    """Refuse to import what only a checkpoint asks for: Megatron takes ``--spec`` from it.
+
+    Args:
+        saved: of the checkpoint.
+        given: the words of this run's ``--spec``.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    words = [*map(str, getattr(saved, "spec", None) or ())]
+    if words and words != given and words[0].partition(".")[0] not in _KNOWN_CODE:
+        asked = f"--spec {' '.join(words)}"
+        raise ValueError(
+            f"the checkpoint in {folder} was trained with {asked}, code that is neither Megatron's "
+            f"nor this package's, and was not imported; if you trust it, give {asked}"
+        )
 
 
 def of_texts(texts: Mapping[str, str], where: str) -> Namespace:

@@ -12,7 +12,7 @@ import importlib
 import pickle
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 _DCP = "torch.distributed.checkpoint"
@@ -106,12 +106,49 @@ def check_state(data: bytes) -> None:
 
 
 class Unpickler(pickle.Unpickler):
-    """Unpickles with what a function of module and name finds, and may refuse."""
+    """Unpickles with what a function of module and name finds, and may refuse.
+
+    A pickle can also set attributes of what it names: of a class, for the whole process. Those are
+    put back, and it is refused.
+    """
 
     def __init__(self, file: IO[bytes], find: Callable[[str, str], Any]) -> None:
         super().__init__(file)
         self._find = find
+        self._named: dict[int, tuple[Any, dict[str, Any]]] = {}  # with its attributes
 
     def find_class(self, module: str, name: str) -> Any:
         """See `pickle.Unpickler`."""
-        return self._find(module, name)
+        found = self._find(module, name)
+        for one in (found, *getattr(found, "__members__", {}).values()):
+            if hasattr(one, "__dict__"):
+                self._named.setdefault(id(one), (one, dict(vars(one))))
+        return found
+
+    def load(self) -> Any:
+        """See `pickle.Unpickler`.
+
+        Raises:
+            pickle.UnpicklingError: it would change something that is not its own.
+        """
+        try:
+            content = super().load()
+        finally:
+            changed = [name for one, before in self._named.values() for name in _undo(one, before)]
+        if changed:
+            raise pickle.UnpicklingError(
+                f"it sets {min(changed)} of what is not its own; that was undone"
+            )
+        return content
+
+
+def _undo(one: Any, before: Mapping[str, Any]) -> list[str]:
+    """Give back its attributes to what a pickle named; those that were changed."""
+    now = vars(one)
+    changed = [name for name in {*now, *before} if now.get(name) is not before.get(name)]
+    for name in changed:
+        if name in before:
+            setattr(one, name, before[name])
+        else:
+            delattr(one, name)
+    return changed

@@ -65,6 +65,8 @@ def read_json(path: Path) -> Any:
         Malformed: it is none.
         OSError: it cannot be read.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise Malformed(f"{path}: it is a pipe or a device")  # and would be read for ever
     return parse(path.read_bytes(), path)
 
 

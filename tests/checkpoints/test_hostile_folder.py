@@ -15,7 +15,7 @@ from hostile import damaged, damaged_bytes
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_xielu.checkpoints import __main__
+from megatron_xielu.checkpoints import __main__, inert
 from megatron_xielu.checkpoints.check import Damaged, check
 from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, read_tracker
 from megatron_xielu.checkpoints.ledger import RECORD, Policy, Record
@@ -62,6 +62,12 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.fixture
+def reads_at_once(monkeypatch):
+    """Hundreds of times, without a process that tries it before."""
+    monkeypatch.setattr(inert, "survives", lambda _: True)
+
+
 def works_or_is_damaged(folder):
     try:
         check(folder, whole=True)
@@ -69,7 +75,7 @@ def works_or_is_damaged(folder):
         assert len(str(error).splitlines()) == 1
 
 
-def test_damaged_index(save_dir, little_memory):
+def test_damaged_index(save_dir, little_memory, reads_at_once):
     path = save_dir / "iter_0000004/.metadata"
 
     @given(damaged_bytes(path.read_bytes()))
@@ -85,7 +91,7 @@ def test_damaged_index(save_dir, little_memory):
     ("name", "good"),
     [("metadata.json", FORMAT), ("integrity.json", {"files": {"__0_0.distcp": "ab", ".": "ab"}})],
 )
-def test_damaged_json(save_dir, name, good):
+def test_damaged_json(save_dir, name, good, reads_at_once):
     path = save_dir / "iter_0000004" / name
 
     @given(damaged(good).map(json.dumps).map(str.encode) | damaged_bytes(json.dumps(good).encode()))
@@ -95,6 +101,34 @@ def test_damaged_json(save_dir, name, good):
         works_or_is_damaged(path.parent)
 
     run()
+
+
+def test_an_index_that_ends_its_reader(save_dir):
+    """The hash of what is nested so deep overflows the stack, without an exception."""
+    path = save_dir / "iter_0000004/.metadata"
+    path.write_bytes(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")
+    with pytest.raises(Damaged, match=r"\.metadata cannot be read: it ends the process"):
+        check(path.parent, whole=True)
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt", "more"])
+def test_a_pipe_is_not_waited_for(save_dir, name):
+    path = save_dir / "iter_0000004" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(Damaged, match=f"{name} is a pipe"):
+        check(path.parent, whole=False)
+
+
+def test_a_ledger_that_is_a_pipe_or_names_other_files(save_dir):
+    record = Record(save_dir)
+    entry = record.verified["iter_0000004"]
+    entry.sha256["/dev/zero"] = "ab"
+    record.save()
+    assert "/dev/zero" not in Record(save_dir).hashes(save_dir / "iter_0000004")
+    (save_dir / RECORD).unlink()
+    os.mkfifo(save_dir / RECORD)
+    assert not Record(save_dir).verified
 
 
 def test_damaged_ledger(save_dir, capsys):

@@ -27,7 +27,9 @@ from torch import _weights_only_unpickler
 from torch.distributed.checkpoint import default_planner, filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_xielu.checkpoints import torch_dist
 from megatron_xielu.checkpoints.check import Damaged, check
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import pickled_names
 from megatron_xielu.workarounds import checkpoint_pickles
 
@@ -57,19 +59,22 @@ def in_planner_data(folder: Path, marker: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(content))
 
 
+def replace_record(folder: Path, key: str, data: bytes) -> None:
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(i for i in content.storage_data if i.fqn.startswith(key))
+    (folder / "__9_9.distcp").write_bytes(data)
+    content.storage_data[index] = dataclasses.replace(
+        content.storage_data[index],
+        relative_path="__9_9.distcp",
+        offset=0,
+        length=len(data),
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+
+
 def in_record(key: str) -> Callable[[Path, Path], None]:
     def add(folder: Path, marker: Path) -> None:
-        content = pickle.loads((folder / ".metadata").read_bytes())
-        index = next(i for i in content.storage_data if i.fqn.startswith(key))
-        data = saved([{"x": Hostile(marker)}])
-        (folder / "__9_9.distcp").write_bytes(data)
-        content.storage_data[index] = dataclasses.replace(
-            content.storage_data[index],
-            relative_path="__9_9.distcp",
-            offset=0,
-            length=len(data),
-        )
-        (folder / ".metadata").write_bytes(pickle.dumps(content))
+        replace_record(folder, key, saved([{"x": Hostile(marker)}]))
 
     return add
 
@@ -105,6 +110,51 @@ def test_no_check_calls_it_good(hostile):
     with pytest.raises(Damaged, match=r"names posix\.mkdir, which does not belong there; noth"):
         check(hostile / "iter_0000001", whole=True)
     assert not (hostile.parent / "executed").exists()
+
+
+POSIX_PATH = b"cpathlib\nPosixPath\n"
+SHARD = b"ctorch.distributed.checkpoint.planner\nWriteItemType\nK\x02\x85R"
+LAYOUT = b"ctorch.serialization\n_get_layout\n"
+
+
+@pytest.mark.parametrize("named", [POSIX_PATH, SHARD, LAYOUT])
+def test_no_metadata_changes_what_it_names(named, tmp_path):
+    """Of a class, it would hold for the whole process: a report took its template from there."""
+    path = tmp_path / ".metadata"
+    path.write_bytes(b"\x80\x02" + named + b"N}U\x06parentK\x07s\x86b.")
+    with pytest.raises(Refused, match="it sets parent of what is not its own; that was undone"):
+        torch_dist.read_metadata(path)
+    assert Path("/a/b").parent == Path("/a") and planner.WriteItemType(2).name == "SHARD"
+    assert not hasattr(planner.WriteItemType(2), "parent")
+    assert not hasattr(torch.serialization._get_layout, "parent")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "megatron_xielu.pretrain_gpt"], ["-m", "megatron_xielu.cluster.rank", *STOCK]],
+)
+def test_no_spec_of_a_checkpoint_is_imported(command, start_checkpoint, tmp_path):
+    """Megatron takes it from the checkpoint, and python -m looks into the working directory."""
+    save = shutil.copytree(start_checkpoint, tmp_path / "save")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    evil = with_evil_spec(save / "iter_0000001")
+    replace_record(save / "iter_0000001", "common_state", evil)
+    run = train(
+        tmp_path / "run", f"--use-checkpoint-args --load {save}", command=command, succeeds=False
+    )
+    assert "was trained with --spec evil layers, code that is neither Megatron's" in run.output
+    assert not (tmp_path / "executed").exists()
+
+
+def with_evil_spec(folder: Path) -> bytes:
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    place = next(p for i, p in content.storage_data.items() if i.fqn.startswith("common_state"))
+    record = (folder / place.relative_path).read_bytes()[place.offset :][: place.length]
+    state = torch.load(io.BytesIO(record), weights_only=False)
+    arguments = state[0]["args"]
+    arguments.spec, arguments.xielu = ["evil", "layers"], False
+    return saved(state)
 
 
 @pytest.mark.parametrize("hostile", ["mp_rank"], indirect=True)
