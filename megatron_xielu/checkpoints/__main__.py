@@ -12,8 +12,8 @@ which the next start exits with status 0; without a tracker it trains from scrat
 * ``watch`` goes beside a training (`watch`).
 * ``status`` prints a table.
 
-Exit codes: 0; 1 something is damaged (verify); 2 usage, or a file system that fails; 3 there were
-checkpoints, and none is good (repair).
+Exit codes: 0; 1 something is damaged, or there is nothing (verify); 2 usage, or a file system that
+fails; 3 there were checkpoints, and none is good (repair).
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ from megatron_xielu.common.flags import COUNT, POSITIVE, Limits
 
 
 def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> bool:
-    """Print one line per checkpoint, newest first; return whether all looked at are good."""
-    found, record, good = checkpoints(save_dir), Record(save_dir), True
+    """Print one line per checkpoint, newest first; whether there is one, and all are good."""
+    record, tracker = Record(save_dir), read_tracker(save_dir)
+    found: dict[int | str, Path] = {**checkpoints(save_dir)}
+    if tracker == RELEASE:
+        found = {RELEASE: save_dir / RELEASE, **found}
+    good = bool(found)
     if not found:
         print(f"no checkpoints in {save_dir}")
     for iteration, folder in list(found.items())[:last]:
@@ -56,8 +60,7 @@ def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> b
         except Damaged as error:
             good = False
             print(f"iter {iteration} DAMAGED: {error}", flush=True)
-    tracker = read_tracker(save_dir)
-    if tracker != RELEASE and tracker not in found and (found or tracker != "missing"):
+    if tracker not in found and (found or tracker != "missing"):
         good = False
         print(f"tracker DAMAGED: {TRACKER} names no checkpoint here ({tracker}); run repair")
     return good

@@ -290,6 +290,7 @@ def test_release_is_left_alone(save_dir):
     (save_dir / "iter_0000006").rename(save_dir / "release")
     assert run(save_dir, "repair") == "resume release\n"
     assert (save_dir / TRACKER).read_text() == "release"
+    assert run(save_dir, "verify").startswith("iter release ok ")
     flip_weight(save_dir / "release")
     with pytest.raises(NoGoodCheckpoint, match=r"release: __0_0.distcp: checksum .* convert"):
         repair(save_dir)

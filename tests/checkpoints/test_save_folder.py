@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_xielu.checkpoints import optimizer_format, reader
+from megatron_xielu.checkpoints.__main__ import verify
 from megatron_xielu.checkpoints.folder import (
     TRACKER,
     NoCheckpoint,
@@ -179,3 +180,9 @@ def test_verify_of_a_run_folder(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             import_module("megatron_xielu.checkpoints.__main__").main()
         assert capsys.readouterr().out.startswith("iter 2 ")
+
+
+def test_a_folder_without_a_checkpoint_is_not_verified(tmp_path, capsys):
+    """A wrong path in `verify … && train`."""
+    assert not verify(tmp_path)
+    assert capsys.readouterr().out == f"no checkpoints in {tmp_path}\n"
