@@ -2,8 +2,11 @@
 
 A rank whose load failed notes it beside the checkpoints (`note`), and the next start acts on it
 (`repair`). A checkpoint that failed twice in a row is set aside for the next older one, once: if
-that one fails, too, the fault is not in the files (another model's flags, too little memory), so
-the first gets its name back, and the start is refused.
+that one fails, too, the fault is not in the files (another model's flags), so the first gets its
+name back, and the start is refused.
+
+All this is about one loader: the same entry, flags, number of ranks and versions. For another, what
+failed may be good: nothing counts that was noted before, and what was set aside is tried again.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class FailedLoad:
 
     Attributes:
         iteration: the checkpoint that could not be loaded, or that took the place of one.
+        loader: a digest of what could not load it.
         error: what Megatron said; nothing yet where it is new in its place.
         times: in how many starts in a row it could not.
         is_new: whether the last start failed so, and no start has acted on it yet.
@@ -37,6 +41,7 @@ class FailedLoad:
     """
 
     iteration: Count
+    loader: str = ""
     error: str = ""
     times: Count = 0
     is_new: bool = False
@@ -67,7 +72,7 @@ def write(save_dir: Path, failed: FailedLoad | None) -> None:
         event_log.write("failed-load-not-noted", f"{save_dir / NOTE}: {error.strerror}")
 
 
-def note(save_dir: Path, error: str) -> bool:
+def note(save_dir: Path, error: str, loader: str) -> bool:
     """Note that what the tracker names could not be loaded; any rank may, all say the same.
 
     Returns:
@@ -76,8 +81,8 @@ def note(save_dir: Path, error: str) -> bool:
     iteration, before = read_tracker(save_dir), read(save_dir)
     if not isinstance(iteration, int):
         return False
-    if before is None or before.iteration != iteration:
-        before = FailedLoad(iteration)
+    if before is None or (before.iteration, before.loader) != (iteration, loader):
+        before = FailedLoad(iteration, loader)
     write(save_dir, replace(before, error=error[:_LONGEST], is_new=True))
     return True
 

@@ -38,14 +38,14 @@ class NoGoodCheckpoint(RuntimeError):
     """There were checkpoints, and none is good or can be loaded; or a start would begin anew."""
 
 
-def repair(save_dir: Path, *, starts: bool = False) -> int | None:
+def repair(save_dir: Path, *, loader: str | None = None) -> int | None:
     """Set damaged checkpoints aside and point the tracker at the newest good one.
 
     Older ones than that only get the quick check.
 
     Args:
         save_dir: the ``--save`` folder; need not exist.
-        starts: whether a training follows, which loads what is found.
+        loader: a digest of what a start loads with (`failed_loads`); None: no start follows.
 
     Returns:
         The iteration that a start resumes from; None: from none, or ``release``.
@@ -58,14 +58,17 @@ def repair(save_dir: Path, *, starts: bool = False) -> int | None:
         print("resume none", flush=True)
         return None
     with lock(save_dir):
-        failed = failed_loads.at_a_start(save_dir) if starts else None
+        failed = failed_loads.at_a_start(save_dir) if loader is not None else None
         try:
+            if failed and failed.loader != loader:
+                _try_again(save_dir, failed)
+                failed = None
             newest, failed = _repair(save_dir, failed)
         except NoGoodCheckpoint:
             failed = None  # the next start tries again: what was wrong may be mended
             raise
         finally:
-            if starts:
+            if loader is not None:
                 failed_loads.write(save_dir, failed)
         return newest
 
@@ -82,7 +85,7 @@ def _repair(save_dir: Path, failed: FailedLoad | None) -> tuple[int | None, Fail
         print("resume release", flush=True)
         return None, None
     if failed and failed.aside is not None and failed.times:
-        _give_name_back(save_dir, failed)
+        _refuse_a_third(save_dir, failed)
     record, newest, unloadable = Record(save_dir), None, None
     for iteration, folder in checkpoints(save_dir).items():
         if newest is None and failed and failed.is_enough_for(iteration):
@@ -137,20 +140,44 @@ def _set_unloadable_aside(folder: Path, failed: FailedLoad, newest: int) -> Fail
     print(f"iter {failed.iteration} CANNOT BE LOADED: {reason}", flush=True)
     event_log.write("checkpoint-damaged", reason, iteration=failed.iteration)
     return FailedLoad(
-        newest, aside=failed.iteration, aside_name=aside.name, aside_error=failed.error
+        newest,
+        failed.loader,
+        aside=failed.iteration,
+        aside_name=aside.name,
+        aside_error=failed.error,
     )
 
 
-def _give_name_back(save_dir: Path, failed: FailedLoad) -> NoReturn:
+def _try_again(save_dir: Path, failed: FailedLoad) -> None:
+    """With another loader, what is set aside, unless the run has gone on from the one before it."""
+    if failed.aside is None or next(iter(checkpoints(save_dir)), 0) > failed.iteration:
+        return
+    if _give_name_back(save_dir, failed):
+        reason = f"{failed.aside_name} is tried again: other flags, ranks or versions load it"
+        print(f"iter {failed.aside}: {reason}", flush=True)
+        event_log.write("checkpoint-tried-again", reason, iteration=failed.aside)
+
+
+def _give_name_back(save_dir: Path, failed: FailedLoad) -> bool:
+    """To what was set aside; whether it has it now, and nobody else had it."""
+    folder = save_dir / f"iter_{failed.aside:07d}"
+    if os.path.lexists(folder):
+        return False
+    try:
+        (save_dir / Path(failed.aside_name).name).rename(folder)
+    except FileNotFoundError:  # somebody has removed it
+        return False
+    return True
+
+
+def _refuse_a_third(save_dir: Path, failed: FailedLoad) -> NoReturn:
     """Refuse to go on to a third checkpoint: whatever it is, it is not in the files."""
-    name = f"iter_{failed.aside:07d}"
-    if not os.path.lexists(save_dir / name):
-        (save_dir / Path(failed.aside_name).name).rename(save_dir / name)
+    if _give_name_back(save_dir, failed):
         files.write(save_dir / TRACKER, str(failed.aside))
     raise NoGoodCheckpoint(
-        f"{save_dir}: neither {name} ({failed.aside_error}) nor iter_{failed.iteration:07d} "
-        f"({failed.error}) can be loaded, and both are whole: look for the cause in the flags, the "
-        "versions and the memory of this run; both are where they were"
+        f"{save_dir}: neither iter_{failed.aside:07d} ({failed.aside_error}) nor "
+        f"iter_{failed.iteration:07d} ({failed.error}) can be loaded, and both are whole: look for "
+        "the cause in the flags and the versions of this run; both are where they were"
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
+import hashlib
 import importlib.util
 import multiprocessing
 import os
@@ -24,12 +25,16 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
+import megatron_xielu
 from megatron_xielu import workarounds
 from megatron_xielu.checkpoints import before_load, failed_loads
 from megatron_xielu.checkpoints.check import OF_THIS_FILE
@@ -37,6 +42,7 @@ from megatron_xielu.checkpoints.folder import RELEASE
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
 from megatron_xielu.cluster.launcher import REFUSED
 from megatron_xielu.common import event_log, text
+from megatron_xielu.workarounds import releases
 
 # Exit codes of Megatron's rerun state machine, which checks every loss for NaN, Inf and spikes.
 _REJECTED_RESULT = {
@@ -49,6 +55,10 @@ _REFUSAL = "megatron_xielu: error: "
 _CHECKPOINTING = "megatron.training.checkpointing"
 _LOADS = ("load_checkpoint", "load_args_from_checkpoint")  # the second: of the entry's checks
 
+# What PyTorch's plain RuntimeErrors say when memory, the device or the network is at fault.
+_OF_THE_MACHINE = ("allocate", "cuda", "gloo", "nccl", "new thread", "shared memory")
+
+_SIGNALLED = 128  # a shell's and Python scripts' exit code, less the signal's number
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -63,7 +73,7 @@ def main() -> None:
     is_module = sys.argv[1] == "-m"
     script = sys.argv[2 if is_module else 1]
     arguments = sys.argv[3 if is_module else 2 :]
-    flags = _flags(arguments)
+    flags, loader = _flags(arguments), _loader(sys.argv[1:])
     save = Path(flags.save) if flags.save else None
     finished = os.environ.get("MEGATRON_XIELU_FINISHED")
     if finished and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -72,7 +82,7 @@ def main() -> None:
         package = script.partition(".")[0]
         if not (importlib.util.find_spec(package) if is_module else Path(script).exists()):
             raise SystemExit(f"{_REFUSAL}ENTRY: there is no {script}")
-        _prepare(flags)
+        _prepare(flags, loader)
         workarounds.mend_optimizers_when_imported()
         sys.argv = [script, *arguments]
         if is_module:
@@ -82,26 +92,26 @@ def main() -> None:
             sys.path.insert(0, str(Path(script).resolve().parent))
             runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
-        failed = _failed_to_load(end)
+        failed = _of_a_load(end)
         if end.code in (None, 0) and not failed:
             return  # left early, after saving: a signal, --exit-interval, --exit-duration-in-mins
         reason = _REJECTED_RESULT.get(end.code) or _reason(end, None)  # type: ignore[arg-type]
         event_log.write("worker-failed", reason)
         atexit.register(_kill_children)
-        is_noted = failed and _note(end, flags)
+        may_do_better = failed and _note(end, failed, flags, loader)
         if not isinstance(end.code, int):
             get_error_handler().record_exception(SystemExit(reason))  # for the launcher
-        if reason.startswith(_REFUSAL) and not is_noted:
+        if reason.startswith(_REFUSAL) and not may_do_better:
             raise SystemExit(REFUSED) from None  # the launcher prints the reason, once
         if failed:
             raise SystemExit(1) from None
         raise
     except BaseException as error:
-        failed = _failed_to_load(error)
+        failed = _of_a_load(error)
         event_log.write("worker-failed", _reason(error, None if failed else save))
         atexit.register(_kill_children)
         if failed:
-            _note(error, flags)
+            _note(error, failed, flags, loader)
         raise
     finally:
         # Megatron leaves its handler in place, and Python's exit would make a SIGTERM that comes
@@ -122,12 +132,22 @@ def _flags(arguments: list[str]) -> Namespace:
     return flags
 
 
-def _prepare(flags: Namespace) -> None:
+def _loader(words: list[str]) -> str:
+    """A digest of what decides whether files can be loaded: entry, flags, ranks, versions."""
+    megatron = ""
+    with suppress(ModuleNotFoundError, releases.UnsupportedRelease):  # the entry says it
+        megatron = releases.installed()[1]
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    made_of = [*words, ranks, megatron, torch.__version__, megatron_xielu.__version__]
+    return hashlib.sha256("\0".join(made_of).encode(errors="surrogateescape")).hexdigest()
+
+
+def _prepare(flags: Namespace, loader: str) -> None:
     """On rank 0, while the others wait: see to it that what is loaded is whole."""
     if not (flags.save or flags.load or flags.pretrained_checkpoint):
         return
     try:
-        before_load.on_rank_0(partial(_repair_and_read, flags))
+        before_load.on_rank_0(partial(_repair_and_read, flags, loader))
     except (NoGoodCheckpoint, NotADirectoryError) as error:
         raise SystemExit(f"{_REFUSAL}--save: {error}") from None
     except ValueError as error:
@@ -136,45 +156,62 @@ def _prepare(flags: Namespace) -> None:
         raise SystemExit(f"before the checkpoint was loaded: {error}") from None
 
 
-def _repair_and_read(flags: Namespace) -> None:
+def _repair_and_read(flags: Namespace, loader: str) -> None:
     repaired = None
     if flags.save:
-        iteration = repair(Path(flags.save), starts=True)
+        iteration = repair(Path(flags.save), loader=loader)
         event_log.write("resume", iteration=iteration or 0)
         repaired = Path(flags.save) / (RELEASE if iteration is None else f"iter_{iteration:07d}")
     before_load.read_what_is_loaded(flags, repaired)
 
 
-def _failed_to_load(error: BaseException) -> bool:
-    """Whether Megatron raised it while it loaded a checkpoint, and not because of the network."""
-    one: BaseException | None = error
-    while one is not None:
+def _of_a_load(error: BaseException) -> BaseException | None:
+    """What Megatron raised while it loaded a checkpoint, if that is what led to this error."""
+    for one in _chain(error):
         is_ours = isinstance(one, SystemExit) and str(one.code).startswith(_REFUSAL)
         if not is_ours and any(
             frame.f_code.co_name in _LOADS and frame.f_globals.get("__name__") == _CHECKPOINTING
             for frame, _ in traceback.walk_tb(one.__traceback__)
         ):
-            # PyTorch's of a checkpoint holds those of all ranks.
-            causes = [cause for cause, _ in getattr(one, "failures", {}).values()]
-            return not all(map(_may_pass, causes or [one]))
-        one = one.__cause__ or one.__context__
-    return False
+            return one
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether it is of the network, or of a file system that may come back."""
-    said = str(error).lower()
+    """Whether it is of the memory, a device, the network or a file system, or is a signal's."""
     if isinstance(error, OSError):
         return error.errno not in OF_THIS_FILE
-    return isinstance(error, DistError) or "gloo" in said or "nccl" in said
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, DistError)):
+        return True
+    if isinstance(error, RuntimeError):
+        return any(word in str(error).lower() for word in _OF_THE_MACHINE)
+    if isinstance(error, SystemExit):  # Megatron's have no number
+        return isinstance(error.code, int) and error.code > _SIGNALLED
+    return not isinstance(error, Exception)
 
 
-def _note(error: BaseException, flags: Namespace) -> bool:
-    """Note a failed load for the next start; whether there is one that can act on it."""
+def _note(error: BaseException, failed: BaseException, flags: Namespace, loader: str) -> bool:
+    """Note a failed load, unless no file is at fault; whether the next start may do better."""
+    if any(map(_may_pass, _causes(failed))):
+        return True
     own = flags.save and flags.load and os.path.realpath(flags.load) == os.path.realpath(flags.save)
     if not own or flags.ckpt_step:
         return False
-    return failed_loads.note(Path(flags.save), _reason(error, None))
+    return failed_loads.note(Path(flags.save), _reason(error, None), loader)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What led to it, on all ranks: Megatron wraps some errors, and ends after others."""
+    for one in _chain(error):
+        # PyTorch's of a checkpoint holds those of all ranks, and is no `Exception` itself.
+        yield from [cause for cause, _ in getattr(one, "failures", {}).values()] or [one]
 
 
 def _kill_children() -> None:

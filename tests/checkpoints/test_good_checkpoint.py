@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from importlib import import_module
 
 import launch
@@ -313,11 +314,11 @@ def test_files_from_before_zips(tmp_path):
 # --- loads that fail ----------------------------------------------------------------------------
 
 
-def start(save_dir, error=""):
+def start(save_dir, error="", loader="right"):
     """What a start resumes from; it then cannot load that, where there is an error."""
-    found = repair(save_dir, starts=True)
+    found = repair(save_dir, loader=loader)
     for _ in range(2 if error else 0):  # two ranks say it
-        assert failed_loads.note(save_dir, error)
+        assert failed_loads.note(save_dir, error, loader)
     return found
 
 
@@ -355,6 +356,30 @@ def test_flags_do_not_eat_checkpoints(save_dir):
         assert folders(save_dir) == ["iter_0000002", "iter_0000004", "iter_0000006"]
         assert read_tracker(save_dir) == 6
     assert start(save_dir) == 6
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3, 4])
+def test_wrong_flags_say_nothing_of_the_right_ones(save_dir, failures):
+    """Wherever the wrong ones have got to: counted, set aside, or refused."""
+    for _ in range(failures):
+        with suppress(NoGoodCheckpoint):
+            start(save_dir, "no key x", "wrong")
+    assert [start(save_dir, error) for error in ("e", "")] == [6, 6]
+    assert folders(save_dir) == ["iter_0000002", "iter_0000004", "iter_0000006"]
+    assert read_tracker(save_dir) == 6
+
+
+def test_what_is_set_aside_stays_so_where_the_run_has_gone_on(save_dir):
+    assert [start(save_dir, "x"), start(save_dir, "x"), start(save_dir)] == [6, 6, 4]
+    save(save_dir / "iter_0000005", weight=torch.ones(3))
+    assert start(save_dir, loader="other") == 5
+    assert "damaged_iter_0000006" in folders(save_dir)
+
+
+def test_what_was_set_aside_and_removed(save_dir):
+    assert [start(save_dir, "x"), start(save_dir, "x"), start(save_dir)] == [6, 6, 4]
+    shutil.rmtree(save_dir / "damaged_iter_0000006")
+    assert start(save_dir, loader="other") == read_tracker(save_dir) == 4
 
 
 def test_the_only_one_is_not_set_aside(save_dir):

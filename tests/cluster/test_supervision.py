@@ -4,6 +4,7 @@ The whole of it, with Megatron and several nodes, is tested in tests/slurm.
 """
 
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 
 import launch
 import pytest
+import torch
 
 from megatron_xielu.checkpoints import failed_loads
 from megatron_xielu.checkpoints.check import check
-from megatron_xielu.checkpoints.folder import read_tracker
+from megatron_xielu.checkpoints.folder import TRACKER, read_tracker
 from megatron_xielu.checkpoints.ledger import RECORD
 from megatron_xielu.checkpoints.repair import repair
+from megatron_xielu.cluster import rank as supervised
 from megatron_xielu.common import event_log
 
 
@@ -207,14 +210,14 @@ def save_dir(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
-def resumed(save_dir, *flags: str) -> subprocess.CompletedProcess:
+def resumed(save_dir, *flags: str, wrong: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Go on under the launcher."""
     command = [launch.python(), "-m", "megatron_xielu.cluster.launcher", "--standalone", *flags]
     command += ["-m", "megatron_xielu.cluster.rank", "-m", "megatron_xielu.pretrain_gpt"]
     return subprocess.run(
         [
             *(*command, *launch.TINY_LLAMA, "--xielu", "--save-interval", "2"),
-            *("--save", str(save_dir), "--load", str(save_dir)),
+            *("--save", str(save_dir), "--load", str(save_dir), *wrong),
         ],
         env=launch._environment(),
         cwd=save_dir.parent,
@@ -270,12 +273,105 @@ def test_what_cannot_be_loaded_is_passed_over_once(log, save_dir):
     (older / ".metadata").write_bytes(sound)
     (save_dir / RECORD).unlink()
     log.unlink()
-    failed_loads.note(save_dir, "once before")
-    done = resumed(save_dir, "--max-restarts", "1")
+    done = resumed(save_dir, "--max-restarts", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r" iteration +(\d+)/", done.stdout) == ["3", "4", "5", "6"]
-    assert re.findall(r"event=resume iteration=(\d+)", log.read_text()) == ["4", "2"]
+    assert re.findall(r"event=resume iteration=(\d+)", log.read_text()) == ["4", "4", "2"]
     assert 'event=checkpoint-damaged iteration=4 reason="it could not be' in log.read_text()
+
+
+def test_flags_that_are_corrected_cost_no_checkpoint(log, save_dir):
+    """Even after the wrong ones had the newest set aside."""
+    done = resumed(save_dir, "--max-restarts", "2", wrong=("--mtp-num-layers", "1"))
+    assert done.returncode == 1 and "mtp.layers.0" in log.read_text()
+    assert (save_dir / "damaged_iter_0000004").is_dir()
+    done = resumed(save_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r" iteration +(\d+)/", done.stdout) == ["5", "6"]
+    assert re.findall(r"event=resume iteration=(\d+)", log.read_text()) == ["4", "4", "2", "4"]
+    assert "event=checkpoint-tried-again iteration=4" in log.read_text()
+
+
+MEGATRONS_LOADER = """
+from torch.distributed.checkpoint.api import CheckpointException
+def load_checkpoint(error, how):
+    if how == "wrapped":
+        raise CheckpointException("read", {0: (KeyError("x"), None), 1: (error, None)})
+    try:
+        raise error
+    except BaseException:
+        if how == "sys.exit":
+            raise SystemExit
+        raise
+"""
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("how", ["raised", "wrapped", "sys.exit"])
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (OUT_OF_MEMORY, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (MemoryError(), False),
+        (KeyboardInterrupt(), False),
+        (SystemExit(128 + signal.SIGTERM), False),
+        (torch.distributed.DistBackendError("unhandled system error"), False),
+        (OSError(errno.ESTALE, "Stale file handle"), False),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (RuntimeError("Missing key in checkpoint state_dict: x."), True),
+        (KeyError("cuda_rng_state"), True),
+    ],
+    ids=repr,
+)
+def test_what_counts_as_a_load_that_failed(tmp_path, error, counts, how):
+    (tmp_path / TRACKER).write_text("4")
+    megatron = {"__name__": "megatron.training.checkpointing"}
+    exec(MEGATRONS_LOADER, megatron)
+    flags = supervised._flags(["--save", str(tmp_path), "--load", str(tmp_path)])
+    try:
+        megatron["load_checkpoint"](error, how)
+    except BaseException as end:
+        assert supervised._note(end, supervised._of_a_load(end), flags, "loader")
+    assert (tmp_path / failed_loads.NOTE).exists() is counts
+
+
+def test_what_another_loader_is(monkeypatch):
+    """Another flag, value, order, entry, number of ranks or version; not another process."""
+    words = ["-m", "entry", "--a", "b"]
+    digests = [supervised._loader(words)]
+    for other in (["-m", "entry", "--a"], ["-m", "entry", "--a", "c"], ["-m", "e", "--a", "b"]):
+        digests.append(supervised._loader(other))
+    for setting in ("WORLD_SIZE", "torch", "megatron_xielu", "Megatron"):
+        with monkeypatch.context() as patch:
+            if setting == "WORLD_SIZE":
+                patch.setenv(setting, "7")
+            elif setting == "Megatron":
+                patch.setattr("megatron_xielu.workarounds.releases.installed", lambda: (0, "0.7"))
+            else:
+                patch.setattr(f"{setting}.__version__", "0.7")
+            digests.append(supervised._loader(words))
+    assert len(set(digests)) == len(digests)
+    monkeypatch.setenv("RANK", "1")
+    assert supervised._loader(words) == digests[0]
+
+
+@pytest.mark.parametrize(
+    "then", ["raise SystemExit", "raise SystemExit('megatron_xielu: error: x')"]
+)
+def test_an_end_for_want_of_memory_is_tried_again(tmp_path, then):
+    """Neither an early leave, after Megatron's `sys.exit`, nor what this entry refuses."""
+    (tmp_path / "script.py").write_text(f"""
+megatron = {{"__name__": "megatron.training.checkpointing"}}
+exec({MEGATRONS_LOADER!r}, megatron)
+try:
+    megatron["load_checkpoint"](MemoryError(), "raised")
+except MemoryError:
+    {then}
+""")
+    done = rank(tmp_path, str(tmp_path / "script.py"))
+    assert done.returncode == 1 and not (tmp_path / "finished").exists()
 
 
 def test_a_save_folder_that_cannot_be_repaired(log, tmp_path, monkeypatch):
