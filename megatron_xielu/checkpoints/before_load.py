@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.checkpoints import saved_arguments
 from megatron_xielu.checkpoints.check import Damaged, check
 from megatron_xielu.checkpoints.folder import NoCheckpoint, find, size_and_stamp
 from megatron_xielu.checkpoints.ledger import Record
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import text, torchrun
 
 THREADS = 8  # nothing else runs yet
@@ -82,11 +84,11 @@ def read_what_is_loaded(args: Namespace, repaired: Path | None = None) -> None:
     """Check the checkpoint that a training with these arguments would load.
 
     Args:
-        args: ``load``, ``pretrained_checkpoint``, ``ckpt_step``.
+        args: ``load``, ``pretrained_checkpoint``, ``ckpt_step``, ``use_checkpoint_args``, ``spec``.
         repaired: the one that `repair` has just read.
 
     Raises:
-        ValueError: it is damaged; names flag and file.
+        ValueError: it is damaged, or asks for code of its own; names flag and file.
         OSError: it cannot be read now.
     """
     named = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
@@ -101,7 +103,21 @@ def read_what_is_loaded(args: Namespace, repaired: Path | None = None) -> None:
                     f"{folder} verify says which are whole"
                 )
                 read_whole(found, f"{flag} {folder}", fix)
+            if args.use_checkpoint_args:
+                saved_arguments.check_spec(_arguments(found), args.spec, folder)
             return
+
+
+def _arguments(checkpoint: Path) -> Namespace:
+    from megatron_xielu.checkpoints import inert  # which import torch
+    from megatron_xielu.checkpoints.torch_dist import TorchDist
+
+    try:
+        for path in sorted(checkpoint.glob("mp_rank_*/model_optim_rng.pt")):
+            return Namespace(**vars(inert.load(path, str(path)).get("args") or Namespace()))
+        return TorchDist(checkpoint).arguments if checkpoint.is_dir() else Namespace()
+    except Refused as error:
+        raise ValueError(str(error)) from None
 
 
 def once(args: Namespace) -> None:

@@ -126,6 +126,8 @@ def _flags(arguments: list[str]) -> Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("--save", "--load", "--pretrained-checkpoint", "--ckpt-step"):
         parser.add_argument(flag)
+    parser.add_argument("--use-checkpoint-args", action="store_true")
+    parser.add_argument("--spec", nargs="*")
     flags = parser.parse_known_args(arguments)[0]
     step = flags.ckpt_step or ""
     flags.ckpt_step = int(step) if step.isascii() and step.isdigit() else None

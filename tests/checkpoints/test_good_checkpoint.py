@@ -202,7 +202,7 @@ def flip(folder, values=ONES):
 def loads(load=None, pretrained=None, step=None):
     folders = (folder and str(folder) for folder in (load, pretrained))
     names = ("load", "pretrained_checkpoint", "ckpt_step")
-    return Namespace(**dict(zip(names, (*folders, step), strict=True)))
+    return Namespace(**dict(zip(names, (*folders, step), strict=True)), use_checkpoint_args=False)
 
 
 def test_what_is_loaded_is_read(save_dir, tmp_path):
