@@ -1,17 +1,18 @@
 """One training for one RUN_DIR, and no process that outlives the script that started it.
 
-``python -m megatron_xielu.cluster.guard PARENT [--run-dir RUN_DIR --node-rank N --wait SECONDS]``
-runs beside pretrain.sh and preflight.sh, whose process number PARENT is. It prints ``ready``, and
-lives through every signal that is meant for the ranks.
+``python -m megatron_xielu.cluster.guard PARENT [--run-dir RUN_DIR --node-rank N --wait SECONDS
+--since TIME]`` runs beside pretrain.sh and preflight.sh, whose process number PARENT is. It prints
+``ready``, and lives through every signal that is meant for the ranks. ``--again``: in the place of
+one that ended while PARENT, which has the lock, was at work.
 
 - On node 0 it first takes ``RUN_DIR/lock`` (`common.lock_file`) and then renews it; status 2 and
   one line when another training holds it. That one has ended if its process is gone, if this is a
   later attempt of the same Slurm job or launch.sh, or if it was silent for a minute. Other nodes
   wait while a run other than theirs holds it, before they write anything.
-- When PARENT has ended, whatever ended it, or sends SIGUSR2, every process with this
-  ``MEGATRON_XIELU_GUARD`` in its environment is killed, and the lock is given back. By the
-  environment: ranks lead sessions of their own, and checkpoint writers and data workers, forked or
-  spawned, outlive a rank that is killed. One that starts with this value and a dot is of a guard
+- When PARENT has ended, whatever ended it, or sends SIGUSR2, or this process fails, every process
+  with this ``MEGATRON_XIELU_GUARD`` in its environment is killed, and the lock is given back. By
+  the environment: ranks lead sessions of their own, and checkpoint writers and data workers, forked
+  or spawned, outlive a rank that is killed. One that starts with this value and a dot is of a guard
   within.
 """
 
@@ -32,6 +33,7 @@ _MARK = "MEGATRON_XIELU_GUARD"
 _RENEW_EVERY = 3.0
 _SILENT_FOR = 60.0  # seconds after which a holder is taken to be gone
 _REFUSED = 2
+_STOPPED = 75
 
 
 def main() -> None:
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--node-rank", type=int, default=0)
     parser.add_argument("--wait", type=float, default=600.0)
+    parser.add_argument("--since", default="")
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -50,35 +54,47 @@ def main() -> None:
     lock = None
     if args.run_dir:
         run, attempt = _run()
-        path = args.run_dir / "lock"
-        lock = LockFile(path, pid=args.parent, node=event_log.node(), run=run, attempt=attempt)
+        lock = LockFile(
+            args.run_dir / "lock",
+            pid=args.parent,
+            node=event_log.node(),
+            since=args.since,
+            run=run,
+            attempt=attempt,
+        )
         try:
-            if args.node_rank:
+            if args.again:
+                pass
+            elif args.node_rank:
                 _wait_for_node_0(lock, run, args)
-                lock = None
             else:
                 _take(lock, args)
         except OSError as error:
             _say(f"error: RUN_DIR={args.run_dir} cannot be written to: {text.one_line(error)}")
             sys.exit(_REFUSED)
-    print("ready", flush=True)
-    _to_nowhere()
-    is_ours = _guard(args.parent, lock)
-    if not is_ours:
-        with suppress(ProcessLookupError):
-            os.kill(args.parent, signal.SIGKILL)
-    _kill_all(os.environ[_MARK])
-    if lock and is_ours:
-        lock.release()
+        if args.node_rank:
+            lock = None
+    is_ours = True
+    try:
+        print("ready", flush=True)
+        _to_nowhere()
+        is_ours = _guard(args.parent, lock)
+    finally:
+        if not is_ours:
+            with suppress(ProcessLookupError):
+                os.kill(args.parent, signal.SIGKILL)
+        _kill_all(os.environ[_MARK])
+        if lock and is_ours:
+            lock.release()
 
 
 def _run() -> tuple[str, int]:
     """The run that this node is part of, and which attempt it is; see `lock_file.Holder`."""
     variables = os.environ
+    if launch := variables.get("MEGATRON_XIELU_LAUNCH"):  # which may stand in a job of Slurm's
+        return launch, _number(variables.get("MEGATRON_XIELU_ATTEMPT"))
     if job := variables.get("SLURM_JOB_ID"):
         return f"Slurm job {job}", _number(variables.get("SLURM_RESTART_COUNT"))
-    if launch := variables.get("MEGATRON_XIELU_LAUNCH"):
-        return launch, _number(variables.get("MEGATRON_XIELU_ATTEMPT"))
     if variables.get("NNODES", "1") != "1":  # the same for all of them
         return f"{variables.get('MASTER_ADDR')}:{variables.get('MASTER_PORT')}", 0
     return "", 0
@@ -123,7 +139,8 @@ def _wait_for_node_0(lock: LockFile, run: str, args: argparse.Namespace) -> None
 
 
 def _pause(parent: int) -> None:
-    time.sleep(1)
+    if signal.sigtimedwait({signal.SIGUSR2}, 1):
+        sys.exit(_STOPPED)
     if not processes.is_alive(parent):
         sys.exit(1)
 
@@ -141,7 +158,8 @@ def _refuse(lock: LockFile, run_dir: Path) -> None:
     if holder := lock.holder:
         end = f"kill {holder.pid} on {holder.node}"
         match holder.run.split():
-            case ["Slurm", "job", job]:
+            # Not the allocation that both are in.
+            case ["Slurm", "job", job] if job != os.environ.get("SLURM_JOB_ID"):
                 end = f"scancel {job}"
             case ["launch.sh", pid, host, _]:
                 end = f"kill {pid} on {host}"

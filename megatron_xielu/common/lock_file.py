@@ -56,16 +56,24 @@ class LockFile:
         path: the file; its folder exists.
         pid: the process that the lock is held for.
         node: its node's name, for messages.
+        since: as `Holder.since`, if not now.
         run: as `Holder.run`.
         attempt: as `Holder.attempt`.
     """
 
     def __init__(
-        self, path: Path, *, pid: int, node: str = "", run: str = "", attempt: int = 0
+        self,
+        path: Path,
+        *,
+        pid: int,
+        node: str = "",
+        since: str = "",
+        run: str = "",
+        attempt: int = 0,
     ) -> None:
         self._path = path
         node = node or os.uname().nodename
-        self._own = Holder(node, pid, _place(), text.now(), run, attempt)
+        self._own = Holder(node, pid, _place(), since or text.now(), run, attempt)
         self._content = json.dumps(asdict(self._own)).encode()
         self._seen: tuple[int, bytes] | None = None
         self._looked = 0.0
@@ -119,15 +127,16 @@ class LockFile:
     def renew(self) -> bool:
         """Say that the holder lives; whether it is still the holder.
 
-        One that was deleted is created again.
+        One that was deleted is created again; a file system that fails may come back.
         """
         try:
             if self._path.read_bytes() not in (self._content, b""):
                 return False
             os.utime(self._path)
         except FileNotFoundError:
-            return self.create()
-        except OSError:  # of a file system that may come back
+            with suppress(OSError):
+                return self.create()
+        except OSError:
             pass
         return True
 
