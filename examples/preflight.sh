@@ -16,8 +16,8 @@
 #   DATA_ARGS, DATA, TOKENIZER    as for pretrain.sh
 #   NEED_GIB, MIN_DISK_MBPS, MIN_BANDWIDTH   as --need-gib and so on
 #   LAYOUT_CHECK  0: not that   [1]
-#   NODE_LIST     names of all nodes, as MEGATRON_XIELU_NODE or their host names: those that do not
-#                 join are then named
+#   NODE_LIST     names of all nodes, as MEGATRON_XIELU_NODE or their host names, parted by spaces or
+#                 commas: those that do not join are then named
 #   MEGATRON_XIELU_NODE   this node's name   [uname -n]    OMP_NUM_THREADS   [1]
 #   PREFLIGHT_TIMEOUT   seconds to wait for all nodes   [120]
 #
@@ -33,7 +33,7 @@ export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
 
 die() { # message
-    echo "preflight.sh: error: $1" >&2
+    echo "preflight.sh: error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
 
@@ -54,6 +54,7 @@ command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: there is no such program
 }
 [[ -n $MASTER_ADDR || $NNODES == 1 ]] || die "NNODES=$NNODES needs MASTER_ADDR, the address of node 0"
 : "${MASTER_ADDR:=localhost}"
+MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]} # of IPv6
 flags=(--tensor-model-parallel-size "$TP")
 [[ $DEVICE != cpu ]] || flags+=(--cpu)
 [[ -n $RUN_DIR ]] && flags+=(--run-dir "$RUN_DIR")
@@ -95,7 +96,9 @@ clean_up() {
 trap clean_up EXIT
 
 name_the_missing() {
-    local node sign answered=() missing=()
+    local node sign nodes=() answered=() missing=()
+    # A site's own form of many names in one names nobody.
+    [[ $NODE_LIST == *[][*?]* ]] || read -rd '' -a nodes <<<"${NODE_LIST//,/ }" || true
     if [[ -z $started ]]; then
         echo "FAIL join         $MEGATRON_XIELU_NODE: not all of $NNODES nodes joined within $PREFLIGHT_TIMEOUT s; RUN_DIR is not set or not writable here, so which of them is not known" >&2
         return
@@ -103,10 +106,10 @@ name_the_missing() {
     for sign in "$signs"/*; do
         (($(stat -c %Y "$sign") >= started)) && answered+=("${sign##*/}")
     done
-    for node in $NODE_LIST; do
+    for node in "${nodes[@]}"; do
         [[ " ${answered[*]} " == *" $node "* ]] || missing+=("$node")
     done
-    echo "FAIL join         $MEGATRON_XIELU_NODE: not all of $NNODES nodes joined within $PREFLIGHT_TIMEOUT s; did not answer: ${missing[*]:-not known${NODE_LIST:+, all have started}}; answered: ${answered[*]}" >&2
+    echo "FAIL join         $MEGATRON_XIELU_NODE: not all of $NNODES nodes joined within $PREFLIGHT_TIMEOUT s; did not answer: ${missing[*]:-not known${nodes:+, all have started}}; answered: ${answered[*]}" >&2
     echo "     join         look at the missing nodes first (up? in the job? RUN_DIR mounted?), then at the way to $MASTER_ADDR port $((MASTER_PORT + 1))" >&2
 }
 

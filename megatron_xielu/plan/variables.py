@@ -1,8 +1,9 @@
 """The variables of examples/: what each may be, the flags they set, and names mistaken for theirs.
 
-``python -m megatron_xielu.plan.variables SCRIPT [MODEL_FILE]`` judges the environment, and then
-what the model file makes of it, for SCRIPT to end with status 2 before it does anything: where the
-shell expects a number, it would run what stands there. Standard library only, Python 3.9 and newer.
+``python -m megatron_xielu.plan.variables SCRIPT [MODEL_FILE [NAME=VALUE …]]`` judges the
+environment, and then what the model file makes of it and of what SCRIPT has set by itself, for
+SCRIPT to end with status 2 before it does anything: where the shell expects a number, it would run
+what stands there. Standard library only, Python 3.9 and newer.
 """
 
 from __future__ import annotations
@@ -104,6 +105,12 @@ def _port(value: str) -> str:
     return _positive(value) or ("" if int(value) < 65535 else below)
 
 
+def _text(value: str) -> str:
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):  # as os.environ has it
+        return " is not UTF-8"
+    return _line(value)
+
+
 def _path(value: str) -> str:
     return _text(value) or (
         f" looks like an option; write ./{value}" if value.startswith("-") else ""
@@ -112,14 +119,15 @@ def _path(value: str) -> str:
 
 # Of 64 bits, and decimal to the shell as well.
 _whole = _like(r"0|[1-9][0-9]{0,17}", " is not a whole number")
-_number = _like(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+", " is not a number")
-_tokens = _like(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?", " is not a number such as 125e9")
+_DECIMAL = r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)"
+_number = _like(rf"{_DECIMAL}([eE][+-]?[0-9]+)?", " is not a number")
+_tokens = _like(rf"{_DECIMAL}([eE]\+?[0-9]+)?", " is not a number such as 125e9")
 _shares = _like(r"[0-9.]+([,/ ]+[0-9.]+){0,2}", " is not shares such as 990,10,0")
-_text = _like(_TEXT, " has a line end or another control character")
+_line = _like(_TEXT, " has a line end or another control character")
 _any: _Kind = lambda value: ""  # noqa: E731 (lists, which white space of any kind parts)
 _host = _like(_HOST, " is not a host's name or address")
+_host_of_url = _like(rf"{_HOST}|\[{_HOST}\]", " is not a host's name or address")
 _name = _like(rf"({_HOST}@)?{_HOST}", " is not a host's name")
-_names = _like(rf"(({_HOST}@)?{_HOST}\s*)*", " is not a list of hosts' names")
 _switch = _one_of("0", "1")
 
 # Those of a model file, which has to set them where the environment does not.
@@ -152,16 +160,16 @@ _OF_A_RUN: dict[str, _Kind] = {
     **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU"), _number),
     "SPLIT": _shares,
     "MASTER_PORT": _port,
-    **dict.fromkeys(("MASTER_ADDR", "LOCAL_ADDR"), _host),
+    "MASTER_ADDR": _host_of_url,
+    "LOCAL_ADDR": _host,
 }
 # The preflight's own, and those that the scripts read but nobody is to confuse with another.
 _OF_OTHERS: dict[str, _Kind] = {
     **dict.fromkeys(("NEED_GIB", "MIN_DISK_MBPS", "MIN_BANDWIDTH"), _number),
     "PREFLIGHT_TIMEOUT": _positive,
     "MEGATRON_XIELU_NODE": _name,
-    "NODE_LIST": _names,
     "CUDA_DEVICE_MAX_CONNECTIONS": _whole,
-    "OMP_NUM_THREADS": _like("[0-9]+(,[0-9]+)*", " is not a whole number"),
+    "OMP_NUM_THREADS": _like(r" *[0-9]+( *, *[0-9]+)* *", " is not a whole number"),
 }
 _KINDS = {**_OF_A_MODEL, **_OF_A_RUN, **_OF_OTHERS}
 
@@ -308,7 +316,8 @@ def of_model_file(file: str, environment: Mapping[str, str]) -> tuple[dict[str, 
 
 def main() -> None:
     """Name what is wrong; end with status 2 where something is refused."""
-    script, *model_file = sys.argv[1:]
+    script, *rest = sys.argv[1:]
+    model_file, own = rest[:1], dict(pair.split("=", 1) for pair in rest[1:])
     text = "".join(Path(file).read_text(errors="replace") for file in model_file)
     errors = list(faults(os.environ))
     for line, refused in misnamed(os.environ, re.findall(r"\w+", text)):
@@ -317,7 +326,7 @@ def main() -> None:
         else:
             print(f"{script}: warning: {line}", file=sys.stderr)
     if model_file and not errors:
-        values, fault = of_model_file(model_file[0], os.environ)
+        values, fault = of_model_file(model_file[0], {**os.environ, **own})
         errors = [fault] if fault else list(faults(values))
     for line in errors:
         print(f"{script}: error: {line}", file=sys.stderr)

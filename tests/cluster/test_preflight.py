@@ -279,10 +279,13 @@ def test_rank_that_hangs_and_rank_that_is_killed(checkout, tmp_path):
     assert "FAIL join" not in output + other
 
 
-@pytest.mark.parametrize("present, absent", [("n1", "n2"), ("n2", "n1")])
-def test_node_that_does_not_join_is_named(checkout, tmp_path, port, present, absent):
+@pytest.mark.parametrize(
+    "present, absent, names",
+    [("n1", "n2", "n1 n2"), ("n2", "n1", "n1,n2"), ("n2", "not known", "n[1-2]")],
+)
+def test_node_that_does_not_join_is_named(checkout, tmp_path, port, present, absent, names):
     begin = time.monotonic()
-    node = start(checkout, tmp_path, port, present, PREFLIGHT_TIMEOUT="4")
+    node = start(checkout, tmp_path, port, present, PREFLIGHT_TIMEOUT="4", NODE_LIST=names)
     code, output = node.wait()
     assert code == 1
     assert f"{present}: not all of 2 nodes joined within 4 s; did not answer: {absent};" in output
