@@ -63,20 +63,20 @@ unset CDPATH # with it cd prints, and may go elsewhere
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 die() { # code, message
-    echo "pretrain.sh: error: $2" >&2
+    echo "pretrain.sh: error: ${2//[[:cntrl:]]/?}" >&2
     exit "$1"
 }
 
 # Until the attempt is counted, whatever fails is a wrong setting: it would fail again, for ever.
-counted='' guard_pid=''
+counted='' guard_pid='' since=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 # shellcheck disable=SC2329 # called at the end
 leave() {
     local code=$?
-    [[ -z $guard_pid ]] || release
+    [[ -z $guard_pid$counted ]] || release
     [[ -n $counted ]] || ((code == 0 || code == 4 || code == 75)) || exit 2
 }
 trap leave EXIT
-trap 'exit 75' TERM USR1
+trap 'exit 75' TERM USR1 INT HUP
 
 dry_run=0
 trailing=()
@@ -104,7 +104,8 @@ model_file=$here/models/$MODEL.sh
 [[ $MODEL == */* || $MODEL == *.sh ]] && model_file=$MODEL
 [[ $model_file == */* ]] || model_file=./$model_file # or source takes one of PATH's
 [[ -f $model_file ]] || die 2 "MODEL=$MODEL: no file $model_file; there are: $(cd "$here/models" && echo *.sh)"
-"$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" || {
+"$PYTHON" -m megatron_xielu.plan.variables pretrain.sh "$model_file" \
+    here="$here" MODEL="$MODEL" ACTIVATION="$ACTIVATION" PYTHON="$PYTHON" || {
     (($? == 2)) && exit 2
     die 2 "PYTHON=$PYTHON does not work, or is older than 3.9"
 }
@@ -169,6 +170,7 @@ fi
 no_master=''
 ((NNODES > 1)) && [[ -z $MASTER_ADDR ]] &&
     no_master="NNODES=$NNODES needs MASTER_ADDR, the address of node 0"
+MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]} # of IPv6
 : "${MASTER_ADDR:=localhost}"
 if [[ -z $given_port ]] && ((NNODES == 1 && !dry_run)); then
     MASTER_PORT=$("$PYTHON" -c '
@@ -262,7 +264,7 @@ else
     no_data=1
 fi
 [[ -n $WANDB_PROJECT ]] && megatron+=(
-    --wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$RUN_DIR")" --wandb-save-dir "$RUN_DIR")
+    --wandb-project "$WANDB_PROJECT" --wandb-exp-name="$(basename "$RUN_DIR")" --wandb-save-dir "$RUN_DIR")
 
 # --- how it is launched --------------------------------------------------------------------------
 
@@ -284,7 +286,7 @@ launcher=()
 is_host=$((NODE_RANK == 0))
 launcher+=(
     --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$IN_JOB_RESTARTS"
-    --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-$(basename "$RUN_DIR")}"
+    --rdzv-backend c10d --rdzv-id="${SLURM_JOB_ID:-$(basename "$RUN_DIR")}"
     --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-conf "is_host=$is_host,join_timeout=$RENDEZVOUS_TIMEOUT"
 )
 ((NNODES == 1)) && : "${LOCAL_ADDR:=127.0.0.1}" # a container's own name often resolves to nothing
@@ -304,7 +306,7 @@ fi
 plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_PER_NODE"
     --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY" --from-variables "${#megatron[@]}")
 ((ours)) || plan+=(--other-entry)
-[[ "$made_for $made_for_lr" =~ ^[0-9]+\ [0-9.e+-]+$ ]] && plan+=(--made-for "$made_for" "$made_for_lr")
+[[ "$made_for $made_for_lr" =~ ^[0-9]+\ [0-9.eE+-]+$ ]] && plan+=(--made-for "$made_for" "$made_for_lr")
 [[ -n ${GPU_MEMORY_GIB:-} ]] && plan+=(--gpu-memory "$GPU_MEMORY_GIB")
 [[ -n ${MFU:-} ]] && plan+=(--mfu "$MFU")
 [[ -n ${PEAK_TFLOPS:-} ]] && plan+=(--peak-tflops "$PEAK_TFLOPS")
@@ -343,7 +345,7 @@ export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
 export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
 export DATA_ARGS DATA TOKENIZER                                                            # preflight.sh
-verdict=$RUN_DIR/exit_code${SLURM_JOB_ID:+.$SLURM_JOB_ID}
+verdict=$RUN_DIR/${MEGATRON_XIELU_VERDICT:-exit_code}
 for file in "$RUN_DIR/attempts" "$verdict" "$MEGATRON_XIELU_EVENTS" "$MEGATRON_XIELU_FINISHED"; do
     [[ ! -e $file || -f $file && -w $file ]] || die 2 "$unwritable: $file is a folder, or another user's"
 done
@@ -355,10 +357,21 @@ event() { # name, reason: as megatron_xielu/common/event_log.py
     echo "$line" >>"$MEGATRON_XIELU_EVENTS" || true
 }
 
-finish() { # exit code, event, reason: node 0 also leaves the verdict for the front end
+leave_verdict() { # exit code, for the front end; none on a full disk
+    ((NODE_RANK)) || { echo "$1" >"$verdict"; } 2>/dev/null || rm -f "$verdict" || true
+}
+
+finish() { # exit code, event, reason
     event "$2" "$3"
-    ((NODE_RANK)) || echo "$1" >"$verdict"
+    leave_verdict "$1"
     exit "$1"
+}
+
+reached() { # iteration of the newest checkpoint; 0: none, or a damaged tracker, repaired before the ranks start
+    local tracker
+    tracker=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
+    [[ $tracker =~ ^[0-9]{1,18}$ ]] || tracker=0
+    echo $((10#$tracker))
 }
 
 stopping=''
@@ -385,13 +398,15 @@ guard() { # holds RUN_DIR, and kills what is left here when this script has ende
     local ready
     exec {ready}<> <(:) # a pipe
     "$PYTHON" -m megatron_xielu.cluster.guard $$ --run-dir "$RUN_DIR" --node-rank "$NODE_RANK" \
-        --wait "$RENDEZVOUS_TIMEOUT" >&"$ready" &
+        --wait "$RENDEZVOUS_TIMEOUT" --since "$since" ${counted:+--again} >&"$ready" &
     guard_pid=$!
     until read -t 0.1 -r _ <&"$ready"; do
         kill -0 "$guard_pid" 2>/dev/null && continue
         wait "$guard_pid" && code=1 || code=$?
+        guard_pid=''
+        [[ -z $counted ]] || return 0 # Python does not start: tried again, the ranks are at work
         # Another training's files are left as they are, but for the front end's.
-        ((NODE_RANK)) || [[ -z ${SLURM_JOB_ID:-} ]] || echo "$code" >"$verdict"
+        [[ -z ${MEGATRON_XIELU_VERDICT:-} ]] || leave_verdict "$code"
         exit "$code"
     done
     exec {ready}>&-
@@ -401,7 +416,7 @@ watch=''
 # shellcheck disable=SC2329 # called at the end
 release() { # waits: the next start repairs this folder, and nobody else may be at work in it
     [[ -z $watch ]] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true
-    [[ -z $launcher_pid ]] || kill -KILL "$launcher_pid" 2>/dev/null || true # only if the guard was refused
+    [[ -z $launcher_pid ]] || kill -KILL "$launcher_pid" 2>/dev/null || true # only if there is no guard
     { kill -USR2 "$guard_pid" && wait "$guard_pid"; } 2>/dev/null || true
 }
 
@@ -418,8 +433,7 @@ done
 attempts=$RUN_DIR/attempts
 if ((NODE_RANK == 0)); then
     rm -f "$verdict"
-    latest=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)
-    [[ $latest =~ ^[0-9]+$ ]] || latest=0 # empty or damaged: repaired before the ranks start
+    latest=$(reached)
     touch "$attempts"
     failed=$(awk -v latest="$latest" '$1 > best { best = $1; n = 0 } { n++ } END { print (latest > best ? 0 : n + 0) }' "$attempts")
     ((failed < RESTART_BUDGET)) || finish 4 budget-spent \
@@ -462,8 +476,8 @@ if [[ -z $stopping ]]; then
             sleep 2 || true # the signal may have been for this, too
         else
             # A signal ends the wait, not the launcher; and old shells miss what ends just before it.
-            sleep 10 &
-            wait -n "$launcher_pid" "$guard_pid" $! || true
+            sleep $((guard_pid ? 10 : 1)) &
+            wait -n "$launcher_pid" ${guard_pid:+"$guard_pid"} $! || true
             kill -0 "$guard_pid" 2>/dev/null || guard
         fi
     done
@@ -471,9 +485,14 @@ if [[ -z $stopping ]]; then
 fi
 
 if ((code == 0 || code == 75)); then
-    ((NODE_RANK)) || sed -i '$d' "$attempts" # not a failure
-    [[ $code == 75 || ! -e $MEGATRON_XIELU_FINISHED ]] ||
-        finish 0 finished "trained to the last step; checkpoints in $RUN_DIR/checkpoints"
+    finished=''
+    [[ $code == 75 || ! -e $MEGATRON_XIELU_FINISHED ]] || finished=1
+    if ((NODE_RANK == 0)); then
+        [[ -n $finished$stopping ]] || (($(reached) > latest)) ||
+            finish 75 stopped "without a signal, and without a checkpoint after iteration $latest: counted as a failure"
+        sed -i '$d' "$attempts" || true # not a failure
+    fi
+    [[ -z $finished ]] || finish 0 finished "trained to the last step; checkpoints in $RUN_DIR/checkpoints"
     finish 75 stopped "${launcher_pid:+saved, }to be continued"
 fi
 finish "$code" failed "the launcher ended with $code; the first failed rank is named above"

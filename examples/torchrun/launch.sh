@@ -22,7 +22,7 @@ unset CDPATH # with it cd prints, and may go elsewhere
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 die() { # message
-    echo "launch.sh: error: $1" >&2
+    echo "launch.sh: error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
 
@@ -48,6 +48,7 @@ host='^([[:alnum:]_.:%-]+@)?[[:alnum:]_:%][[:alnum:]_.:%-]*$'
 for name in "${hosts[@]}"; do
     [[ $name =~ $host ]] || die "$name is not a host's name or address"
 done
+MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]} # of IPv6
 [[ $MASTER_ADDR =~ $host ]] || die "MASTER_ADDR=$MASTER_ADDR is not a host's name or address"
 [[ $RESTART_DELAY =~ ^[0-9]{1,9}(\.[0-9]+)?$ ]] || die "RESTART_DELAY=$RESTART_DELAY is not a number of seconds"
 [[ $RESTART_BUDGET =~ ^(0|[1-9][0-9]{0,17})$ ]] || die "RESTART_BUDGET=$RESTART_BUDGET is not a whole number"
@@ -61,8 +62,8 @@ if [[ " $* " == *' --dry-run '* ]]; then
     exec "$home/examples/pretrain.sh" "$@"
 fi
 
-# What belongs to this machine and this shell, not to the run.
-private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|TMPDIR|SSH.*|XDG_.*|BASH.*|_)$'
+# What belongs to this machine, this shell or the allocation that it stands in, not to the run.
+private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|TMPDIR|SSH.*|SLURM_.*|XDG_.*|BASH.*|_)$'
 
 trap '' PIPE # whoever read the output may be gone; the ranks must still be stopped
 say() {

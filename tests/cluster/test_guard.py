@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,14 +53,14 @@ def guarded(tmp_path):
     """Starts guards of processes that sleep; ends all of them."""
     started = []
 
-    def start(run_dir=None, node_rank=0, **variables):
+    def start(run_dir=None, node_rank=0, wait="1", code=GUARD, **variables):
         mark = f"test-{os.getpid()}-{len(started)}"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         environment |= {"MEGATRON_XIELU_GUARD": mark, "MEGATRON_XIELU_NODE": "n1", **variables}
         parent = subprocess.Popen(["sleep", "1000"])
-        command = [sys.executable, "-c", GUARD, str(parent.pid)]
+        command = [sys.executable, "-c", code, str(parent.pid)]
         if run_dir:
-            command += ["--run-dir", str(run_dir), "--node-rank", str(node_rank), "--wait", "1"]
+            command += ["--run-dir", str(run_dir), "--node-rank", str(node_rank), "--wait", wait]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         guard = subprocess.Popen(command, env=environment, cwd=REPOSITORY, **pipes)
         started.append(Guarded(parent, guard, mark))
@@ -143,35 +145,115 @@ def test_a_training_that_lost_its_lock_ends(guarded, tmp_path):
     assert (tmp_path / "lock").read_bytes() == before
 
 
+def test_a_run_dir_that_is_gone_for_a_moment(guarded, tmp_path):
+    """The guard lives, and has the lock again with the folder."""
+    run = tmp_path / "run"
+    run.mkdir()
+    one = guarded(run)
+    assert one.answer() == "ready"
+    shutil.rmtree(run)
+    time.sleep(1)
+    run.mkdir()
+    until("the lock is there again", (run / "lock").exists)
+    assert one.is_alive() and one.guard.poll() is None
+
+
+def test_a_guard_that_fails_cleans_up(guarded, tmp_path):
+    fails = "guard._guard = lambda *_: 1 / 0\nguard.main()"
+    one = guarded(tmp_path, code=GUARD.replace("guard.main()", fails))
+    child = subprocess.Popen(["sleep", "99"], env={"MEGATRON_XIELU_GUARD": one.mark})
+    assert child.wait(20) == -signal.SIGKILL
+    assert one.guard.wait(20) == 1 and not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("node_rank", [0, 1])
+def test_a_guard_that_waits_for_the_lock_is_stopped_at_once(guarded, tmp_path, node_rank):
+    held_by(tmp_path, run="Slurm job 8")
+    wait = GUARD.replace("0.5", "60")
+    one = guarded(tmp_path, node_rank, "60", wait, SLURM_JOB_ID="7")
+    time.sleep(1.5)
+    one.guard.send_signal(signal.SIGUSR2)
+    assert one.guard.wait(1) == 75
+
+
+def test_launch_in_an_allocation_is_a_run_of_its_own(guarded, tmp_path):
+    job = {"SLURM_JOB_ID": "7"}
+    launched = job | {"MEGATRON_XIELU_LAUNCH": "launch.sh 12 n3 34", "MEGATRON_XIELU_ATTEMPT": "1"}
+    first = guarded(tmp_path, **launched)
+    assert first.answer() == "ready"
+    assert "`kill 12 on n3` saves" in guarded(tmp_path, **launched).answer()
+    first.guard.send_signal(signal.SIGUSR2)
+    first.guard.wait(20)
+    by_hand = guarded(tmp_path, **job)
+    assert by_hand.answer() == "ready"
+    # The job that both are in is not the other training.
+    assert f"`kill {by_hand.parent.pid} on n1` saves" in guarded(tmp_path, **job).answer()
+
+
 # srun's code is that of the tasks that it killed.
 SLURM = {
     "srun": 'while [[ $1 == -* ]]; do shift; done; SLURM_NODEID=0 "$@"; exit 137',
     "scontrol": '[[ $1 == requeue ]] && touch "$RUN_DIR/requeued" || echo n2',
+    "scancel": "true",
 }
 
 
-def test_a_slurm_job_that_is_refused_is_not_requeued(guarded, tmp_path):
+@pytest.fixture
+def sbatch(tmp_path):
+    """Runs pretrain.sbatch as job 8, with programs that stand in for Slurm's."""
     run, programs = tmp_path / "run", tmp_path / "bin"
     for folder in (run, programs):
         folder.mkdir()
-    for name, script in SLURM.items():
-        (programs / name).write_text(f"#!/bin/bash\n{script}\n")
-        (programs / name).chmod(0o755)
+
+    def start(**more: str):
+        for name, script in (SLURM | more).items():
+            (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+            (programs / name).chmod(0o755)
+        return subprocess.run(
+            ["bash", "examples/slurm/pretrain.sbatch"],
+            env={
+                **{"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                **{"SLURM_JOB_ID": "8", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "."},
+                **{"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "RUN_DIR": str(run)},
+                **{"FAULT_TOLERANCE": "0", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "40"},
+            },
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("between", "code"),
+    [
+        ("exit 1", 4),
+        ('echo 0 >>"$RUN_DIR/attempts"; exit 1', 0),
+        ('echo 75 >"$RUN_DIR/exit_code.8"', 0),
+        ("kill -USR1 $PPID; sleep 0.5; exit 1", 0),
+    ],
+    ids=["uncounted", "counted", "stopped", "signal"],
+)
+def test_what_a_slurm_job_may_fail_at_in_a_row(sbatch, tmp_path, between, code):
+    """Restarts for another reason are not failures; an empty verdict is none."""
+    fails = ': >"$RUN_DIR/exit_code.8"; exit 1'
+    for srun in (fails, fails, between):
+        done = sbatch(srun=srun)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"requeued after exit code \d+\n", done.stderr)
+    done = sbatch(srun=fails)
+    assert done.returncode == code, done.stderr
+    assert ("4 times in a row (RESTART_BUDGET)" in done.stderr) is (code == 4)
+    assert (tmp_path / "run/uncounted.8").exists() is (code == 0)
+
+
+def test_a_slurm_job_that_is_refused_is_not_requeued(guarded, sbatch, tmp_path):
+    run = tmp_path / "run"
     (run / "exit_code.7").write_text("75")
     assert guarded(run, SLURM_JOB_ID="7").answer() == "ready"
-    done = subprocess.run(
-        ["bash", "examples/slurm/pretrain.sbatch"],
-        env={
-            **{"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"},
-            **{"SLURM_JOB_ID": "8", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "."},
-            **{"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "RUN_DIR": str(run)},
-            **{"FAULT_TOLERANCE": "0", "SLURMD_NODENAME": "n2"},
-        },
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = sbatch()
     assert done.returncode == 2 and "`scancel 7` saves and ends it" in done.stderr, done.stderr
     files = {path.name for path in run.rglob("*") if path.is_file()}
     assert files == {"exit_code.7", "lock"}  # no attempt, no event
@@ -271,19 +353,52 @@ def test_nothing_is_left_of_a_job(job, tmp_path):
 
     second = job("second")
     second.wait_until_ready()
+    for name in ("attempts", "exit_code"):  # a full disk
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+        (tmp_path / "run" / name).symlink_to("/dev/full")
     second.process.send_signal(signal.SIGHUP)
     until("it waits for the ranks", lambda: second.processes("sleep 2"))
     for pid in second.processes("sleep 2"):
         os.kill(pid, signal.SIGTERM)  # Slurm and launch.sh signal every process
     assert second.process.wait(60) == 75, second.log.read_text()
     assert "event=stopping" in second.log.read_text()
+    assert not os.path.lexists(tmp_path / "run/exit_code")
     assert not second.processes() and not (tmp_path / "run/lock").exists()
 
 
-def test_a_launcher_that_is_killed_leaves_nothing(job):
-    one = job("one", **warm_rank())
+def test_a_launcher_that_is_killed_leaves_nothing(job, tmp_path):
+    # Nor does a guard that is killed while the lock cannot be read, and the next one fails.
+    again, fails = tmp_path / "again", tmp_path / "python"
+    stands_in = f'[[ "$*" == *--again* ]] && echo >>{again} && (($(wc -l <{again}) < 3)) && exit 1'
+    fails.write_text(f'#!/bin/bash\n{stands_in}\nexec {sys.executable} "$@"\n')
+    fails.chmod(0o755)
+    one = job("one", PYTHON=str(fails), **warm_rank())
     one.wait_until_ready()
+    lock = tmp_path / "run/lock"
+    lock.unlink()
+    lock.mkdir()
+    (guard,) = one.processes("cluster.guard")
+    os.kill(guard, signal.SIGKILL)
+    until("there is another", lambda: again.exists() and len(again.read_text()) == 3)
+    until("it guards", lambda: one.processes("cluster.guard"))
+    time.sleep(1)
+    lock.rmdir()
+    until("it has the lock", lock.exists)
     for pid in one.processes("cluster.launcher"):
         os.kill(pid, signal.SIGKILL)
     assert one.process.wait(60) == 128 + signal.SIGKILL
     assert not one.processes()
+
+
+@pytest.mark.parametrize(("tracker", "attempts"), [("", "0\n"), ("10", "")])
+def test_a_start_that_ends_with_0_and_saved_nothing_counts(job, tmp_path, tracker, attempts):
+    """Megatron ends like this after --exit-interval, but saves before."""
+    entry = tmp_path / "ends.py"
+    to = tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt"
+    entry.write_text(
+        f"import pathlib, sys; pathlib.Path({str(to)!r}).write_text({tracker!r}); sys.exit(0)"
+    )
+    one = job("one", ENTRY=str(entry), **warm_rank())
+    assert one.process.wait(60) == 75, one.log.read_text()
+    assert (tmp_path / "run/attempts").read_text() == attempts
+    assert ("counted as a failure" in one.log.read_text()) is bool(attempts)
