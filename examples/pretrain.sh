@@ -326,6 +326,7 @@ fi
 "${plan[@]}" --check -- "${megatron[@]}" "${trailing[@]}" || exit 2
 [[ -z $no_master ]] || die 2 "$no_master"
 ((no_data)) && die 2 "no data: set DATA_ARGS=FILE, DATA='PREFIX ...' or MOCK_DATA=1"
+[[ ${entry[0]} == -* || -f ${entry[0]} ]] || die 2 "ENTRY=$ENTRY: there is no ${entry[0]}"
 ((NNODES > 1)) || [[ $DEVICE == cpu ]] ||
     "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
     die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"

@@ -156,14 +156,14 @@ def _held(lock: LockFile, run_dir: Path) -> str:
 def _refuse(lock: LockFile, run_dir: Path) -> None:
     end = ""
     if holder := lock.holder:
-        end = f"kill {holder.pid} on {holder.node}"
+        end = f"on {holder.node}, `kill {holder.pid}`"
         match holder.run.split():
             # Not the allocation that both are in.
             case ["Slurm", "job", job] if job != os.environ.get("SLURM_JOB_ID"):
-                end = f"scancel {job}"
+                end = f"`scancel {job}`"
             case ["launch.sh", pid, host, _]:
-                end = f"kill {pid} on {host}"
-        end = f"`{end}` saves and ends it; "
+                end = f"on {host}, `kill {pid}`"
+        end += " saves and ends it; "
     _say(f"error: {_held(lock, run_dir)}, which is at work; {end}or choose another RUN_DIR")
     sys.exit(_REFUSED)
 

@@ -193,6 +193,7 @@ _ALIASES = {
     **{argument_of(flag).upper(): name for flag, name in _SAME.items()},
 }
 # Set by clusters and profiles for reasons of their own: no cause to refuse a run.
+_WORDS = {"TOKEN", "MODELS", "DEVICES"}
 _SET_BY_OTHERS = {"NUM_NODES", "NODE_COUNT", "NUM_GPUS", "NPROC_PER_NODE", "MASTER", "DATA_PATH"}
 
 _VALUE = r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?|(?:[\w.~][^\s:]*)?/[^\s:]+"  # a path has a slash
@@ -232,17 +233,21 @@ def misnamed(
     """
     # A script of the user's may read any.
     is_ours = environment.get("ENTRY", OUR_ENTRY) == OUR_ENTRY
-    long = [name for name in VARIABLES if "_" in name or len(name) > 8]
     for name in sorted(environment):
-        if name in VARIABLES or name in read_by_others:
+        if name in _KINDS or name in read_by_others or name in _WORDS:
             continue
-        slips = (ours for ours in sorted(long) if _one_slip(name, ours))
+        slips = (ours for ours in sorted(_KINDS) if len(ours) > 4 and _one_slip(name, ours))
         ours = _ALIASES.get(name) or next(slips, None)
-        if ours and ours not in environment:
+        if not ours or ours in environment:
+            continue
+        # Another program's variable may look like a short one, and hold what is not to be printed.
+        if name not in _ALIASES and "_" not in ours and len(ours) < 9:
+            yield f"{name} is not read; the variable is {ours}", False
+        else:
             value = ascii(environment[name])[1:-1][:40]
             yield (
                 f"{name}={value} is not read; the variable is {ours}",
-                (is_ours and name not in _SET_BY_OTHERS),
+                is_ours and name not in _SET_BY_OTHERS,
             )
 
 

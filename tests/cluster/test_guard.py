@@ -93,7 +93,7 @@ def test_a_run_dir_is_one_trainings(guarded, tmp_path):
     assert line.startswith(f"pretrain.sh: error: RUN_DIR={tmp_path} belongs to another training")
     assert f"(process {first.parent.pid} on n1, since 20" in line
     assert line.endswith(
-        f"`kill {first.parent.pid} on n1` saves and ends it; or choose another RUN_DIR"
+        f"on n1, `kill {first.parent.pid}` saves and ends it; or choose another RUN_DIR"
     )
     assert first.is_alive() and (tmp_path / "lock").read_bytes() == before
     first.guard.send_signal(signal.SIGUSR2)
@@ -181,13 +181,13 @@ def test_launch_in_an_allocation_is_a_run_of_its_own(guarded, tmp_path):
     launched = job | {"MEGATRON_XIELU_LAUNCH": "launch.sh 12 n3 34", "MEGATRON_XIELU_ATTEMPT": "1"}
     first = guarded(tmp_path, **launched)
     assert first.answer() == "ready"
-    assert "`kill 12 on n3` saves" in guarded(tmp_path, **launched).answer()
+    assert "on n3, `kill 12` saves" in guarded(tmp_path, **launched).answer()
     first.guard.send_signal(signal.SIGUSR2)
     first.guard.wait(20)
     by_hand = guarded(tmp_path, **job)
     assert by_hand.answer() == "ready"
     # The job that both are in is not the other training.
-    assert f"`kill {by_hand.parent.pid} on n1` saves" in guarded(tmp_path, **job).answer()
+    assert f"on n1, `kill {by_hand.parent.pid}` saves" in guarded(tmp_path, **job).answer()
 
 
 # srun's code is that of the tasks that it killed.

@@ -54,6 +54,16 @@ def test_names_that_a_cluster_may_set_are_warned_of():
     assert not run(LAUNCHER, **SMALL, NUM_NODES="4", NODES="4", NNODES="2").stderr
 
 
+def test_short_names_may_be_others():
+    """And hold what is not to be printed."""
+    result = run(LAUNCHER, **SMALL, NNODE="11", TOKNES="5e9")
+    assert result.returncode == 0
+    assert result.stderr == (
+        "pretrain.sh: warning: NNODE is not read; the variable is NNODES\n"
+        "pretrain.sh: warning: TOKNES is not read; the variable is TOKENS\n"
+    )
+
+
 def test_names_that_others_read(tmp_path):
     """A model file, or a script, of the user's own."""
     model = tmp_path / "model.sh"
@@ -101,6 +111,8 @@ def test_names_that_others_read(tmp_path):
         ({"NNODES": "0"}, "NNODES=0 must be above 0"),
         ({"NETWORK": "ib"}, "NETWORK=ib is not one of"),
         ({"NODES": "11"}, "NODES=11 is not read; the variable is NNODES"),
+        ({"MIN_BANDWITH": "9"}, "MIN_BANDWITH=9 is not read; the variable is MIN_BANDWIDTH"),
+        ({"MOCK_DATA": "1", "ENTRY": "/nowhere.py"}, "ENTRY=/nowhere.py: there is no /nowhere.py"),
         ({"GLOBAL_BACTH": "8"}, "GLOBAL_BACTH=8 is not read; the variable is GLOBAL_BATCH"),
         ({"NUM_LAYERS": "many"}, "NUM_LAYERS=many is not a whole number"),
         ({"LR": "nan"}, "LR=nan is not a number"),

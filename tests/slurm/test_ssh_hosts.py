@@ -97,7 +97,7 @@ def test_started_twice_killed_and_hung_up(hosts, reference, tmp_path):
     second.wait(2)
     (line,) = [line for line in second.log.splitlines() if "error" in line]
     assert re.search(f"belongs to another training of launch.sh {first.process.pid} ", line)
-    assert f"`kill {first.process.pid} on {os.uname().nodename}` saves and ends it" in line
+    assert f"on {os.uname().nodename}, `kill {first.process.pid}` saves and ends it" in line
     assert [line for line in events(run) if "checkpoint" not in line] == [
         line for line in before if "checkpoint" not in line
     ]
