@@ -45,9 +45,8 @@ from megatron_xielu.common.flags import COUNT, POSITIVE, Limits
 def verify(save_dir: Path, *, last: int | None = None, quick: bool = False) -> bool:
     """Print one line per checkpoint, newest first; whether there is one, and all are good."""
     record, tracker = Record(save_dir), read_tracker(save_dir)
-    found: dict[int | str, Path] = {**checkpoints(save_dir)}
-    if tracker == RELEASE:
-        found = {RELEASE: save_dir / RELEASE, **found}
+    converted = {tracker: save_dir / RELEASE} if tracker == RELEASE else {}
+    found: dict[int | str, Path] = dict([*converted.items(), *checkpoints(save_dir).items()])
     good = bool(found)
     if not found:
         print(f"no checkpoints in {save_dir}")

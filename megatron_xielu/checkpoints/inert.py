@@ -109,7 +109,7 @@ def unpickle(path: Path, find: Callable[[str, str], Any] = stand_in) -> Any:
 
 def survives(path: Path) -> bool:
     """Whether a process can read a pickle and go on: deep nesting ends it, some take for ever."""
-    command = [sys.executable, "-c", _READ, path]
+    command = [sys.executable, "-c", _READ, str(path)]
     try:
         longest = 30.0 + path.stat().st_size / _SLOWEST
         done = subprocess.run(command, stderr=subprocess.DEVNULL, timeout=longest)
