@@ -14,11 +14,15 @@ _TRIED = 4096  # bytes: a disk that is full takes none
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """A file beside ``path`` to write to, which takes its place unless the block raises.
 
     After a crash there is the old content or the new. What stands for no file is not replaced: of a
     link, what it leads to is written, and a device or a pipe (``/dev/null``) itself.
+
+    Args:
+        path: the file.
+        mode: its permissions, less the umask.
     """
     if is_device(path):
         yield path
@@ -26,7 +30,7 @@ def whole(path: Path) -> Iterator[Path]:
     path, beside = _places(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _begin(beside)
+        _begin(beside, mode)
         yield beside
         sync(beside)
         os.replace(beside, path)
@@ -86,10 +90,10 @@ def _places(path: Path) -> tuple[Path, Path]:
     return path, path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
-def _begin(beside: Path) -> None:
+def _begin(beside: Path, mode: int = 0o666) -> None:
     """Make it, whatever a killed process, or somebody in a shared folder, left: a link, say."""
     beside.unlink(missing_ok=True)
-    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
 
 
 def make_folder(path: Path) -> None:

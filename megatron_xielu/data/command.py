@@ -260,8 +260,8 @@ def _refuse_overlap(options: argparse.Namespace, output: Path) -> None:
             )
     if (there / "work" / "records").exists() or (there / "manifest.json").exists():
         return  # of an earlier start: its tokeniser and its shards may be written again
-    kept = there / "tokenizer"
-    if options.tokenizer and Path(options.tokenizer).resolve() in (kept, kept / "tokenizer.json"):
+    kept, given = there / "tokenizer", options.tokenizer or ""
+    if os.path.lexists(given) and Path(given).resolve() in (kept, kept / "tokenizer.json"):
         raise DataError(
             f"--tokenizer {options.tokenizer}: a part of --output {output}, which would be written "
             "over; choose another --output"

@@ -66,8 +66,7 @@ def save(output: Path) -> None:
     """For tasks."""
     remove(output)
     if _real:
-        with files.whole(_path(output)) as beside:
-            beside.touch(mode=0o600)  # before there is anything to read
+        with files.whole(_path(output), mode=0o600) as beside:
             beside.write_text(json.dumps(_real) + "\n")
 
 

@@ -98,7 +98,7 @@ def test_the_constraints_have_no_fault_that_the_bounds_exclude():
     for wanted in (Requirement(line) for group in groups for line in group):
         if wanted.name != "megatron_xielu":
             assert wanted.specifier.contains(pins[canonical(wanted.name)]), wanted
-    advised = [line.split("#")[0] for line in text.splitlines() if re.search(r"#.*CVE-", line)]
+    advised = [line.split("#")[0] for line in text.splitlines() if re.match(r"[^#]+#.*CVE-", line)]
     assert len(advised) > 8 and all(">=" in line for line in advised), advised
 
 
