@@ -145,7 +145,9 @@ def on_rank_0(work: Callable[[], None]) -> None:
     else:
         torchrun.check(os.environ)
         rank = int(os.environ["RANK"])
-        key = f"megatron_xielu/read/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        # As in PyTorch: an agent's store lives through restarts, of which each node counts its own.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if _is_of_agent() else None
+        key = f"megatron_xielu/read/{attempt or 0}"
         try:
             store = _store(opens=rank == 0)
             if rank:
@@ -162,13 +164,17 @@ def on_rank_0(work: Callable[[], None]) -> None:
     _done = True
 
 
+def _is_of_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _store(*, opens: bool) -> Any:
     from torch.distributed import TCPStore
 
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=opens and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        is_master=opens and not _is_of_agent(),
         timeout=_TO_CONNECT,
         wait_for_workers=False,
         multi_tenant=True,

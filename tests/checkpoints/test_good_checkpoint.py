@@ -237,13 +237,18 @@ def test_a_read_that_takes_long_is_told(save_dir, monkeypatch, capsys):
 
 @pytest.mark.parametrize("agents_store", ["True", "False"])
 def test_other_ranks_wait_without_a_deadline(tmp_path, agents_store):
-    """Longer than the timeout of the process group, with its store on rank 0 or in torchrun."""
+    """Longer than the timeout of the process group, with its store on rank 0 or in torchrun.
+
+    On rank 0: nodes that count their restarts for themselves, as after a killed rank.
+    """
     code = """
 import os, sys, time
 from datetime import timedelta
 import torch
 from megatron_xielu.checkpoints import before_load
-store = os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True" and os.environ["RANK"] == "0"
+is_of_agent = os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+os.environ["TORCHELASTIC_RESTART_COUNT"] = "1" if is_of_agent else os.environ["RANK"]
+store = is_of_agent and os.environ["RANK"] == "0"
 if store:  # in torchrun's own process
     store = torch.distributed.TCPStore(
         "127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False
