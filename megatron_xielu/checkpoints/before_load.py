@@ -8,6 +8,7 @@ folder under the launcher has read it in `repair`; all other ways in come here: 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 
 from megatron_xielu.checkpoints import saved_arguments
 from megatron_xielu.checkpoints.check import Damaged, check
-from megatron_xielu.checkpoints.folder import NoCheckpoint, find, size_and_stamp
+from megatron_xielu.checkpoints.folder import NoCheckpoint, find, size_and_stamp, to_load
 from megatron_xielu.checkpoints.ledger import Record
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import text, torchrun
@@ -91,21 +92,19 @@ def read_what_is_loaded(args: Namespace, repaired: Path | None = None) -> None:
         ValueError: it is damaged, or asks for code of its own; names flag and file.
         OSError: it cannot be read now.
     """
-    named = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
-    for flag, folder in named.items():
-        if not folder or "://" in folder:
-            continue
-        with suppress(NoCheckpoint):
-            found = find(Path(folder), args.ckpt_step)
-            if repaired is None or found.resolve() != repaired.resolve():
-                fix = (
-                    "give another by --ckpt-step; python -m megatron_xielu.checkpoints "
-                    f"{folder} verify says which are whole"
-                )
-                read_whole(found, f"{flag} {folder}", fix)
-            if args.use_checkpoint_args:
-                saved_arguments.check_spec(_arguments(found), args.spec, folder)
-            return
+    flag, folder = to_load(args.load, args.pretrained_checkpoint)
+    if not folder or "://" in folder:
+        return
+    with suppress(NoCheckpoint):
+        found = find(Path(folder), args.ckpt_step)
+        if repaired is None or found.resolve() != repaired.resolve():
+            fix = (
+                "give another by --ckpt-step; python -m megatron_xielu.checkpoints "
+                f"{shlex.quote(str(folder))} verify says which are whole"
+            )
+            read_whole(found, f"{flag} {folder}", fix)
+        if args.use_checkpoint_args:
+            saved_arguments.check_spec(_arguments(found), args.spec, folder)
 
 
 def _arguments(checkpoint: Path) -> Namespace:

@@ -148,6 +148,18 @@ def find(save_dir: Path, step: int | None = None) -> Path:
     return save_dir / f"iter_{step or tracker:07d}"
 
 
+def to_load(load: str | None, pretrained: str | None) -> tuple[str, str | None]:
+    """The flag whose folder Megatron's load_checkpoint takes, and the folder.
+
+    Args:
+        load: ``--load``.
+        pretrained: ``--pretrained-checkpoint``, of a run whose ``--load`` has no checkpoint yet.
+    """
+    if pretrained and not (load and (Path(load) / TRACKER).is_file()):
+        return "--pretrained-checkpoint", pretrained
+    return "--load", load
+
+
 def size_and_stamp(folder: Path, without: Collection[str] = ()) -> tuple[int, int]:
     """Bytes in a checkpoint, and a number that another set of names, sizes or times changes.
 

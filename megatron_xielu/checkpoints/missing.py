@@ -12,7 +12,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, find, read_tracker
+from megatron_xielu.checkpoints.folder import TRACKER, checkpoints, find, read_tracker, to_load
 
 
 def check(args: Namespace) -> None:
@@ -29,10 +29,7 @@ def check(args: Namespace) -> None:
         return  # an object store
     if getattr(args, "non_persistent_ckpt_type", None):
         return  # which may be elsewhere, and newer
-    # As in Megatron's load_checkpoint.
-    flag, folder = "--load", load
-    if pretrained and not (load and (Path(load) / TRACKER).is_file()):
-        flag, folder = "--pretrained-checkpoint", pretrained
+    flag, folder = to_load(load, pretrained)
     if not folder:
         if args.finetune:
             raise ValueError("--finetune has nothing to go on from; add --load, or drop it")

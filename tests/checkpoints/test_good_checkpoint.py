@@ -215,6 +215,7 @@ def test_what_is_loaded_is_read(save_dir, tmp_path):
         (loads(save_dir, step=2), "--load", 2),
         (loads(empty, save_dir), "--pretrained-checkpoint", 6),
         (loads(None, save_dir, step=2), "--pretrained-checkpoint", 2),
+        (loads(empty, save_dir, step=2), "--pretrained-checkpoint", 2),
     ):
         said = f"^{flag} {save_dir}: iter_000000{iteration} is damaged: __0_0.distcp: checksum .*"
         with pytest.raises(ValueError, match=said):
