@@ -451,7 +451,9 @@ SHELLS_OWN = r"PYTHONPATH|SLURM\w+|MEGATRON_XIELU_(GUARD|VERDICT)"
 @pytest.mark.parametrize("name", ["pretrain.sh", "preflight.sh", *FRONT_END_SCRIPTS])
 def test_help_names_every_variable(name):
     script = REPOSITORY / "examples" / name
-    files = [script, *script.parent.glob("models/*.sh")] if name == "pretrain.sh" else [script]
+    files = [script]
+    if name == "pretrain.sh":
+        files += [*script.parent.glob("models/*.sh"), script.with_name("command.sh")]
     code = "".join(file.read_text() for file in files)
     read = {
         variable

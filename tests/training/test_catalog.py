@@ -78,7 +78,7 @@ def test_copies_that_must_stand_alone_agree():
     """Files that travel without this package: a model's remote code, and a shell script."""
     assert modeling_xiprelu._ALPHA_INIT == catalog.DEFAULT_ALPHA_INIT
     assert modeling_xiprelu._BETA == catalog.DEFAULT_BETA
-    script = (REPOSITORY / "examples" / "pretrain.sh").read_text()
+    script = (REPOSITORY / "examples" / "command.sh").read_text()
     chosen = dict(re.findall(r"^    (\w+)\) activation=\((\S*)\)", script, re.MULTILINE))
     assert set(chosen) == {"relu2", "gelu", "swiglu"}
     for name, flag in chosen.items():
