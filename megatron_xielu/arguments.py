@@ -26,7 +26,7 @@ from megatron_xielu.checkpoints.saved_arguments import check_spec
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
 from megatron_xielu.common.versions import made_with
-from megatron_xielu.features import recompute, shared_alphas
+from megatron_xielu.features import norm_decay, recompute, shared_alphas
 from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -35,6 +35,8 @@ _FROZEN_FLAG = "--xielu-frozen-alphas"
 # Which alphas there are to be trained, and to have an optimizer state: argument: flag. Restored
 # too, unless given.
 _TRAINED_ALPHAS = {"xielu_frozen_alphas": _FROZEN_FLAG, "xielu_shared_alphas": shared_alphas.FLAG}
+# Which parameters are in which group of the optimizer: a state is of one choice of them.
+_PARAMETER_GROUPS = {**_TRAINED_ALPHAS, norm_decay.ARGUMENT: norm_decay.FLAG}
 
 
 def add_activation_arguments(parser: ArgumentParser) -> Any:
@@ -92,6 +94,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--cpu",
         action="store_true",
         help="Run on the CPU over gloo, for tests and debugging (default where there is no GPU).",
+    )
+    group.add_argument(
+        norm_decay.FLAG,
+        action="store_true",
+        help="Weight decay for the gains of norms too, with any activation: only alphas and biases "
+        "stay without, as in the paper's runs.",
     )
     # Megatron 0.19.2 has a help text with a bare "%", at which --help fails.
     for action in parser._actions:
@@ -408,7 +416,7 @@ def _refuse_another_beta(beta: float, saved: Namespace, folder: str) -> None:
 def _refuse_other_alphas(args: Namespace, saved: Namespace, folder: str) -> None:
     """Refuse an optimizer state of other alphas than those that this run trains."""
     starts_anew = optimizer_format.starts_anew(args, folder)
-    for argument, flag in _TRAINED_ALPHAS.items():
+    for argument, flag in _PARAMETER_GROUPS.items():
         now, then = (getattr(a, argument, False) for a in (args, saved))
         if now and not then and argument == "xielu_shared_alphas":
             raise ValueError(
@@ -447,8 +455,9 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
     """
     check_spec(saved, args.spec, folder)
     found = activation_name(saved)
-    for name in _TRAINED_ALPHAS:
-        setattr(args, name, getattr(args, name, False) or getattr(saved, name, False))
+    for name in _PARAMETER_GROUPS:
+        if hasattr(args, name):  # not every script has each
+            setattr(args, name, getattr(args, name) or getattr(saved, name, False))
     # A flag that contradicts the checkpoint is an error, not a choice.
     if found and args.xielu_beta is None:
         args.xielu_beta = _setting(saved, "xielu_beta")

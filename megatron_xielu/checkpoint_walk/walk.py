@@ -359,9 +359,12 @@ def _older_model(args: Namespace, **options: Any) -> list[Any]:
 def _optimizers(args: Namespace, model: list[Any]) -> list[Any]:
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.training.training import get_megatron_optimizer_config
+    from megatron.training import training
 
-    config, overrides = get_megatron_optimizer_config(args)
+    from megatron_xielu.features import norm_decay
+
+    norm_decay.install_if_asked(args)
+    config, overrides = training.get_megatron_optimizer_config(args)
     chain = get_megatron_optimizer(
         config,
         model,

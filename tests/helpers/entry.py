@@ -18,10 +18,11 @@ def main() -> None:
     """Train, then dump."""
     chunks: list = []
     calls = {"alphas": 0, "formula": 0, "fused_biases": 0, "empty": 0}
+    decay: dict[str, float] = {}  # of every parameter, as a multiple of --weight-decay
 
     def observe() -> None:
         import torch
-        from megatron.core import mpu
+        from megatron.core import mpu, optimizer
 
         from megatron_xielu import activations, layer_specs, megatron_activations
 
@@ -32,6 +33,15 @@ def main() -> None:
             return audit(model, activation)
 
         layer_specs.audit = audit_and_remember
+        groups_of = optimizer._get_param_groups
+
+        def groups_and_remember(model, *args):
+            groups = groups_of(model, *args)
+            names = {p: name for chunk in model for name, p in chunk.named_parameters()}
+            decay.update({names[p]: g["wd_mult"] for g in groups for p in g["params"]})
+            return groups
+
+        optimizer._get_param_groups = groups_and_remember
         all_reduce = torch.distributed.all_reduce
 
         def count(tensor, *args, **kwargs):
@@ -85,6 +95,7 @@ def main() -> None:
         "grads": {
             name: p.main_grad.double().tolist() for name, p in parameters.items() if p.requires_grad
         },
+        "decay": {name.replace("module.", ""): times for name, times in decay.items()},
         "alpha_collectives": calls["alphas"],
         # How often the activation was computed: in forward, in evaluation, in recomputation.
         "formula_calls": calls["formula"],
