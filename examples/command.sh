@@ -29,7 +29,7 @@ read -r made_for made_for_lr own_tokenizer <<<"$own"
 # shellcheck source=models/llama_1b.sh
 source "$model_file"
 
-: "${DEVICE:=gpu}" "${PRECISION:=bf16}" "${SEED:=42}" "${SPLIT:=990,10,0}"
+: "${DEVICE:=gpu}" "${PRECISION:=bf16}" "${FP8_RECIPE:=}" "${DECAY_NORMS:=0}" "${SEED:=42}" "${SPLIT:=990,10,0}"
 : "${own_tokenizer:=mistralai/Mistral-Nemo-Base-2407}" "${TOKENIZER:=$own_tokenizer}"
 : "${PADDED_VOCAB_SIZE:=}" "${VOCAB_SIZE:=}"
 : "${DATA_ARGS:=}" "${DATA:=}" "${MOCK_DATA:=0}" "${WANDB_PROJECT:=}"
@@ -148,7 +148,19 @@ megatron=(
 ((TP > 1)) && megatron+=(--sequence-parallel)
 ((TP > 1 && ours)) && [[ $ACTIVATION == xi* ]] && megatron+=(--xielu-check-tp-sync 1000)
 [[ -n $PADDED_VOCAB_SIZE ]] && megatron+=(--padded-vocab-size "$PADDED_VOCAB_SIZE")
-[[ $PRECISION != bf16 ]] || megatron+=(--bf16)
+[[ $PRECISION == fp32 ]] || megatron+=(--bf16)
+[[ -z $FP8_RECIPE || $PRECISION == fp8 ]] || die 2 "FP8_RECIPE=$FP8_RECIPE needs PRECISION=fp8"
+if [[ $PRECISION == fp8 ]]; then
+    : "${FP8_RECIPE:=tensorwise}"
+    # As NVIDIA's recipes have them: hybrid has gradients in E5M2, which mxfp8's blocks do not need.
+    if [[ $FP8_RECIPE == mxfp8 ]]; then fp8_format=e4m3; else fp8_format=hybrid; fi
+    megatron+=(--fp8-format "$fp8_format" --fp8-recipe "$FP8_RECIPE")
+    [[ $FP8_RECIPE != tensorwise ]] || megatron+=(--first-last-layers-bf16) # one scale a tensor is coarse
+fi
+if ((DECAY_NORMS)); then
+    ((ours)) || die 2 "DECAY_NORMS=1 needs this package's entry, not ENTRY=$ENTRY"
+    megatron+=(--apply-wd-to-norms)
+fi
 [[ $OPTIMIZER_FORMAT != full ]] || megatron+=(--dist-ckpt-optim-fully-reshardable)
 [[ $DEVICE != cpu ]] || megatron+=(--cpu)
 if [[ $TOKENIZER == null ]]; then

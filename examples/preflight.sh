@@ -14,6 +14,7 @@
 #   RUN_DIR       checked, and where every node leaves a sign of life
 #   DEVICE        gpu or cpu   [gpu]    TP   tensor parallel size   [1]    PYTHON   [python3]
 #   DATA_ARGS, DATA, TOKENIZER    as for pretrain.sh
+#   FP8_RECIPE    the GPUs and Transformer Engine must have it: tensorwise, blockwise or mxfp8
 #   NEED_GIB, MIN_DISK_MBPS, MIN_BANDWIDTH   as --need-gib and so on
 #   LAYOUT_CHECK  0: not that   [1]
 #   NODE_LIST     names of all nodes, as MEGATRON_XIELU_NODE or their host names, parted by spaces or
@@ -58,6 +59,7 @@ MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]} # of IPv6
 flags=(--tensor-model-parallel-size "$TP")
 [[ $DEVICE != cpu ]] || flags+=(--cpu)
 [[ -n $RUN_DIR ]] && flags+=(--run-dir "$RUN_DIR")
+[[ -n ${FP8_RECIPE:-} ]] && flags+=(--fp8-recipe "$FP8_RECIPE")
 [[ -n ${NEED_GIB:-} ]] && flags+=(--need-gib "$NEED_GIB")
 [[ -n ${MIN_DISK_MBPS:-} ]] && flags+=(--min-disk-mbps "$MIN_DISK_MBPS")
 [[ -n ${MIN_BANDWIDTH:-} ]] && flags+=(--min-bandwidth "$MIN_BANDWIDTH")

@@ -24,7 +24,9 @@
 #   NUM_LAYERS, HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, GATED_FFN_SIZE (SwiGLU's; the others' is 3/2 of
 #   it), SEQ_LENGTH, ROTARY_BASE, TIE_EMBEDDINGS, VOCAB_SIZE, LR, and WARMUP_STEPS and DECAY_STEPS of
 #   STEPS, which are shares of TOKENS   [the model file's]
-#   SEED   [42]    PRECISION  bf16 or fp32   [bf16]    DEVICE  gpu or cpu   [gpu]
+#   SEED   [42]    PRECISION  bf16, fp32 or fp8   [bf16]    DEVICE  gpu or cpu   [gpu]
+#   FP8_RECIPE   of PRECISION=fp8: tensorwise, blockwise or (Blackwell) mxfp8   [tensorwise]
+#   DECAY_NORMS  1: weight decay for the gains of norms too, as in the paper's runs   [0]
 #   ENTRY        training script   [-m megatron_xielu.pretrain_gpt]; Megatron-LM's own gets --spec
 # Where
 #   NNODES   [1]    GPUS_PER_NODE   [8; on a CPU the processes]    NODE_RANK   [0]
@@ -134,7 +136,7 @@ RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
 export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
-export DATA_ARGS DATA TOKENIZER                                                            # preflight.sh
+export DATA_ARGS DATA TOKENIZER FP8_RECIPE                                                 # preflight.sh
 verdict=$RUN_DIR/${MEGATRON_XIELU_VERDICT:-exit_code}
 for file in "$RUN_DIR/attempts" "$verdict" "$MEGATRON_XIELU_EVENTS" "$MEGATRON_XIELU_FINISHED"; do
     [[ ! -e $file || -f $file && -w $file ]] || die 2 "$unwritable: $file is a folder, or another user's"

@@ -142,7 +142,8 @@ NUMBERS = {
         (
             "--train-iters --train-samples --lr-warmup-iters --lr-warmup-samples --lr-decay-iters "
             "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
-            "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync"
+            "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync "
+            "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         ).split(),
         COUNT,
     ),
@@ -368,6 +369,18 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--recompute-method goes with --recompute-granularity full, not with selective "
             "recomputation; drop one of them"
         )
+    # The plan keeps it by the flag's name, Megatron by another.
+    if given("fp8") or given("fp8_format"):
+        if given("transformer_impl") == "local":
+            yield (
+                "--fp8-format does not work with --transformer-impl local, whose layers would "
+                "train in 16 bits without a word; drop one of them"
+            )
+        if given("first_last_layers_bf16") and given("fp8_recipe") == "delayed":
+            yield (
+                "--first-last-layers-bf16 does not work with --fp8-recipe delayed, Megatron's "
+                "default; drop it, or give --fp8-recipe tensorwise"
+            )
     if given("distribute_saved_activations") and not (
         given("recompute_granularity") == "full"
         and given("recompute_method")

@@ -11,9 +11,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+
 from megatron_xielu import arguments
 from megatron_xielu.checkpoints import optimizer_format, resume
-from megatron_xielu.common import data_lists, files
+from megatron_xielu.common import data_lists, files, fp8
 from megatron_xielu.common.flags import argument_of, flag_of
 
 
@@ -23,6 +25,8 @@ def check_run(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
+    if args.fp8:
+        _check_fp8(args)
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
         raise ValueError(
             "--eval-interval is missing: Megatron counts validations with it even where there are "
@@ -56,6 +60,32 @@ def check_run(args: Namespace) -> None:
     if not args.skip_train:
         _check_step(args)
         _check_schedule(args)
+
+
+def _check_fp8(args: Namespace) -> None:
+    """Refuse FP8 on a GPU, with a Transformer Engine or at sizes that do not have it."""
+    recipe, kv_channels = str(args.fp8_recipe), args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    queries = args.num_attention_heads * kv_channels
+    engine = fp8.engine_fault(recipe, fp8.installed_engine())
+    if engine:
+        raise ValueError(engine)
+    gpu = fp8.gpu_fault(recipe, torch.cuda.get_device_capability(args.local_rank))
+    if gpu:
+        raise ValueError(gpu)
+    for fault in fp8.size_faults(
+        recipe,
+        widths={
+            "--hidden-size": args.hidden_size,
+            "--ffn-hidden-size": args.ffn_hidden_size,
+            "--num-attention-heads": queries,
+            "--num-query-groups": queries + 2 * groups * kv_channels,
+        },
+        tokens=args.micro_batch_size * args.seq_length // args.context_parallel_size,
+        tensor=args.tensor_model_parallel_size,
+        split_tokens=args.sequence_parallel,
+    ):
+        raise ValueError(fault)
 
 
 def _check_step(args: Namespace) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from megatron_xielu import catalog
 from megatron_xielu.catalog import TRAINABLE, activations_of
 from megatron_xielu.checkpoints import optimizer_format
-from megatron_xielu.common import data_lists, pretrained_tokenizer
+from megatron_xielu.common import data_lists, fp8, pretrained_tokenizer
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan import flags
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
@@ -85,6 +85,11 @@ def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[s
         found.append(
             "--lr-decay-samples or --lr-decay-iters is longer than the run, which ends before "
             "the learning rate has decayed"
+        )
+    if plan.args.fp8_format:
+        found.append(
+            "--fp8-format: the time is that of bf16, and so is the memory of activations but for "
+            "the MLP's output: FP8 is not measured, and no speed-up is counted"
         )
     found += [
         f"{flag} is not modelled: stages and batches are taken to be of equal size"
@@ -226,6 +231,19 @@ def _layout(plan: Plan) -> Iterator[str]:
         )
     elif plan.sequence_parallel and m.sequence // plan.context % tensor:
         yield f"--sequence-parallel: {tp} does not divide --seq-length {m.sequence} per CP rank"
+    if args.fp8_format:
+        yield from fp8.size_faults(
+            args.fp8_recipe,
+            widths={
+                "--hidden-size": m.hidden,
+                "--ffn-hidden-size": m.ffn,
+                "--num-attention-heads": m.query_width,
+                "--num-query-groups": m.query_width + 2 * m.key_width,
+            },
+            tokens=plan.micro_batch * m.sequence // plan.context,
+            tensor=tensor,
+            split_tokens=plan.sequence_parallel,
+        )
     positions = args.max_position_embeddings
     if positions is None or positions < m.sequence:
         yield f"--max-position-embeddings must be --seq-length {m.sequence} or more"

@@ -24,6 +24,8 @@ _DEFAULTS = {
     "num_query_groups": 1,
     "make_vocab_size_divisible_by": 128,
     "num_distributed_optimizer_instances": 1,
+    "num_layers_at_start_in_bf16": 1,
+    "num_layers_at_end_in_bf16": 1,
     "eval_iters": 100,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
@@ -37,7 +39,7 @@ _SWITCHES = (
     "use-rotary-position-embeddings recompute-activations distribute-saved-activations "
     "cross-entropy-loss-fusion no-save-optim no-load-optim finetune no-pad-vocab-size "
     "no-overlap-p2p-communication overlap-grad-reduce dist-ckpt-optim-fully-reshardable "
-    "ckpt-fully-parallel-load moe-use-upcycling"
+    "ckpt-fully-parallel-load moe-use-upcycling first-last-layers-bf16"
 ).split()
 _STRINGS = {
     "normalization": "LayerNorm",
@@ -51,6 +53,8 @@ _STRINGS = {
     "cross-entropy-fusion-impl": "native",
     "recompute-granularity": None,
     "recompute-method": None,
+    "fp8-format": None,
+    "fp8-recipe": "delayed",
     "save": None,
     "load": None,
     "tokenizer-type": None,

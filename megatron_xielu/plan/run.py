@@ -201,11 +201,23 @@ class Plan:
     def mlp_bytes_per_token(self) -> float:
         """What the MLP of a layer keeps for its backward pass beside its input, at t = 1.
 
-        Its activation's input and output; docs/memory.md has it measured, with the input.
+        Its activation's input and output; docs/memory.md has it measured, with the input. In FP8
+        fc2 keeps a byte of the output (docs/training.md).
         """
         element = 2 if self.half else 4
-        tensors = 3 if self.model.gated else 2
-        return element * self.model.ffn * (tensors - self.args.xielu_recompute_output)
+        tensors = (3 if self.model.gated else 2) - self.args.xielu_recompute_output
+        return self.model.ffn * (element * tensors - (element - 1) * self.fp8_share)
+
+    @property
+    def fp8_share(self) -> float:
+        """Of a pipeline stage's layers those that compute in FP8."""
+        args = self.args
+        if not args.fp8_format:
+            return 0.0
+        edges = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
+        edge = sum(edges) if self.pipeline == 1 else max(edges)
+        bf16 = edge * args.first_last_layers_bf16 * self.pipeline / self.model.layers
+        return max(0.0, 1 - bf16)
 
     def layer_bytes_per_token(self) -> float:
         """What a layer keeps on one GPU for its backward pass, per token.
@@ -289,7 +301,8 @@ class Plan:
         Weights and optimizer are those of `compute_weight_and_optimizer_memory`
         (megatron/training/theoretical_memory_usage.py): 2 + 4 + 12/shards bytes a parameter in
         16-bit training. Logits are there in 16 bits and, inside the loss, in fp32
-        (megatron/core/tensor_parallel/cross_entropy.py).
+        (megatron/core/tensor_parallel/cross_entropy.py). In FP8 matrices have a quantised copy
+        beside them, and its transpose, for all micro-batches of a step.
         """
         if stage is None:
             return max((self.memory(i) for i in {0, self.pipeline - 1}), key=lambda m: m.total)
@@ -308,9 +321,10 @@ class Plan:
             activations += 2 * element * m.hidden / shared  # input and output of the last norm
             fused = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
             logits = (element if fused or not self.half else 6) * m.padded_vocabulary / self.tensor
+        matrices = m.layers / self.pipeline * m.layer_matrices / self.tensor
         return Memory(
             stage=stage,
-            weights=element * parameters,
+            weights=element * parameters + 2 * self.fp8_share * matrices,
             gradients=gradient * parameters,
             optimizer=state * parameters / shards,
             activations=tokens * activations,

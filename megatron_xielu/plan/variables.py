@@ -56,6 +56,7 @@ _SAME = {
     "--eval-interval": "EVAL_INTERVAL",
     "--eval-iters": "EVAL_ITERS",
     "--wandb-project": "WANDB_PROJECT",
+    "--fp8-recipe": "FP8_RECIPE",
 }
 # Flag: the variable that it is computed from.
 _FROM = {
@@ -77,6 +78,8 @@ _CHOICE = {
     "--cpu": "DEVICE=cpu",
     "--mock-data": "MOCK_DATA=1",
     "--dist-ckpt-optim-fully-reshardable": "OPTIMIZER_FORMAT=full",
+    "--apply-wd-to-norms": "DECAY_NORMS=1",
+    "--fp8-format": "PRECISION=fp8",
 }
 
 # A value, and what is wrong with it; "" if nothing is.
@@ -145,11 +148,12 @@ _OF_A_RUN: dict[str, _Kind] = {
     **dict.fromkeys(("DATA", "ENTRY"), _any),
     **dict.fromkeys(("PYTHON", "WANDB_PROJECT", "NETWORK"), _text),  # network.env.sh has its words
     "ACTIVATION": _one_of("xielu", "xiprelu", "relu2", "swiglu", "gelu"),
-    "PRECISION": _one_of("bf16", "fp32"),
+    "PRECISION": _one_of("bf16", "fp32", "fp8"),
+    "FP8_RECIPE": _one_of("tensorwise", "blockwise", "mxfp8"),
     "DEVICE": _one_of("gpu", "cpu"),
     "OPTIMIZER_FORMAT": _one_of("dp", "full"),
     "ASYNC_SAVE": _one_of("nvrx", "mcore", "0"),
-    **dict.fromkeys(("MOCK_DATA", "PREFLIGHT", "LAYOUT_CHECK"), _switch),
+    **dict.fromkeys(("MOCK_DATA", "PREFLIGHT", "LAYOUT_CHECK", "DECAY_NORMS"), _switch),
     **dict.fromkeys(("FAULT_TOLERANCE", "INPROCESS_RESTART"), _switch),
     **dict.fromkeys(("NNODES", "GPUS_PER_NODE", "BUCKET_SIZE", "SAVE_INTERVAL"), _positive),
     **dict.fromkeys(("VOCAB_SIZE", "PADDED_VOCAB_SIZE", "TIMEOUT_MINUTES"), _positive),

@@ -30,7 +30,7 @@ from launch import TINY_LLAMA, free_port, python
 
 from megatron_xielu.cluster.preflight import __main__ as preflight
 from megatron_xielu.cluster.preflight import data_files, exchange, gpus, nodes
-from megatron_xielu.common import indexed_dataset
+from megatron_xielu.common import fp8, indexed_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -176,8 +176,8 @@ def test_good_nodes_pass(checkout, tmp_path, port):
 
 
 def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
-    """Another version, a directory not shared, slow and small, damaged data, a wrong clock; and a
-    layout that Megatron refuses."""
+    """Another version, a directory not shared, slow and small, damaged data, a wrong clock; FP8
+    without Transformer Engine; and a layout that Megatron refuses."""
     other = tmp_path / "other"
     shutil.copytree(checkout, other, ignore=shutil.ignore_patterns("__pycache__"))
     init = other / "megatron_xielu/__init__.py"
@@ -196,6 +196,7 @@ def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
             fault=fault,
             MIN_DISK_MBPS="1e9",
             NEED_GIB="1e9",
+            FP8_RECIPE="tensorwise",
             DATA=f"{tmp_path}/{name}/corpus 0.3 {tmp_path}/{name}/short {tmp_path}/n1/absent",
         )
         for name, where, fault in (("n1", checkout, "none"), ("n2", other, "clock:60"))
@@ -204,8 +205,11 @@ def test_every_fault_of_a_node_is_named(checkout, tmp_path, port):
     assert (code, other_code) == (1, 1), output
     (layout,) = lines(output, "FAIL", "layout")
     assert "--no-such-flag is no flag of Megatron's" in layout and "LAYOUT_CHECK" not in layout
-    (version,) = lines(output, "FAIL", "versions")
+    version, *engines = lines(output, "FAIL", "versions")
     assert version.startswith("n2 (rank 1): megatron_xielu is 9.9.9+")
+    if fp8.installed_engine() is None:
+        assert [line[:11] for line in engines] == ["n1 (rank 0)", "n2 (rank 1)"]
+        assert all("needs Transformer Engine 2.2 or newer, and none is" in e for e in engines)
     (clock,) = lines(output, "FAIL", "clocks")
     assert re.match(r"n2 \(rank 1\): clock is \+(59|60)\.\d+ s from rank 0's", clock)
     disk = lines(output, "FAIL", "run-dir")
@@ -333,6 +337,28 @@ def test_help_and_wrong_usage(checkout, tmp_path):
 
 
 # --- what is judged on GPUs, from figures alone: no GPU is needed to compare them ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "good", "bad"),
+    [
+        ("tensorwise", [(8, 9), (9, 0), (12, 1)], [(8, 0), (7, 5)]),
+        ("blockwise", [(9, 0), (10, 3)], [(8, 9)]),
+        ("mxfp8", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_gpus_that_have_a_recipe_of_fp8(recipe, good, bad):
+    assert [fp8.gpu_fault(recipe, gpu) for gpu in good] == [""] * len(good)
+    for major, minor in bad:
+        fault = fp8.gpu_fault(recipe, (major, minor))
+        assert f"--fp8-recipe={recipe} needs a GPU of compute capability" in fault
+        assert f"this one has {major}.{minor}; take another" in fault and "=bf16" in fault
+
+
+def test_transformer_engine_for_fp8():
+    assert fp8.engine_fault("blockwise", "2.3") == fp8.engine_fault("mxfp8", "2.20.2+abc") == ""
+    assert "2.3 or newer, and 2.2.1 is installed" in fp8.engine_fault("blockwise", "2.2.1")
+    assert "none is installed: Megatron would" in fp8.engine_fault("tensorwise", None)
 
 
 def test_slow_gpu_is_found():

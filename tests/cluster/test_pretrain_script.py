@@ -20,6 +20,7 @@ from launcher_command import printed_command
 from megatron_arguments import validated
 
 from megatron_xielu.checkpoints.optimizer_format import default_bucket_size
+from megatron_xielu.common import fp8
 from megatron_xielu.plan import checks
 from megatron_xielu.plan.model import Model
 from megatron_xielu.plan.run import Cluster, Plan
@@ -334,6 +335,37 @@ def test_data_that_do_not_fit_are_refused_in_a_dry_run(tmp_path):
     for data, message in ((f"{tmp_path}/text", "has token 256"), (f"{tmp_path}", "is a folder")):
         result = run(LAUNCHER, MODEL="debug", DATA=data)
         assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fp8_format", "edges"),
+    [("tensorwise", "hybrid", True), ("blockwise", "hybrid", False), ("mxfp8", "e4m3", False)],
+)
+def test_fp8_and_decayed_norms(recipe, fp8_format, edges, monkeypatch):
+    """Megatron's own parser and configuration take the flags, and the plan says what they cost."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from megatron_xielu import run_checks
+
+    text = output(LAUNCHER, PRECISION="fp8", FP8_RECIPE=recipe, DECAY_NORMS="1")
+    words = printed_command(text)
+    plan = Plan(words[words.index("megatron_xielu.pretrain_gpt") + 1 :])
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 10)
+    args = validated(plan.argv, gpus=88)
+    args.apply_rope_fusion = False  # Transformer Engine's
+    if fp8.installed_engine() is None:
+        with pytest.raises(ValueError, match=f"{recipe} needs Transformer Engine.*none is inst"):
+            run_checks.check_run(args)
+    assert args.bf16 and args.apply_wd_to_norms and not args.fp8_param_gather
+    config = core_transformer_config_from_args(args)
+    assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == (
+        fp8_format,
+        recipe,
+        edges,
+    )
+    assert "FP8 is not measured" in text
+    assert "--fp8-recipe tensorwise" in output(LAUNCHER, PRECISION="fp8").replace("\\\n", "")
 
 
 def test_other_scripts_get_the_layer_spec():

@@ -90,7 +90,23 @@ def test_names_that_others_read(tmp_path):
         ({"GLOBAL_BATCH": "0"}, "GLOBAL_BATCH=0 must be above 0"),
         ({"FAULT_TOLERANCE": "yes"}, "FAULT_TOLERANCE=yes: choose 0 or 1"),
         ({"PREFLIGHT": "yes"}, "PREFLIGHT=yes: choose 0 or 1"),
-        ({"PRECISION": "fp8"}, "PRECISION=fp8: choose"),
+        ({"PRECISION": "fp16"}, "PRECISION=fp16: choose bf16, fp32 or fp8"),
+        (
+            {"MOCK_DATA": "1", "PRECISION": "fp8", "DEVICE": "cpu"},
+            "PRECISION=fp8 needs a GPU; drop it for a CPU run",
+        ),
+        (
+            {"MOCK_DATA": "1", "PRECISION": "fp8", "GATED_FFN_SIZE": "6148"},
+            "FP8_RECIPE=tensorwise needs multiples of 16 as widths on a tensor-parallel rank, and "
+            "GATED_FFN_SIZE makes 9222; change it, or TP=1, or drop PRECISION=fp8",
+        ),
+        ({"FP8_RECIPE": "delayed"}, "FP8_RECIPE=delayed: choose tensorwise, blockwise or mxfp8"),
+        ({"FP8_RECIPE": "mxfp8"}, "FP8_RECIPE=mxfp8 needs PRECISION=fp8"),
+        ({"DECAY_NORMS": "yes"}, "DECAY_NORMS=yes: choose 0 or 1"),
+        (
+            {"DECAY_NORMS": "1", "ENTRY": "script.py"},
+            "DECAY_NORMS=1 needs this package's entry, not ENTRY=script.py",
+        ),
         ({"DEVICE": "tpu"}, "DEVICE=tpu: choose"),
         ({"OPTIMIZER_FORMAT": "tp"}, "OPTIMIZER_FORMAT=tp: choose"),
         ({"BUCKET_SIZE": "88M"}, "BUCKET_SIZE=88M is not a whole number"),

@@ -267,6 +267,17 @@ def test_chunks_in_flight():
     assert chunks(f"{virtual} --global-batch-size 40") == [8, 8, 7, 5]
 
 
+def test_fp8_keeps_a_byte_of_an_output_and_copies_of_matrices():
+    """As Transformer Engine does, in the layers that compute in FP8: 22 of 24."""
+    flags = "--fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16"
+    bf16, fp8 = plan_1b(), plan_1b(flags)
+    assert fp8.mlp_bytes_per_token() == pytest.approx(9216 * (2 + 2 * 2 / 24 + 1 * 22 / 24))
+    copies = fp8.memory().weights - bf16.memory().weights
+    assert copies == pytest.approx(2 * 22 * fp8.model.layer_matrices)
+    halves = plan_1b(f"{flags} --pipeline-model-parallel-size 2")
+    assert halves.fp8_share == pytest.approx(11 / 12)
+
+
 def test_what_saves_memory_does():
     def activations(flags: str) -> float:
         return plan_1b(flags).memory().activations
@@ -362,6 +373,13 @@ ERRORS = {
     "--recompute-granularity full": "needs --recompute-method",
     "--xielu-recompute-output --recompute-modules mlp": "--recompute-modules mlp",
     "--xielu-recompute-output --fp8-format hybrid": "--fp8-format",
+    "--fp8-format hybrid --cpu": "--fp8-format needs a GPU",
+    "--fp8-format hybrid --transformer-impl local": "--fp8-format does not work with --transformer",
+    "--fp8-format hybrid --first-last-layers-bf16": "--fp8-recipe delayed, Megatron's default",
+    "--fp8-format hybrid --ffn-hidden-size 9224": "--ffn-hidden-size makes 9224; change it",
+    "--fp8-format e4m3 --fp8-recipe mxfp8 --tensor-model-parallel-size 4 --num-query-groups 1 "
+    "--group-query-attention --kv-channels 12": "32 as widths on a tensor-parallel rank, and --num",
+    "--fp8-format e4m3 --seq-length 4088": "needs multiples of 16 tokens on a rank",
     "--micro-batch-size 5 --seq-length 16384 --max-position-embeddings 16384": "do not fit into",
     "--data-path 0.5 /no/such/text": "--data-path /no/such/text: /no/such/text.idx does not exist",
     "--data-args-path /no/such/list --split 9,1,0": "--data-args-path /no/such/list does not exist",

@@ -75,11 +75,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokenizer-model", metavar="NAME", help="file, folder or Hugging Face name")
     add("--tokenizer-type", metavar="TYPE", help="as Megatron's")
     add("--padded-vocab-size", type=count, metavar="N", help="as Megatron's: no token beyond it")
+    add("--fp8-format", metavar="FORMAT", help="as Megatron's: the nodes must have its recipe")
+    add("--fp8-recipe", metavar="RECIPE", help="as Megatron's; alone it is checked, too")
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:end])
     args.training = words[end + 1 :]
     parser.parse_known_args(args.training, args)  # what both have is the training's
+    if args.fp8_format and not args.fp8_recipe:
+        args.fp8_recipe = "delayed"  # Megatron's default
     try:
         torchrun.check(os.environ)
     except ValueError as error:

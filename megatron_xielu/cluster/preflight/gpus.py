@@ -12,10 +12,12 @@ import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from megatron_xielu.cluster.preflight.exchange import GIB, MIB, Answers, Board, Problem, most_common
+from megatron_xielu.common import fp8
 
 SLOW_GPU = 0.15  # below the median of all GPUs
 OTHERS_MEMORY = 1.0  # GiB that somebody else may hold on a GPU
@@ -40,6 +42,9 @@ def gpus(board: Board, args: Namespace) -> None:
         )
         found = board.ask("gpus", lambda: _gpu_here(board), stage="found")
         _judge_gpus(board, used, found)
+        for rank, gpu in found.items() if args.fp8_recipe else ():
+            if fault := fp8.gpu_fault(args.fp8_recipe, tuple(gpu["capability"])):
+                board.fail("gpus", fault, rank=rank)
     device = "cpu" if args.cpu else "cuda"
     speeds = board.ask("gpus", lambda: matmul(board, device), stage="matmul")
     if not speeds:
@@ -75,7 +80,7 @@ def slow_ones(speeds: Mapping[int, float], share: float) -> dict[int, float]:
     return {rank: speed for rank, speed in speeds.items() if speed < (1 - share) * median}
 
 
-def _gpu_here(board: Board) -> dict[str, str]:
+def _gpu_here(board: Board) -> dict[str, Any]:
     count = torch.cuda.device_count()
     if board.local_rank >= count:
         raise Problem(
@@ -84,7 +89,11 @@ def _gpu_here(board: Board) -> dict[str, str]:
         )
     properties = torch.cuda.get_device_properties(board.local_rank)
     name = f"{properties.name} {properties.total_memory / GIB:.0f} GiB"
-    return {"name": name, "uuid": str(getattr(properties, "uuid", ""))}
+    return {
+        "name": name,
+        "uuid": str(getattr(properties, "uuid", "")),
+        "capability": (properties.major, properties.minor),
+    }
 
 
 def _judge_gpus(board: Board, used: Answers, found: Answers) -> None:

@@ -23,6 +23,7 @@ import torch
 
 import megatron_xielu
 from megatron_xielu.cluster.preflight.exchange import GIB, MIB, Answers, Board, Problem, most_common
+from megatron_xielu.common import fp8
 
 IMAGE_VARIABLE, IMAGE_LABEL = "MEGATRON_XIELU_IMAGE", Path("/etc/megatron_xielu-image")
 CLOCK_WARN, CLOCK_FAIL = 2.0, 30.0  # seconds from rank 0; up to one may be the measurement's
@@ -32,10 +33,9 @@ _SEEN_WITHIN = 5.0  # seconds until another node's file must be visible
 # --- versions -----------------------------------------------------------------------------------
 
 
-def _installed(*names: str) -> str:
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
+def _installed(name: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
     return "-"
 
 
@@ -83,7 +83,7 @@ def versions_here() -> dict[str, str]:
         "NCCL": _nccl(),
         "driver": _read(Path("/sys/module/nvidia/version")),
         "megatron-core": megatron_version,
-        "transformer-engine": _installed("transformer-engine", "transformer_engine"),
+        "transformer-engine": fp8.installed_engine() or "-",
         "apex": _has_apex(),
         "megatron_xielu": f"{megatron_xielu.__version__}+{_package_hash()}",
         "image": os.environ.get(IMAGE_VARIABLE) or _read(IMAGE_LABEL),
@@ -103,6 +103,10 @@ def versions(board: Board, args: Namespace) -> None:
             "from the same image or checkout",
             rank=rank,
         )
+    for rank, node in found.items() if args.fp8_recipe else ():
+        engine = node["transformer-engine"]
+        if fault := fp8.engine_fault(args.fp8_recipe, None if engine == "-" else engine):
+            board.fail("versions", fault, rank=rank)
     shown = ", ".join(f"{item} {value}" for item, value in found[min(found)].items())
     board.done("versions", f"the same on {len(found)} nodes: {shown}")
 
