@@ -370,17 +370,12 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "recomputation; drop one of them"
         )
     # The plan keeps it by the flag's name, Megatron by another.
-    if given("fp8") or given("fp8_format"):
-        if given("transformer_impl") == "local":
-            yield (
-                "--fp8-format does not work with --transformer-impl local, whose layers would "
-                "train in 16 bits without a word; drop one of them"
-            )
-        if given("first_last_layers_bf16") and given("fp8_recipe") == "delayed":
-            yield (
-                "--first-last-layers-bf16 does not work with --fp8-recipe delayed, Megatron's "
-                "default; drop it, or give --fp8-recipe tensorwise"
-            )
+    is_delayed = (given("fp8") or given("fp8_format")) and given("fp8_recipe") == "delayed"
+    if is_delayed and given("first_last_layers_bf16"):
+        yield (
+            "--first-last-layers-bf16 does not work with --fp8-recipe delayed, Megatron's "
+            "default; drop it, or give --fp8-recipe tensorwise"
+        )
     if given("distribute_saved_activations") and not (
         given("recompute_granularity") == "full"
         and given("recompute_method")

@@ -67,10 +67,13 @@ def _check_fp8(args: Namespace) -> None:
     recipe, kv_channels = str(args.fp8_recipe), args.kv_channels
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     queries = args.num_attention_heads * kv_channels
+    if args.transformer_impl == "local":
+        raise ValueError(fp8.LOCAL)
     engine = fp8.engine_fault(recipe, fp8.installed_engine())
     if engine:
         raise ValueError(engine)
-    gpu = fp8.gpu_fault(recipe, torch.cuda.get_device_capability(args.local_rank))
+    capability = torch.cuda.get_device_capability(args.local_rank)
+    gpu = fp8.gpu_fault(recipe, capability, torch.version.cuda)
     if gpu:
         raise ValueError(gpu)
     for fault in fp8.size_faults(

@@ -2,8 +2,7 @@
 
 Read in Transformer Engine 2.20.2 (``check_recipe_support``, ``assert_dim_for_fp8_exec``) and in
 Megatron-core 0.19.2 (``get_fp8_recipe``), not tried on a GPU. Megatron itself says it in the first
-step, and where there is no Transformer Engine, or its layers are not asked for, it says nothing and
-trains in 16 bits. Standard library only, of Python 3.9: the plan asks here, too.
+step, and with local layers it says nothing and trains in 16 bits. Standard library only, of Python 3.9: the plan asks here, too.
 """
 
 from __future__ import annotations
@@ -13,6 +12,12 @@ from dataclasses import dataclass
 from importlib import metadata
 
 _INSTEAD = ", or drop --fp8-format (pretrain.sh: PRECISION=bf16)"
+
+# Not in a walk of checkpoints, whose local layers stand for others.
+LOCAL = (
+    "--fp8-format does not work with --transformer-impl local, whose layers would train in 16 bits "
+    "without a word; drop one of them"
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Recipe:
         cards: the generations of GPUs that have them.
         engine: the least release of Transformer Engine, for Megatron.
         multiple: what tokens and widths must be a multiple of: 16 bytes to cuBLAS, or a block.
+        cuda: the least release that PyTorch must be built for.
     """
 
     least: tuple[int, int]
@@ -31,46 +37,56 @@ class Recipe:
     engine: tuple[int, int]
     below: tuple[int, int] = (99, 0)
     multiple: int = 16
+    cuda: tuple[int, int] = (12, 0)
 
 
 # By Megatron's name; `custom` is whatever its factory makes.
 RECIPES = {
     "tensorwise": Recipe((8, 9), "Ada, Hopper, Blackwell", (2, 2)),
     "delayed": Recipe((8, 9), "Ada, Hopper, Blackwell", (1, 0)),
-    "blockwise": Recipe((9, 0), "Hopper, Blackwell", (2, 3)),
+    "blockwise": Recipe((9, 0), "Hopper, Blackwell", (2, 3), cuda=(12, 9)),
     "mxfp8": Recipe((10, 0), "Blackwell of a data centre", (2, 1), below=(12, 0), multiple=32),
 }
 
 
-def gpu_fault(recipe: str, capability: tuple[int, int]) -> str:
-    """What is wrong with a GPU of this compute capability, or ""."""
+def gpu_fault(recipe: str, capability: tuple[int, int], cuda: str | None) -> str:
+    """What is wrong with a GPU of this compute capability under a release of CUDA, or ""."""
     needs = RECIPES.get(recipe)
-    if needs is None or needs.least <= capability < needs.below:
+    if needs is None:
         return ""
-    version, least = (".".join(map(str, pair)) for pair in (capability, needs.least))
-    below = f" and below {needs.below[0]}" if capability >= needs.below else ""
-    return (
-        f"--fp8-recipe={recipe} needs a GPU of compute capability {least} or more{below} "
-        f"({needs.cards}), and this one has {version}; take another recipe or GPU" + _INSTEAD
-    )
+    if not needs.least <= capability < needs.below:
+        below = f" and below {_dotted(needs.below)}" if capability >= needs.below else ""
+        return (
+            f"--fp8-recipe={recipe} needs a GPU of compute capability {_dotted(needs.least)} or "
+            f"more{below} ({needs.cards}), and this one has {_dotted(capability)}; take another "
+            f"recipe or GPU{_INSTEAD}"
+        )
+    if _release(cuda) < needs.cuda:
+        return (
+            f"--fp8-recipe={recipe} needs a PyTorch for CUDA {_dotted(needs.cuda)} or newer, and "
+            f"this one is for {cuda}; take another recipe or image{_INSTEAD}"
+        )
+    return ""
 
 
 def engine_fault(recipe: str, version: str | None) -> str:
     """What is wrong with an installed Transformer Engine, None where there is none, or ""."""
     least = RECIPES[recipe].engine if recipe in RECIPES else (0, 0)
-    found = tuple(int(n) for n in (version or "").split(".")[:2] if n.isdigit())
-    if version and found >= least:
+    if version and _release(version) >= least:
         return ""
-    release = ".".join(map(str, least))
     return (
-        f"--fp8-recipe={recipe} needs Transformer Engine {release} or newer, and "
-        + (
-            f"{version} is installed"
-            if version
-            else "none is installed: Megatron would train in bf16"
-        )
+        f"--fp8-recipe={recipe} needs Transformer Engine {_dotted(least)} or newer, and "
+        + (f"{version} is installed" if version else "none is installed")
         + f"; take an image that has it{_INSTEAD}"
     )
+
+
+def _release(version: str | None) -> tuple[int, ...]:
+    return tuple(int(n) for n in (version or "").split(".")[:2] if n.isdigit())
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def installed_engine() -> str | None:

@@ -147,6 +147,8 @@ def _flags(plan: Plan) -> Iterator[str]:
             if anyhow or refusal.is_given(args):
                 yield refusal.with_("--xielu-recompute-output")
     yield from catalog.contradictions(args)
+    if args.fp8_format and args.transformer_impl == "local":
+        yield fp8.LOCAL
     if "--cpu" in given:
         yield from catalog.not_on_cpu(plan.argv)
     for refusal in catalog.UNREAD:

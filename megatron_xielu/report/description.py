@@ -104,10 +104,12 @@ def _batch(args: Namespace) -> str:
 def _rates(args: Namespace) -> str:
     unit = "samples" if getattr(args, "train_samples", None) else "iters"
     length = "train_samples" if unit == "samples" else "train_iters"
+    decays_norms = getattr(args, "apply_wd_to_norms", False)
     return (
         f"lr {_of(args, 'lr')} to {_of(args, 'min_lr')}, {_of(args, 'lr_decay_style')}, warm-up "
         f"{_of(args, f'lr_warmup_{unit}')} of {_of(args, length)} {unit}, "
-        f"{_of(args, 'optimizer')}, weight decay {_of(args, 'weight_decay')}, "
+        f"{_of(args, 'optimizer')}, weight decay {_of(args, 'weight_decay')}"
+        f"{' (of norms too)' if decays_norms else ''}, "
         f"clip {_of(args, 'clip_grad')}"
     )
 
@@ -124,6 +126,8 @@ def _layout(args: Namespace) -> str:
         if getattr(args, argument, None) is not None
     )
     precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    if getattr(args, "fp8", None):
+        precision += f" with FP8 ({_of(args, 'fp8_recipe')})"
     return ", ".join([*sizes, precision])
 
 

@@ -348,17 +348,20 @@ def test_help_and_wrong_usage(checkout, tmp_path):
     ],
 )
 def test_gpus_that_have_a_recipe_of_fp8(recipe, good, bad):
-    assert [fp8.gpu_fault(recipe, gpu) for gpu in good] == [""] * len(good)
+    assert [fp8.gpu_fault(recipe, gpu, "12.9") for gpu in good] == [""] * len(good)
     for major, minor in bad:
-        fault = fp8.gpu_fault(recipe, (major, minor))
+        fault = fp8.gpu_fault(recipe, (major, minor), "13.0")
         assert f"--fp8-recipe={recipe} needs a GPU of compute capability" in fault
         assert f"this one has {major}.{minor}; take another" in fault and "=bf16" in fault
 
 
-def test_transformer_engine_for_fp8():
+def test_transformer_engine_and_cuda_for_fp8():
+    assert "CUDA 12.9 or newer, and this one is for 12.8" in fp8.gpu_fault(
+        "blockwise", (9, 0), "12.8"
+    )
     assert fp8.engine_fault("blockwise", "2.3") == fp8.engine_fault("mxfp8", "2.20.2+abc") == ""
     assert "2.3 or newer, and 2.2.1 is installed" in fp8.engine_fault("blockwise", "2.2.1")
-    assert "none is installed: Megatron would" in fp8.engine_fault("tensorwise", None)
+    assert "newer, and none is installed; take" in fp8.engine_fault("tensorwise", None)
 
 
 def test_slow_gpu_is_found():

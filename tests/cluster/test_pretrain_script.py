@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,9 @@ def test_fp8_and_decayed_norms(recipe, fp8_format, edges, monkeypatch):
     if fp8.installed_engine() is None:
         with pytest.raises(ValueError, match=f"{recipe} needs Transformer Engine.*none is inst"):
             run_checks.check_run(args)
+    local = Namespace(**{**vars(args), "transformer_impl": "local"})
+    with pytest.raises(ValueError, match="--transformer-impl local, whose layers would train in"):
+        run_checks.check_run(local)
     assert args.bf16 and args.apply_wd_to_norms and not args.fp8_param_gather
     config = core_transformer_config_from_args(args)
     assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == (

@@ -43,7 +43,7 @@ def gpus(board: Board, args: Namespace) -> None:
         found = board.ask("gpus", lambda: _gpu_here(board), stage="found")
         _judge_gpus(board, used, found)
         for rank, gpu in found.items() if args.fp8_recipe else ():
-            if fault := fp8.gpu_fault(args.fp8_recipe, tuple(gpu["capability"])):
+            if fault := fp8.gpu_fault(args.fp8_recipe, tuple(gpu["capability"]), gpu["cuda"]):
                 board.fail("gpus", fault, rank=rank)
     device = "cpu" if args.cpu else "cuda"
     speeds = board.ask("gpus", lambda: matmul(board, device), stage="matmul")
@@ -93,6 +93,7 @@ def _gpu_here(board: Board) -> dict[str, Any]:
         "name": name,
         "uuid": str(getattr(properties, "uuid", "")),
         "capability": (properties.major, properties.minor),
+        "cuda": torch.version.cuda,
     }
 
 
