@@ -2,7 +2,8 @@
 
 Read in Transformer Engine 2.20.2 (``check_recipe_support``, ``assert_dim_for_fp8_exec``) and in
 Megatron-core 0.19.2 (``get_fp8_recipe``), not tried on a GPU. Megatron itself says it in the first
-step, and with local layers it says nothing and trains in 16 bits. Standard library only, of Python 3.9: the plan asks here, too.
+step, and with local layers it says nothing and trains in 16 bits. Standard library only, of Python
+3.9: the plan asks here, too.
 """
 
 from __future__ import annotations

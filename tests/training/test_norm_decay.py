@@ -44,6 +44,22 @@ def test_groups(flags, undecayed, tmp_path):
     assert sum(map(is_gain, decay)) == layers + 1
 
 
+def test_names_of_transformer_engine():
+    """By Megatron's own keys, since its layers are not here to be trained."""
+    from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    ((key, override),) = norm_decay.decaying_norms(
+        get_standard_config_overrides(OptimizerConfig())
+    ).items()
+    assert override == {"wd_mult": 0.0}
+    layer = "module.decoder.layers.0"
+    for gain in ("mlp.linear_fc1.layer_norm_weight", "self_attention.q_layernorm.weight"):
+        assert not key.matches(parameter, f"{layer}.{gain}")
+    for other in ("mlp.linear_fc1.layer_norm_bias", "mlp.activation_func.alpha_p", "mlp.fc1.bias"):
+        assert key.matches(parameter, f"{layer}.{other}")
+
+
 def test_groups_at_tp2(saved):
     for dump in saved[0].dumps:
         undecayed = {name for name, times in dump["decay"].items() if not times}
