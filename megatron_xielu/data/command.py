@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
+_PARTS = 4  # that a task has of large files: tasks differ by one of them, a quarter
 _FEW_DOCUMENTS = 200
 # More than anybody has; Slurm and Ray would wait for it without end.
 _TASKS, _GIGABYTES = Limits(1, 10**6), Limits(1, 10**5)
@@ -222,6 +223,7 @@ def _prepare(options: argparse.Namespace) -> None:
         expected = estimate.estimate(this, tokenizer)
         files = sum(len(group.files) for group in this.groups)
         print(f"{files} files, {this.input_bytes / 1e6:,.1f} MB; {this.tasks} tasks", flush=True)
+        _say_uncut(this)
         if options.no_disk_check:
             print("the disk is not checked (--no-disk-check)")
         else:
@@ -326,21 +328,25 @@ def _make_recipe(
     groups: tuple[Group, ...],
     before: Recipe | None,
 ) -> Recipe:
-    from megatron_xielu.data import credentials, sentences
+    from megatron_xielu.data import credentials, sentences, sources
     from megatron_xielu.data.recipe import Recipe
 
-    files = sum(len(group.files) for group in groups)
     size = sum(file.size for group in groups for file in group.files)
     by_size = max(
         math.ceil(size / _TASK_BYTES), min(options.workers, math.ceil(size / _LEAST_TASK_BYTES))
     )
     tasks = options.tasks or (before.tasks if before else by_size)
+    if before:
+        part_bytes = before.part_bytes
+    else:
+        part_bytes = math.ceil(max(size / tasks, _LEAST_TASK_BYTES) / _PARTS)
+    parts = sum(len(sources.parts(group, part_bytes)) for group in groups)
     language = options.language if options.split_sentences else None
     return Recipe(
         sources=tuple(map(credentials.hide, options.source)),
         subset=options.subset,
         groups=groups,
-        tasks=min(tasks, files),
+        tasks=min(tasks, parts),
         text_key=options.text_key,
         tokenizer=info,
         valid_fraction=options.valid_fraction,
@@ -350,7 +356,26 @@ def _make_recipe(
         skip_bad_rows=options.skip_bad_rows,
         special_tokens_as_text=options.special_tokens_as_text,
         train_tokenizer=options.train_tokenizer,
+        part_bytes=part_bytes,
     )
+
+
+def _say_uncut(recipe: Recipe) -> None:
+    """Name files at which cores will wait for one of them."""
+    from megatron_xielu.data.sources import can_be_cut, is_large
+
+    uncut = [
+        f"{group.folder.rstrip('/')}/{file.path}"
+        for group in recipe.groups
+        for file in group.files
+        if recipe.part_bytes and is_large(file, recipe.part_bytes) and not can_be_cut(group, file)
+    ]
+    if uncut:
+        print(
+            f"{len(uncut)} files are larger than a task's share and read by one task each, "
+            f"{uncut[0]} for one: only .parquet and .jsonl without compression can be cut",
+            file=sys.stderr,
+        )
 
 
 def _request(options: argparse.Namespace) -> Request:

@@ -18,7 +18,7 @@ from megatron_xielu.data import sentences, tokenizer_files
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.readers import make_reader
 from megatron_xielu.data.recipe import Recipe
-from megatron_xielu.data.sources import File, Group
+from megatron_xielu.data.sources import File, Group, Part
 
 _PLACES = 8  # of all bytes of a group: the files in which these are are read in part
 # Documents, characters and stored bytes read of a file; gzip's reader may be 128 kB ahead of them.
@@ -99,7 +99,7 @@ def _read(reader: Any, file: File) -> tuple[list[str], list[float]]:
     characters = 0
     place = 0.0
     marks: list[tuple[float, int]] = []  # parts of the file, and how many texts are in them
-    for document in reader.checked(file.path, reader.read_file(file.path)):
+    for document in reader.checked(Part(file), reader.read_file(file.path)):
         if (part := reader.part(file)) > place:
             marks.append((place, len(texts)))
             if characters > _MOST or all(

@@ -69,6 +69,7 @@ def make_executor(output: Path, request: Request) -> PipelineExecutor:
             tasks=recipe.tasks,
             text_key=recipe.text_key,
             skip_bad_rows=recipe.skip_bad_rows,
+            part_bytes=recipe.part_bytes,
         )
         for group in recipe.groups
     ]

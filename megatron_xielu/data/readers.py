@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from fsspec.utils import infer_compression
 from megatron_xielu.common.text import describe
 from megatron_xielu.data import credentials
 from megatron_xielu.data.errors import BadInputError
-from megatron_xielu.data.sources import File, Group, open_folder
+from megatron_xielu.data.sources import File, Group, Part, open_folder, parts
 
 # fsspec takes it too, and only with it finds a file that is cut off, or all frames of one.
 if sys.version_info >= (3, 14):
@@ -40,6 +41,7 @@ _NO_TEXT = (
     (257, b"ustar", "a tar archive; unpack it"),
     (0, b"version https://git-lfs", "a pointer of Git LFS; fetch the file with git lfs pull"),
 )
+_SKIPPED = 1 << 20  # bytes of a line of the part before that are read at a time
 _PIECE = 1 << 10  # bytes of a compressed file that are read at a time
 
 
@@ -57,17 +59,26 @@ class _Strict(BaseDiskReader):
     """What the three have in common.
 
     Args:
-        group: the files, of which a task reads every ``tasks``-th.
+        group: the files, of which a task reads every ``tasks``-th, or every such part.
         tasks: tasks of the whole recipe, of which an executor may run the first few only.
         text_key: column of the text.
         skip_bad_rows: log and count them, do not raise.
+        part_bytes: as `sources.parts` takes it.
     """
 
-    def __init__(self, group: Group, *, tasks: int, text_key: str, skip_bad_rows: bool) -> None:
+    def __init__(
+        self,
+        group: Group,
+        *,
+        tasks: int,
+        text_key: str,
+        skip_bad_rows: bool,
+        part_bytes: int | None = None,
+    ) -> None:
         super().__init__(open_folder("/"), text_key=text_key)
         del self.data_folder  # for the one below
         self.folder = group.folder
-        self.paths = [file.path for file in group.files]
+        self.parts = parts(group, part_bytes)
         self.tasks = tasks
         self.skip_bad_rows = skip_bad_rows
         self.row = self.empty_rows = self.bad_rows = 0
@@ -88,7 +99,7 @@ class _Strict(BaseDiskReader):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         self.empty_rows = self.bad_rows = 0
         yield from data or ()
-        for document in self.read_files_shard(self.paths[rank :: self.tasks]):
+        for document in self.read_files_shard(self.parts[rank :: self.tasks]):
             self.update_doc_stats(document)
             yield document
 
@@ -96,9 +107,10 @@ class _Strict(BaseDiskReader):
         """How much of the file is read, from 0 to 1."""
         return 1.0
 
-    def checked(self, path: str, documents: Iterator[Document]) -> Iterator[Document]:
-        """A file's documents; it must have a row."""
-        self.row = 0
+    def checked(self, reading: Part, documents: Iterator[Document]) -> Iterator[Document]:
+        """The documents of a file, which must have a row, or of a part, which need not."""
+        self.reading, self.row = reading, 0
+        path = reading.file.path
         try:
             yield from documents
         except BadInputError:
@@ -106,7 +118,7 @@ class _Strict(BaseDiskReader):
         except Exception as error:  # every file system and every format has exceptions of its own
             self.row += 1
             raise self.unreadable(path, describe(error)) from error
-        if not self.row:
+        if not self.row and not reading.start and reading.end is None:
             self.row = 1
             self.bad(path, "the file has no rows")
 
@@ -158,9 +170,9 @@ class _Strict(BaseDiskReader):
         self.bad_rows += 1
         logger.warning(f"left out: {message}")
 
-    def read_files_shard(self, shard: list[str]) -> Iterator[Document]:
-        for path in shard:
-            yield from self.checked(path, super().read_files_shard([path]))
+    def read_files_shard(self, shard: list[Part]) -> Iterator[Document]:
+        for part in shard:
+            yield from self.checked(part, super().read_files_shard([part.file.path]))
 
 
 class StrictParquetReader(_Strict):
@@ -186,7 +198,11 @@ class StrictParquetReader(_Strict):
                 self.row = 1
                 self.bad(filepath, problem)
                 return
-            for batch in file.iter_batches(batch_size=1000, columns=[self.text_key]):
+            groups = self._row_groups(file.metadata)
+            self.row = sum(
+                file.metadata.row_group(i).num_rows for i in range(min(groups, default=0))
+            )
+            for batch in file.iter_batches(1000, row_groups=groups, columns=[self.text_key]):
                 for value in batch.column(0):
                     try:
                         data = {self.text_key: value.as_py()}
@@ -196,6 +212,19 @@ class StrictParquetReader(_Strict):
                         continue
                     if document := self.get_document_from_dict(data, filepath, self.row):
                         yield document
+
+    def _row_groups(self, metadata: Any) -> list[int]:
+        """Those that begin in the part."""
+        groups = list(range(metadata.num_row_groups))
+        start, end = self.reading.start, self.reading.end
+        if not start and end is None:
+            return groups
+
+        def begins(group: int) -> int:
+            column = metadata.row_group(group).column(0)
+            return int(column.dictionary_page_offset or column.data_page_offset)
+
+        return [i for i in groups if start <= begins(i) and (end is None or begins(i) < end)]
 
 
 class StrictJsonlReader(_Strict):
@@ -207,14 +236,34 @@ class StrictJsonlReader(_Strict):
         super().__init__(*args, **options)
         names = {json.dumps(self.text_key, ensure_ascii=ascii) for ascii in (False, True)}
         self.names = [name.encode() for name in names]
+        self.first = 0  # byte at which rows are counted from
 
     def part(self, file: File) -> float:
         return self.stored.tell() / file.size
 
+    def place(self, path: str) -> str:
+        where = super().place(path)
+        return f"{where}, from byte {self.first:,}" if self.first else where
+
+    def _to_first_line(self, stream: BinaryIO) -> int:
+        """Go to the first line that begins in the part; returns its byte."""
+        if not self.reading.start:
+            return 0
+        stream.seek(self.reading.start - 1)  # where the line before may end
+        place = self.reading.start - 1
+        for piece in iter(partial(stream.readline, _SKIPPED), b""):
+            place += len(piece)
+            if piece.endswith(b"\n"):
+                break
+        return place
+
     def read_file(self, filepath: str) -> Iterator[Document]:
-        lines = 0
+        self.first = lines = 0
+        end = math.inf if self.reading.end is None else self.reading.end
         with self.plain(filepath) as stream:
-            for line in iter(partial(stream.readline, _LONGEST), b""):
+            place = self.first = self._to_first_line(stream)
+            while place < end and (line := stream.readline(_LONGEST)):
+                place += len(line)
                 lines += 1
                 if len(line) == _LONGEST:
                     self.row = lines

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed, Positive
 from megatron_xielu.data.errors import DataError
-from megatron_xielu.data.sources import File, Group
+from megatron_xielu.data.sources import Group, Part, parts
 from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
 # What a restart must agree with, in the order in which a difference is reported. Another budget is
@@ -45,15 +46,22 @@ class Recipe:
     skip_bad_rows: bool = False
     special_tokens_as_text: bool = False
     train_tokenizer: Positive | None = None  # entries of one that was trained for this
+    part_bytes: Positive | None = None  # of parts of large files; None: all are read whole
 
     @property
     def input_bytes(self) -> int:
         """Of all files, as they are stored."""
         return sum(file.size for group in self.groups for file in group.files)
 
-    def files_of(self, task: int) -> list[tuple[str, File]]:
-        """What a task reads, with its folder: every ``tasks``-th file of each group."""
-        return [(g.folder, file) for g in self.groups for file in g.files[task :: self.tasks]]
+    @cached_property
+    def _parts(self) -> list[tuple[str, list[Part]]]:
+        return [(group.folder, parts(group, self.part_bytes)) for group in self.groups]
+
+    def parts_of(self, task: int) -> list[tuple[str, Part]]:
+        """What a task reads, with its folder: of each group every ``tasks``-th file or part."""
+        return [
+            (folder, part) for folder, every in self._parts for part in every[task :: self.tasks]
+        ]
 
     def save(self, output: Path) -> None:
         """Write the recipe."""
@@ -113,7 +121,7 @@ def changed_tasks(old: Recipe, new: Recipe) -> list[int]:
                 f"--format: the output folder was started with {'/'.join(place)} as "
                 f"{formats[place]}, this is {format}; go on with that, or choose another --output"
             )
-    return [task for task in range(new.tasks) if old.files_of(task) != new.files_of(task)]
+    return [task for task in range(new.tasks) if old.parts_of(task) != new.parts_of(task)]
 
 
 def _formats(recipe: Recipe) -> dict[tuple[str, str], str]:

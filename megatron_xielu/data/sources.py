@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 from datatrove.io import DataFolder
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
 
 from megatron_xielu.common import prepared_data, schema, text
 from megatron_xielu.common.schema import Count, Malformed
@@ -32,6 +34,7 @@ _ENDINGS = {
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
 _COMPRESSED = (".gz", ".zst")
+_LARGE = 5  # parts; files up to that many stay whole
 _SHOWN = 5  # endings of files that are left out
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,6 +55,49 @@ class Group:
     folder: str
     format: str
     files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a file, the rows that begin from byte ``start`` on and before ``end``, or its own end."""
+
+    file: File
+    start: int = 0
+    end: int | None = None
+
+
+def is_large(file: File, part_bytes: int) -> bool:
+    """Whether a file is cut, where that can be."""
+    return file.size > _LARGE * part_bytes
+
+
+def can_be_cut(group: Group, file: File) -> bool:
+    """Whether rows are found from the middle of the file: of plain .jsonl and of .parquet. A server
+    of http may send a file from its beginning only."""
+    rows = group.format == "parquet" or (
+        group.format == "jsonl" and infer_compression(file.path) is None
+    )
+    return rows and not group.folder.startswith("http")
+
+
+def parts(group: Group, part_bytes: int | None) -> list[Part]:
+    """What tasks read, in the order in which it is used.
+
+    Args:
+        group: the files.
+        part_bytes: where a file is large, its parts are of at most so many bytes; None: no parts.
+    """
+    found = []
+    for file in group.files:
+        count = 1
+        if part_bytes and is_large(file, part_bytes) and can_be_cut(group, file):
+            count = math.ceil(file.size / part_bytes)
+        cuts = [file.size * i // count for i in range(1, count)]
+        found += [Part(file, *span) for span in zip([0, *cuts], [*cuts, None], strict=True)]
+    # Parts, too, so that a token budget takes some of every large file.
+    return sorted(
+        found, key=lambda p: _order(f"{p.file.path} {p.start}" if p.start else p.file.path)
+    )
 
 
 @dataclass(frozen=True)

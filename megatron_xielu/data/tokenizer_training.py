@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_xielu.common import files
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.readers import make_reader
-from megatron_xielu.data.sources import Group
+from megatron_xielu.data.sources import Group, Part
 from megatron_xielu.data.tokenise import is_held_out
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -113,7 +113,7 @@ def sample(groups: Sequence[Group], valid_fraction: float, **options: Any) -> It
         for file in group.files:
             of_file = min(left, max(least, _SAMPLE * file.size // total))
             left -= of_file
-            for document in reader.checked(file.path, reader.read_file(file.path)):
+            for document in reader.checked(Part(file), reader.read_file(file.path)):
                 if of_file <= 0:
                     break
                 if not is_held_out(document.text.encode(), valid_fraction):

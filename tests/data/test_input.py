@@ -7,11 +7,13 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import struct
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +140,72 @@ def test_read(tmp_path: Path, case: str):
     name, content, expected = READ[case]
     (tmp_path / name).write_bytes(content)
     assert read(tmp_path) == expected
+
+
+CUT = {
+    "lines": b"".join(rows([f"{i} äöü € 𝄞 {'x' * i}"], ensure_ascii=False) for i in range(9)),
+    "a mark, CRLF": (BOM + rows(list("abcdef"))).replace(b"\n", b"\r\n"),
+    "no line feed at the end": rows(["a", "b", "a line " * 20, "c"])[:-1],
+    "empty lines, NaN": b"\n\n"
+    + A
+    + b"\n"
+    + b'{"text": "c", "x": NaN}\n'
+    + b"\r\n\n"
+    + B
+    + b"\n\n\n",
+}
+
+
+@pytest.mark.parametrize("case", [*CUT, "row groups"])
+def test_parts(tmp_path: Path, monkeypatch, case: str):
+    """However a file is cut: each of its rows once and in their order."""
+    monkeypatch.setattr(sources, "_LARGE", 0)
+    if case == "row groups":
+        content = parquet([f"{i}" * 50 for i in range(40)], row_group_size=7)
+        (tmp_path / "x.parquet").write_bytes(content)
+    else:
+        (tmp_path / "x.jsonl").write_bytes(content := CUT[case])
+    whole = read(tmp_path)
+    (group,) = find(tmp_path)
+    assert len(whole) >= 3
+    if case == "row groups":
+        sizes = [len(content) // parts for parts in (2, 5, 30)]
+    else:
+        sizes = [*range(1, 30), *range(30, len(content), 41)]
+    for size in sizes:
+        options = {"text_key": "text", "skip_bad_rows": False, "part_bytes": size}
+        reader = make_reader(group, tasks=3, **options)
+        assert len(reader.parts) == -(-len(content) // size)
+        found = {}
+        for rank in range(3):
+            for part in reader.parts[rank::3]:
+                found[part.start] = [d.text for d in reader.read_files_shard([part])]
+        assert [text for start in sorted(found) for text in found[start]] == whole, size
+
+
+def test_row_of_a_part(tmp_path: Path, monkeypatch):
+    """Named by the byte from which rows are counted."""
+    monkeypatch.setattr(sources, "_LARGE", 0)
+    good = rows(["text"]) * 50
+    options = {"text_key": "text", "skip_bad_rows": False, "part_bytes": 100}
+    (tmp_path / "x.jsonl").write_bytes(good + b"no row\n" + good)
+    with pytest.raises(DataError, match=r"x.jsonl, from byte [\d,]+: row \d+: not JSON") as error:
+        list(make_reader(find(tmp_path)[0], tasks=1, **options).run())
+    first, row = re.search(r"byte ([\d,]+): row (\d+)", str(error.value)).groups()
+    rest = (good + b"no row\n")[int(first.replace(",", "")) :]
+    assert rest.splitlines()[int(row) - 1] == b"no row"
+
+
+def test_what_is_cut(tmp_path: Path):
+    """Plain .jsonl and .parquet of more than five parts; what others hold begins at their start."""
+    for name in ("a.jsonl", "b.parquet", "c.jsonl.gz", "d.jsonl.zst", "e.txt"):
+        (tmp_path / name).write_bytes(bytes(600))
+    (tmp_path / "small.jsonl").write_bytes(bytes(500))
+    parts = [part for group in find(tmp_path) for part in sources.parts(group, 100)]
+    assert Counter(part.file.path for part in parts if part.start) == {"a.jsonl": 5, "b.parquet": 5}
+    assert len(parts) == 6 + 10
+    of_server = sources.Group("https://host", "jsonl", (sources.File("a.jsonl", 600, ""),))
+    assert len(sources.parts(of_server, 100)) == 1
 
 
 @pytest.mark.parametrize("case", REFUSED)

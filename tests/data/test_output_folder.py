@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -102,10 +103,31 @@ def test_everything_else(folder: Path, capsys):
 def test_folders_of_earlier_releases(folder: Path):
     path = folder / "data" / "work" / "plan.json"
     values = json.loads(path.read_bytes())
-    for name in ("punkt_sha256", "skip_bad_rows"):
+    for name in ("punkt_sha256", "skip_bad_rows", "part_bytes"):
         del values[name]
     path.write_text(json.dumps(values | {"from a later release": 1}))
     prepare(folder)
+
+
+def test_parts_of_a_large_file(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """A task each; only what reads a replaced file is done again, and cut as at the start."""
+    monkeypatch.setattr(command, "_LEAST_TASK_BYTES", 1)
+    (texts := tmp_path / "texts").mkdir()
+    rows = [json.dumps({"text": "a " * (i % 7 + 1)}) + "\n" for i in range(60)]
+    (texts / "large.jsonl").write_text("".join(rows))
+    options = ("--source", str(texts), "--output", str(tmp_path / "data"))
+    (texts / "large.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode(), 0))
+    prepare(folder, *options)
+    assert "1 files are larger than a task's share" in capsys.readouterr().err
+    made = manifest.load(tmp_path / "data")
+    assert made.train.documents == 120 and {entry.task for entry in made.shards} == {0, 1, 2}
+    assert made.train.tokens == 2 * sum(i % 7 + 2 for i in range(60))
+    records = {path: path.stat().st_ino for path in (tmp_path / "data/work/records").glob("*.json")}
+    (texts / "large.jsonl.gz").write_bytes(gzip.compress("".join(rows[:9]).encode(), 0))
+    monkeypatch.undo()
+    prepare(folder, *options)
+    same = [path for path, inode in records.items() if path.stat().st_ino == inode]
+    assert len(same) == 2 and manifest.load(tmp_path / "data").train.documents == 69
 
 
 @pytest.mark.parametrize("name", ["data_args.txt", "per_split_data_args.json"])
