@@ -29,6 +29,7 @@ _TASK_BYTES = 512e6  # input of a task, where there are files enough
 _LEAST_TASK_BYTES = 8e6  # Megatron wants documents of each split in every shard
 _PARTS = 4  # that a task has of large files: tasks differ by one of them, a quarter
 _FEW_DOCUMENTS = 200
+_SHARDS = 64  # docs/benchmarks/data.md has what each costs Megatron
 # More than anybody has; Slurm and Ray would wait for it without end.
 _TASKS, _GIGABYTES = Limits(1, 10**6), Limits(1, 10**5)
 _TOKENS = Limits(1, 10**18, whole=False)
@@ -103,7 +104,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--workers", type=_TASKS.read, default=os.cpu_count(), help="tasks at a time"
     )
-    group.add_argument("--tasks", type=_TASKS.read, help="shards [one per 512 MB of input]")
+    group.add_argument("--tasks", type=_TASKS.read, help="[one per 512 MB of input]")
+    group.add_argument(
+        "--shards",
+        type=_TASKS.read,
+        help=f"merge those of more tasks into so many, of each split [{_SHARDS}]",
+    )
     group.add_argument("--memory-gb", type=_GIGABYTES.read, help="of a Slurm or Ray task [2]")
     group.add_argument("--ray-address", help="[a Ray of its own on this machine]")
     group.add_argument("--slurm-partition")
@@ -176,6 +182,7 @@ def _prepare(options: argparse.Namespace) -> None:
         credentials,
         estimate,
         manifest,
+        merging,
         recipe,
         records,
         scheduler,
@@ -238,7 +245,11 @@ def _prepare(options: argparse.Namespace) -> None:
         tokenizer_files.keep(tokenizer_path, config, output / "tokenizer")
         _forget_damaged(this, output)
         left = scheduler.run(this, output, request, expected.train_tokens)
-        result = manifest.finish(this, output, left.used)
+        if merging.forget_others(this, output, left.used):
+            _forget_damaged(this, output)
+            left = scheduler.run(this, output, request, expected.train_tokens)
+        merged = merging.merge(this, output, left.used, options.workers)
+        result = manifest.finish(this, output, left.used, merged)
         credentials.remove(output)
     _report(result, output)
 
@@ -357,6 +368,7 @@ def _make_recipe(
         special_tokens_as_text=options.special_tokens_as_text,
         train_tokenizer=options.train_tokenizer,
         part_bytes=part_bytes,
+        shards=options.shards or (before.shards if before else _SHARDS),
     )
 
 
@@ -402,10 +414,11 @@ def _request(options: argparse.Namespace) -> Request:
 
 def _forget_damaged(recipe: Recipe, output: Path) -> None:
     """Have truncated and lost shards made again; --verify finds what their sizes do not show."""
-    from megatron_xielu.data import records
+    from megatron_xielu.data import merging, records
 
+    merged = merging.forget_damaged(output)
     for task in range(recipe.tasks):
-        if problem := records.damage(output, task):
+        if problem := records.damage(output, task, merged=task in merged):
             print(f"{problem}: task {task} is done again", file=sys.stderr)
             records.forget(output, task)
 

@@ -18,8 +18,9 @@ from megatron_xielu.common import files, prepared_data, schema
 from megatron_xielu.common.schema import Count, Malformed, Positive
 from megatron_xielu.data import records
 from megatron_xielu.data.errors import DataError
+from megatron_xielu.data.merging import Merged
 from megatron_xielu.data.recipe import Recipe
-from megatron_xielu.data.records import SPLITS, Record
+from megatron_xielu.data.records import SPLITS, Record, Shard
 from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
 NAME = prepared_data.MANIFEST
@@ -55,9 +56,10 @@ class Entry(Total):
     split: Literal["train", "valid"]
     bin: Stored
     idx: Stored
+    last_task: Count | None = None  # of those that were merged into it
 
     def __post_init__(self) -> None:
-        if self.prefix != _prefix(self.split, self.task):
+        if self.prefix != f"{self.split}/{records.name(self.task, self.last_task)}":
             raise ValueError(f"prefix {self.prefix!a} is not of {self.split}, task {self.task}")
 
 
@@ -75,7 +77,7 @@ class Manifest:
             raise ValueError("it has no shards")
 
 
-def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
+def finish(recipe: Recipe, output: Path, used: int, merged: Iterable[Merged]) -> dict[str, Any]:
     """Write the three files and remove what is not part of the data; returns the manifest."""
     done = records.load_all(output, recipe.tasks)
     for task in range(used, recipe.tasks):  # tasks that the budget turned out not to need
@@ -90,7 +92,13 @@ def finish(recipe: Recipe, output: Path, used: int) -> dict[str, Any]:
         held_out = totals["valid"]["documents"]
         fix = "choose a smaller --valid-fraction" if held_out else "--source has no text"
         raise DataError(f"no document is left for training of {held_out} in all; {fix}")
-    every = [_entry(task, split, done[task]) for split in SPLITS for task in done]
+    spans = {task: of for of in merged for task in of.tasks}
+    every = [
+        _entry(task, of.last if of else None, split, (of or done[task]).shards[split])
+        for split in SPLITS
+        for task in done
+        if not (of := spans.get(task)) or of.first == task
+    ]
     manifest: dict[str, Any] = {
         "version": _VERSION,
         "sources": list(recipe.sources),
@@ -148,11 +156,11 @@ def _special_tokens(done: dict[int, Record]) -> dict[str, int] | None:
     return dict(sorted(total.items()))
 
 
-def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
-    shard = record.shards[split]
+def _entry(task: int, last: int | None, split: str, shard: Shard) -> dict[str, Any]:
     return {
-        "prefix": _prefix(split, task),
+        "prefix": f"{split}/{records.name(task, last)}",
         "task": task,
+        **({} if last is None else {"last_task": last}),
         "split": split,
         "tokens": shard.tokens,
         "documents": shard.documents,
@@ -161,10 +169,6 @@ def _entry(task: int, split: str, record: Record) -> dict[str, Any]:
         "bin": {"bytes": shard.sizes[0], "sha256": shard.sha256[0]},
         "idx": {"bytes": shard.sizes[1], "sha256": shard.sha256[1]},
     }
-
-
-def _prefix(split: str, task: int) -> str:
-    return f"{split}/{task:05d}"
 
 
 def data_args(output: Path, shards: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -23,6 +23,7 @@ _FLAGS = {
     "text_key": "--text-key",
     "valid_fraction": "--valid-fraction",
     "train_tokenizer": "--train-tokenizer",
+    "shards": "--shards",
     "sentences": "--split-sentences and --language",
     "punkt_sha256": "the Punkt data",
     "special_tokens_as_text": "--special-tokens-as-text",
@@ -47,6 +48,7 @@ class Recipe:
     special_tokens_as_text: bool = False
     train_tokenizer: Positive | None = None  # entries of one that was trained for this
     part_bytes: Positive | None = None  # of parts of large files; None: all are read whole
+    shards: Positive | None = None  # of each split at most, merged from tasks'; None: a task's own
 
     @property
     def input_bytes(self) -> int:
@@ -96,7 +98,7 @@ def changed_tasks(old: Recipe, new: Recipe) -> list[int]:
     """
     for name, flag in _FLAGS.items():
         before, now = getattr(old, name), getattr(new, name)
-        if before != now:
+        if before != now and not (name == "shards" and before is None):  # of an earlier release
             raise DataError(
                 f"{flag}: the output folder was started with {_say(before)}, this is {_say(now)}; "
                 "go on with that, or choose another --output"

@@ -61,14 +61,19 @@ class Record:
         return self.shards["train"].tokens
 
 
-def prefix(output: Path, split: str, task: int) -> Path:
+def name(first: int, last: int | None = None) -> str:
+    """Of a task's shard, or of the one that those of several tasks were merged into."""
+    return f"{first:05d}" if last is None else f"{first:05d}-{last:05d}"
+
+
+def prefix(output: Path, split: str, first: int, last: int | None = None) -> Path:
     """A shard's files without their endings, as Megatron's flags want it."""
-    return output / split / f"{task:05d}"
+    return output / split / name(first, last)
 
 
-def shard_files(output: Path, split: str, task: int) -> tuple[Path, Path]:
+def shard_files(output: Path, split: str, first: int, last: int | None = None) -> tuple[Path, Path]:
     """A shard's .bin and .idx."""
-    path = prefix(output, split, task)
+    path = prefix(output, split, first, last)
     return path.with_suffix(".bin"), path.with_suffix(".idx")
 
 
@@ -100,8 +105,12 @@ def forget(output: Path, task: int) -> None:
     path_of(output, task).unlink(missing_ok=True)
 
 
-def damage(output: Path, task: int) -> str | None:
-    """What is wrong with a finished task's record or the sizes of its files, in words."""
+def damage(output: Path, task: int, *, merged: bool = False) -> str | None:
+    """What is wrong with a finished task's record or the sizes of its files, in words.
+
+    Args:
+        merged: its shards are not there any more, but in others.
+    """
     try:
         record = schema.load(Record, path_of(output, task))
     except FileNotFoundError:
@@ -109,7 +118,7 @@ def damage(output: Path, task: int) -> str | None:
     except Malformed as error:
         return str(error)
     for split, shard in record.shards.items():
-        if shard.documents:
+        if shard.documents and not merged:
             for path, size in zip(shard_files(output, split, task), shard.sizes, strict=True):
                 if not path.is_file():
                     return f"{path} is missing"

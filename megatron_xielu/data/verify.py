@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_xielu.common import files
 from megatron_xielu.data import manifest as manifests
-from megatron_xielu.data import records, tokenizer_files
+from megatron_xielu.data import merging, records, tokenizer_files
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.manifest import Entry, Manifest
 
@@ -49,7 +49,10 @@ def verify(output: Path, *, workers: int) -> str:
             if problem:
                 problems[entry.prefix] = problem
                 with suppress(OSError):  # a folder that can only be read
-                    records.forget(output, entry.task)
+                    if entry.last_task is None:
+                        records.forget(output, entry.task)
+                    else:
+                        merging.forget(output, entry.task, entry.last_task)
     _check_totals(manifest)
     if problems:
         lines = "\n  ".join(f"{prefix}: {problem}" for prefix, problem in problems.items())

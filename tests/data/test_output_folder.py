@@ -10,12 +10,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from hostile import damaged
 from hypothesis import HealthCheck, given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_xielu.data import command, executors, manifest, recipe, records, scheduler
+from megatron_xielu.data import (
+    command,
+    executors,
+    manifest,
+    merging,
+    recipe,
+    records,
+    scheduler,
+)
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.verify import verify
 
@@ -107,6 +117,161 @@ def test_folders_of_earlier_releases(folder: Path):
         del values[name]
     path.write_text(json.dumps(values | {"from a later release": 1}))
     prepare(folder)
+
+
+SHARDS = ("--shards", "2")  # of three tasks: the second of the last two
+
+
+def contents(data: Path) -> dict[str, bytes]:
+    """Of all that Megatron and --verify are given."""
+    found = [*data.glob("*.*"), *data.glob("train/*"), *data.glob("valid/*")]
+    return {str(path.relative_to(data)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def merged(prepared: Path) -> dict[str, bytes]:
+    """The prepared data, merged as it is made."""
+    prepare(prepared, *SHARDS, "--output", str(prepared / "merged" / "data"))
+    expected = contents(prepared / "merged" / "data")
+    # The data list names its own folder.
+    place = str(prepared / "merged" / "data").encode()
+    return {name: x.replace(place, str(prepared / "data").encode()) for name, x in expected.items()}
+
+
+def test_merged(prepared: Path, merged: dict[str, bytes], tmp_path: Path):
+    """As Megatron's own builder does it, and listed everywhere."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    assert {name for name in merged if name.startswith("train")} == {
+        *("train/00000.bin", "train/00000.idx", "train/00001-00002.bin", "train/00001-00002.idx")
+    }
+    builder = IndexedDatasetBuilder(str(tmp_path / "0.bin"), dtype=np.uint16)
+    for task in (1, 2):
+        builder.add_index(str(prepared / "copy" / "train" / f"0000{task}"))
+    builder.finalize(str(tmp_path / "0.idx"))
+    for kind in ("bin", "idx"):
+        assert merged[f"train/00001-00002.{kind}"] == (tmp_path / f"0.{kind}").read_bytes()
+    assert merged["data_args.txt"].decode().split() == [
+        *("14", str(prepared / "data" / "train" / "00000")),
+        *("16", str(prepared / "data" / "train" / "00001-00002")),
+    ]
+
+
+@pytest.mark.parametrize("state", ["begun", "renamed", "recorded", "finished", "moved back"])
+def test_merging_goes_on(folder: Path, merged: dict[str, bytes], state: str):
+    """From wherever it was stopped, and without work that is done."""
+    data, other = folder / "data", folder / "merged" / "data"
+    shutil.copytree(folder / "copy", data, dirs_exist_ok=True)
+    if state == "begun":
+        (data / "work" / "merging" / "00001-00002").mkdir(parents=True)
+        (data / "work" / "merging" / "00001-00002" / "train.bin").write_bytes(b"half")
+    elif state != "moved back":
+        for kind in ("bin", "idx"):
+            shutil.copy(other / f"train/00001-00002.{kind}", data / "train")
+    if state in ("recorded", "finished"):
+        shutil.copytree(other / "work" / "merged", data / "work" / "merged")
+    if state == "finished":
+        for task in (1, 2):
+            for kind in ("bin", "idx"):
+                (data / "train" / f"0000{task}.{kind}").unlink()
+    plan = data / "work" / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"shards": 2}))
+    times = [path.stat().st_mtime_ns for path in sorted((data / "work" / "records").iterdir())]
+    prepare(folder)
+    assert contents(data) == merged and not (data / "work" / "merging").exists()
+    assert times == [x.stat().st_mtime_ns for x in sorted((data / "work" / "records").iterdir())]
+    prepare(folder, "--verify")
+
+
+def test_damage_of_what_is_merged(folder: Path, merged: dict[str, bytes], capsys):
+    """Its tasks are done again; a shard that is not what it was is merged into nothing."""
+    data = folder / "data"
+    source = data / "train" / "00002.bin"
+    source.write_bytes(bytes(source.stat().st_size))
+    plan = data / "work" / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"shards": 2}))
+    said = message(folder)
+    assert "train/00002.bin has another checksum than when it was written; remove it" in said
+    assert (data / "train" / "00001.bin").exists() and not list(data.glob("train/*-*"))
+    source.unlink()
+    prepare(folder)
+    assert contents(data) == merged
+
+    path = data / "train" / "00001-00002.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    said = _damage_of(folder)
+    assert "train/00001-00002: .bin has another checksum than in the manifest" in said
+    capsys.readouterr()
+    prepare(folder)
+    assert contents(data) == merged and capsys.readouterr().err.count("is done again") == 2
+    for name in ("train/00001-00002.idx", "work/merged/00001-00002.json"):
+        (data / name).write_bytes(b"")
+        prepare(folder)
+        assert contents(data) == merged
+
+
+def _damage_of(folder: Path) -> str:
+    with pytest.raises(SystemExit) as end:
+        prepare(folder, "--verify")
+    return str(end.value.code)
+
+
+def test_merged_to_a_budget_and_on(folder: Path, merged: dict[str, bytes]):
+    """A budget that ends within a span, another, none."""
+    shutil.rmtree(folder / "data")
+    for tokens in ("25", "17"):
+        prepare(folder, *SHARDS, "--max-tokens", tokens)
+        prepare(folder, "--verify")
+        made = manifest.load(folder / "data")
+        assert int(tokens) <= made.train.tokens < int(tokens) + 8
+        assert len(made.shards) == len(list((folder / "data" / "train").glob("*.bin")))
+    prepare(folder, *SHARDS)
+    assert contents(folder / "data").keys() == merged.keys()
+    made = [json.loads(x["manifest.json"]) for x in (contents(folder / "data"), merged)]
+    assert made[0] == made[1]
+
+
+def test_other_shards_than_at_the_start(folder: Path, monkeypatch):
+    """Data that an earlier release made stay as they are, unless the flag is given."""
+    plan = folder / "data" / "work" / "plan.json"
+    values = json.loads(plan.read_bytes())
+    del values["shards"]
+    plan.write_text(json.dumps(values))
+    monkeypatch.setattr(command, "_SHARDS", 2)
+    prepare(folder)
+    assert (folder / "data" / "train" / "00002.bin").exists()
+    prepare(folder, *SHARDS)
+    assert (folder / "data" / "train" / "00001-00002.bin").exists()
+    said = message(folder, "--shards", "1")
+    assert "--shards: the output folder was started with 2, this is 1" in said
+    with pytest.raises(DataError, match=r"--shards: the disk is too small .* start again"):
+        merging._room(folder, [1, 10**18])
+
+
+def test_merged_beyond_two_gigabytes(tmp_path: Path):
+    """Of bytes and of tokens: offsets in .bin and ends of documents that need 64 bits."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    lengths = [[2**31 - 1, 2**30], [5, 3], [2**31 - 1, 4]]  # tokens of 2 bytes
+    for i, each in enumerate(lengths):
+        file = MegatronTokenizedFile(str(tmp_path), str(i), token_size=2)
+        file.sequence_lengths, file.document_indices = each, [0, 1, 2]
+        file.close()
+        with (tmp_path / f"{i}.bin").open("wb") as stream:  # a hole, and the last document
+            stream.seek(2 * each[0])
+            stream.write(np.full(4, 7 + i, np.uint16).tobytes())
+            stream.truncate(2 * sum(each))
+    merging.join_indices(tmp_path / "all.idx", [tmp_path / f"{i}" for i in range(3)])
+    with (tmp_path / "all.bin").open("wb") as stream:
+        for i, each in enumerate(lengths):
+            stream.seek(2 * sum(map(sum, lengths[:i])) + 2 * each[0])
+            stream.write(np.full(4, 7 + i, np.uint16).tobytes())
+        stream.truncate(2 * sum(map(sum, lengths)))
+    data = IndexedDataset(str(tmp_path / "all"))
+    assert data.sequence_lengths.tolist() == [length for each in lengths for length in each]
+    assert data.document_indices.tolist() == list(range(7))
+    assert [data.get(i, 0, 3).tolist() for i in (1, 3, 5)] == [[7] * 3, [8] * 3, [9] * 3]
+    assert data.index.sequence_pointers[-1] == 2 * (sum(map(sum, lengths)) - 4) > 2**33
 
 
 def test_parts_of_a_large_file(folder: Path, tmp_path: Path, monkeypatch, capsys):
