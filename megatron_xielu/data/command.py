@@ -117,6 +117,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--slurm-option", action="append", metavar="NAME=VALUE", help="for sbatch")
     group.add_argument("--no-disk-check", action="store_true")
     group = parser.add_argument_group("instead of the work")
+    group.add_argument(
+        "--blend",
+        nargs="+",
+        metavar="WEIGHT:FOLDER",
+        help="list prepared folders by their share of a run's tokens: 0.7:web 0.3:code",
+    )
+    group.add_argument(
+        "--train-tokens", type=_TOKENS.read, help="of that run: how often it reads each folder"
+    )
     group.add_argument("--dry-run", action="store_true", help="say what it would be")
     group.add_argument("--verify", action="store_true", help="check finished data")
     options = parser.parse_args(arguments)
@@ -124,12 +133,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for word in value if isinstance(value, list) else [str(value)]:
             if not is_utf8(word):
                 parser.error(f"{flag_of(name)} {word!a} is not UTF-8")
-    if not options.verify and not (
+    if options.blend and (options.source or options.tokenizer or options.train_tokenizer):
+        parser.error("--blend is of data prepared already; leave out --source and the tokenizer")
+    if options.train_tokens and not options.blend:
+        parser.error("--train-tokens is of --blend; --max-tokens ends the data")
+    if not (options.verify or options.blend) and not (
         options.source and (options.tokenizer or options.train_tokenizer)
     ):
         parser.error(
             "--source and --tokenizer (or --train-tokenizer, where you have none) are needed, but "
-            "for --verify"
+            "for --verify and --blend"
         )
     for name, executors in _OF_EXECUTORS.items():
         if getattr(options, name) is not None and options.executor not in executors:
@@ -156,12 +169,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from megatron_xielu.data.verify import verify
 
             print(verify(options.output, workers=options.workers))
+        elif options.blend:
+            _blend(options)
         else:
             _prepare(options)
     except (DataError, OSError) as error:
         sys.exit(f"prepare_data.py: error: {without_secrets(str(error))}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on")
+
+
+def _blend(options: argparse.Namespace) -> None:
+    from megatron_xielu.data import blending
+
+    output = _output(options)
+    print(blending.blend(output, options.blend, options.train_tokens))
+    print(f"DATA_ARGS={quote(str(output))} examples/pretrain.sh   (tokenizer and vocabulary, too)")
+
+
+def _output(options: argparse.Namespace) -> Path:
+    """The folder, absolute.
+
+    Raises:
+        DataError: Megatron would not find data there.
+    """
+    output: Path = options.output.absolute()
+    if str(output).split() != [str(output)] or "::" in str(output):
+        raise DataError(
+            f"--output {str(output)!r}: choose a path without white space, where Megatron cuts "
+            "data_args.txt into words, and without ::"
+        )
+    return output
 
 
 def _go_offline(options: argparse.Namespace) -> None:
@@ -179,6 +217,7 @@ def _prepare(options: argparse.Namespace) -> None:
             f"{error}: install this package's extra, pip install 'megatron_xielu[data]'"
         ) from error
     from megatron_xielu.data import (
+        blending,
         credentials,
         estimate,
         manifest,
@@ -189,17 +228,14 @@ def _prepare(options: argparse.Namespace) -> None:
         tokenizer_files,
     )
 
-    output: Path = options.output.absolute()
-    if str(output).split() != [str(output)] or "::" in str(output):
-        raise DataError(
-            f"--output {str(output)!r}: choose a path without white space, where Megatron cuts "
-            "data_args.txt into words, and without ::"
-        )
+    output = _output(options)
     if options.executor == "slurm" and (odd := re.search(r"[^\w@+=:,./-]", str(output))):
         raise DataError(
             f"--output {output}: choose a path without {odd[0]!r}, for --executor slurm puts it "
             "into a batch script"
         )
+    if blending.folders_of(output):
+        raise DataError(f"--output {output}: it holds a blend; choose another --output")
     _refuse_overlap(options, output)
     request = _request(options)
     inspect = partial(

@@ -25,7 +25,7 @@ from megatron_xielu.data.tokenizer_files import TokenizerInfo
 
 NAME = prepared_data.MANIFEST
 FIX = "the command without --verify writes it again"
-_VERSION = 1
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def finish(recipe: Recipe, output: Path, used: int, merged: Iterable[Merged]) ->
         if not (of := spans.get(task)) or of.first == task
     ]
     manifest: dict[str, Any] = {
-        "version": _VERSION,
+        "version": VERSION,
         "sources": list(recipe.sources),
         "subset": recipe.subset,
         "input": {"files": sum(len(g.files) for g in recipe.groups), "bytes": recipe.input_bytes},
@@ -175,7 +175,8 @@ def data_args(output: Path, shards: Iterable[Mapping[str, Any]]) -> dict[str, st
     """What the files for Megatron's flags hold, by name."""
     words: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in shards:
-        words[entry["split"]] += [str(entry["tokens"]), str(output.absolute() / entry["prefix"])]
+        weight = entry.get("weight", entry["tokens"])  # a blend's own
+        words[entry["split"]] += [str(weight), str(output.absolute() / entry["prefix"])]
     train = words["train"]
     lines = [f"{weight} {path}\n" for weight, path in zip(train[::2], train[1::2], strict=True)]
     per_split = {"train": train, "valid": words["valid"] or None, "test": None}

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_xielu.common import files
+from megatron_xielu.data import blending, merging, records, tokenizer_files
 from megatron_xielu.data import manifest as manifests
-from megatron_xielu.data import merging, records, tokenizer_files
 from megatron_xielu.data.errors import DataError
 from megatron_xielu.data.manifest import Entry, Manifest
 
@@ -33,6 +33,8 @@ def verify(output: Path, *, workers: int) -> str:
     Raises:
         DataError: names every damaged shard.
     """
+    if folders := blending.folders_of(output):
+        raise DataError(f"--output {output}: a blend; verify the data of {' and '.join(folders)}")
     manifest = manifests.load(output)
     shards = manifest.shards
     _check_tokenizer(output, manifest)
