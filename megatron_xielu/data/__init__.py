@@ -2,6 +2,7 @@
 
 ``sources`` finds the files, ``readers`` reads them strictly, ``tokenise`` writes a shard,
 ``executors`` hands tasks to datatrove's executors, ``scheduler`` runs them until none is missing,
-``manifest`` writes what describes the result, ``verify`` checks it. ``recipe`` is what a run is,
+``merging`` makes few shards of many, ``manifest`` writes what describes the result, ``verify``
+checks it, ``blending`` lists several results. ``recipe`` is what a run is,
 ``records`` what is finished of it.
 """

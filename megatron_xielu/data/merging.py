@@ -136,6 +136,11 @@ def merge(recipe: Recipe, output: Path, used: int, workers: int) -> list[Merged]
     missing = [
         span for span in spans(recipe, used) if span not in [merged.tasks for merged in there]
     ]
+    kept = {path for merged in there for path in merged.paths(output)}
+    for split in SPLITS:
+        for path in (output / split).glob("*-*.*"):
+            if path not in kept:  # of a start that was killed
+                path.unlink()
     for merged in there:
         _remove_sources(output, merged.tasks)
     if not missing:
