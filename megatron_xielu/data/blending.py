@@ -8,7 +8,6 @@ of that as it has of the folder's tokens. No data is copied; prefixes are absolu
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from megatron_xielu.data.records import SPLITS
 
 # Up to about four times the same text is nearly as good as other text (arXiv 2305.16264).
 _EPOCHS = 4
+_LEAST, _MOST = 1e-6, 1e6  # weights
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _read(word: str) -> tuple[float, Path]:
         number = float(weight)
     except ValueError:
         number = 0.0
-    if not (0 < number < math.inf and name):
+    if not (_LEAST <= number <= _MOST and name):
         raise DataError(f"--blend {word}: not WEIGHT:FOLDER, such as 0.7:data/web")
     if not (found := prepared_data.find(Path(name))):
         raise DataError(
@@ -159,8 +159,15 @@ def _check(folder: Path, manifest: Manifest, first: Path, other: Manifest) -> No
             f"{manifest.tokenizer.name}); prepare one of them again, by the other's "
             f"--tokenizer {first}/tokenizer"
         )
+    for split in SPLITS:
+        each = [entry.tokens for entry in manifest.shards if entry.split == split]
+        if 0 in each or sum(each) != getattr(manifest, split).tokens:
+            raise DataError(
+                f"--blend: {folder / manifests.NAME} is damaged: tokens of {split} are not those "
+                "of its shards; start the command that made it again"
+            )
     if not manifest.train.tokens:
-        raise DataError(f"--blend: {folder} has no training tokens")
+        raise DataError(f"--blend: by its {manifests.NAME} {folder} has no training tokens")
     for entry in manifest.shards:
         for kind in ("bin", "idx"):
             path, size = folder / f"{entry.prefix}.{kind}", getattr(entry, kind).bytes

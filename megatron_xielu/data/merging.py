@@ -45,7 +45,7 @@ class Merged:
     sources: list[dict[str, tuple[str, str]]]  # of every task: by split, sha256 of its files
 
     def __post_init__(self) -> None:
-        if set(self.shards) != set(SPLITS) or len(self.sources) != len(self.tasks):
+        if set(self.shards) != set(SPLITS) or len(self.sources) != self.last - self.first + 1:
             raise ValueError("its shards or sources are not complete")
 
     @property

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_xielu.data import (
+    blending,
     command,
     executors,
     manifest,
@@ -382,6 +383,10 @@ def _attempts(output: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "manifest": ("manifest.json", manifest.load),
     "verify": ("manifest.json", lambda output: verify(output, workers=1)),
+    "blend": (
+        "manifest.json",
+        lambda output: blending.blend(output.parent / "mix", [f"1:{output}"], 1.0),
+    ),
     "plan": (
         "work/plan.json",
         lambda output: recipe.changed_tasks(recipe.load(output), recipe.load(output)),
