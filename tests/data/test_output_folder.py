@@ -166,6 +166,7 @@ def test_merging_goes_on(folder: Path, merged: dict[str, bytes], state: str):
     if state == "begun":
         (data / "work" / "merging" / "00001-00002").mkdir(parents=True)
         (data / "work" / "merging" / "00001-00002" / "train.bin").write_bytes(b"half")
+        (data / "train" / "00000-00002.bin").write_bytes(b"of another budget")
     elif state != "moved back":
         for kind in ("bin", "idx"):
             shutil.copy(other / f"train/00001-00002.{kind}", data / "train")
