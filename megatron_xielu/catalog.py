@@ -321,7 +321,6 @@ _SCRIPT = "Megatron-LM's own pretrain_gpt.py, with `--spec` or the patch"
 BY_ENTRY = (
     Refusal("--sft", _STEP, _SCRIPT),
     Refusal("--fim-data", _STEP, _SCRIPT),
-    Refusal("--dataloader-inter-document-masking", _STEP, _SCRIPT),
     Refusal("--hybrid-context-parallel", _STEP, _SCRIPT),
     Refusal("--dataloader-type", _STEP, _SCRIPT, values=("external",)),
     Refusal("--logits-load-dir", _STEP, _SCRIPT),
@@ -339,6 +338,33 @@ UNREAD = (
     Refusal("--rampup-batch-size", _UNREAD, "`--step-batch-size-schedule`"),
     Refusal("--apply-residual-connection-post-layernorm", _UNREAD),
     Refusal("--openai-gelu", _UNREAD),
+)
+
+
+DOCUMENTS_FLAG = "--dataloader-inter-document-masking"  # each document attends to itself alone
+_ENDS = (
+    "documents end where the data say so, whatever their tokens, and positions begin again there"
+)
+_CUDA_GRAPH = "a captured step has always the same documents"
+WITH_DOCUMENTS = (
+    Refusal(
+        "--context-parallel-size above 1",
+        "Megatron 0.19.2 splits the whole sequence over the ranks, while its rotary positions and "
+        "Transformer Engine count in parts of each document",
+        argument="context_parallel_size",
+        harmless=(1,),
+        told=True,
+    ),
+    Refusal("--reset-attention-mask", _ENDS, told=True),
+    Refusal("--reset-position-ids", _ENDS, told=True),
+    Refusal("--cuda-graph-impl", _CUDA_GRAPH, harmless=("none",), told=True),
+    Refusal("--enable-cuda-graph", _CUDA_GRAPH, told=True),
+    Refusal("--external-cuda-graph", _CUDA_GRAPH, told=True),
+)
+# Not on a CPU, where attention is this package's.
+DOCUMENTS_NEED_TE = (
+    f"{DOCUMENTS_FLAG} does not work with --transformer-impl local: Megatron's own attention has "
+    "no code for it; use transformer_engine"
 )
 
 
@@ -388,6 +414,19 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--recompute-granularity full and --recompute-method, and no --sequence-parallel; "
             "drop it"
         )
+    if given(argument_of(DOCUMENTS_FLAG)):
+        for refusal in WITH_DOCUMENTS:
+            if refusal.is_given(arguments):
+                yield refusal.with_(DOCUMENTS_FLAG)
+        if (given("pipeline_model_parallel_size") or 1) > 1 and (
+            (given("micro_batch_size") or 1) > 1
+        ):
+            # Stages receive [s, b, h] where [s·b, 1, h] is sent.
+            yield (
+                f"{DOCUMENTS_FLAG} with --pipeline-model-parallel-size above 1 needs "
+                "--micro-batch-size 1: Megatron joins the samples of a micro-batch into one, and "
+                "its pipeline stages expect them apart"
+            )
 
 
 # Megatron builds these from other specs than the dense one before 0.19; the patch knows the first

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_xielu import arguments
+from megatron_xielu import arguments, catalog
 from megatron_xielu.checkpoints import optimizer_format, resume
 from megatron_xielu.common import data_lists, files, fp8
 from megatron_xielu.common.flags import argument_of, flag_of
@@ -99,6 +99,11 @@ def _check_step(args: Namespace) -> None:
             f"--sequence-parallel: --tensor-model-parallel-size {tensor} does not divide "
             f"--seq-length {args.seq_length} per CP rank"
         )
+    if args.dataloader_inter_document_masking and args.transformer_impl == "local":
+        from megatron.core.models import backends
+
+        if backends.DotProductAttention.__module__.startswith("megatron."):  # not `cpu.attention`
+            raise ValueError(catalog.DOCUMENTS_NEED_TE)
     if args.num_experts and tensor > 1 and not args.sequence_parallel:
         raise ValueError(
             f"--num-experts with --tensor-model-parallel-size {tensor} needs --sequence-parallel"

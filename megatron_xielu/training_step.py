@@ -13,14 +13,17 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_xielu.common import data_lists
@@ -43,9 +46,7 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     args = get_args()
 
     def is_built_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
-            vp_stage
-        )
+        return mpu.get_tensor_model_parallel_rank() == 0 and _has_batch(args, vp_stage)
 
     builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
@@ -66,6 +67,11 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
             f"megatron_xielu: error: an index of the data cannot be written: {error.__cause__}; "
             "give --data-cache-path a folder with room that can be written to"
         ) from None
+
+
+def _has_batch(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this pipeline stage needs anything of a sample: attention, where documents end."""
+    return args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -102,6 +108,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 0,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
 
 
@@ -111,10 +118,14 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     Returns:
         ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` of shape [micro-batch, sequence /
         context-parallel size] and ``attention_mask``; None where this pipeline stage needs none.
+        With ``--dataloader-inter-document-masking`` of shape [1, micro-batch · sequence], and
+        ``cu_seqlens`` [1, documents + 1] and ``max_seqlen`` [1]: where its documents begin and end,
+        and the tokens of the longest.
     """
     args = get_args()
-    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    keys = ["tokens", "labels", "loss_mask", "position_ids", "attention_mask"]
+    keys += ["cu_seqlens", "max_seqlen"]
+    if not _has_batch(args, vp_stage):
         return dict.fromkeys(keys)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -125,7 +136,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
             batch[key] = None if tensor is None else tensor.cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=args.dataloader_inter_document_masking,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -139,6 +150,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    batch = flatten_batch_for_packed_sequences(batch)
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
@@ -197,6 +209,22 @@ def _check_tp_sync(model: torch.nn.Module, vp_stage: int | None) -> None:
         _checked_iterations[vp_stage or 0] = iteration
 
 
+def _documents(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """The documents of a micro-batch, as attention and rotary positions take them; None for one
+    of samples that are attended to as a whole."""
+    if batch["cu_seqlens"] is None:
+        return None
+    ends, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
     """Run the model on the next micro-batch.
 
@@ -208,6 +236,10 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, vp_stage)
+    documents = _documents(batch)
+    # Megatron counts FLOPs with it, from one training step to the next, once for each rank.
+    if documents is not None and model.training and not vp_stage:
+        update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens_q)
     timers("batch-generator").stop()
     output = model(
         batch["tokens"],
@@ -215,5 +247,6 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=documents,
     )
     return output, partial(loss_func, batch["loss_mask"])

@@ -63,6 +63,16 @@ How it works, and what works together with it: [memory.md](memory.md).
 
 It, `--xielu-frozen-alphas` and `--xielu-recompute-output` need `--xielu` or `--xiprelu`.
 
+## With `{catalog.DOCUMENTS_FLAG}`
+
+{_table(catalog.WITH_DOCUMENTS)}
+| `--micro-batch-size` above 1 with `--pipeline-model-parallel-size` above 1 | Megatron joins the \
+samples of a micro-batch into one, and its pipeline stages expect them apart | micro-batches of 1 |
+| `--transformer-impl local` on a GPU | Megatron's own attention has no code for it | \
+`transformer_engine` |
+
+What it does: [training.md](training.md#documents).
+
 ## Before Megatron 0.19
 
 {_table(catalog.BEFORE_0_19)}
@@ -83,7 +93,7 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 
 ## By the plan (`--dry-run`)
 
-The flags of the first four tables, with `--cpu` those that need a GPU, names that no release of
+The flags of the first five tables, with `--cpu` those that need a GPU, names that no release of
 Megatron in [versions.md](versions.md) knows (abbreviations, too: Megatron takes none), and:
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan counts dense GPT models.

@@ -51,6 +51,7 @@ _SWITCHES = (
     *("attention_output_gate", "untie_embeddings_and_output_weights", "use_mup"),
     *("is_hybrid_model", "no_pad_vocab_size", "finetune", "bf16", "fp16"),
     *("attention_softmax_in_fp32", "reset_position_ids", "reset_attention_mask"),
+    "dataloader_inter_document_masking",
     *("eod_mask_loss", "mock_data", "full_validation", "multiple_validation_sets"),
     # Of the research fork: see `fork`.
     *("xiprelup", "attn_layernorm", "mlp_layernorm", "final_layernorm", "post_layer_norm"),

@@ -15,7 +15,8 @@ factories (``torch.zeros``, …)   ``device="cuda"`` means the CPU; nothing is p
 ``torch.distributed``            ``nccl`` becomes ``gloo``; ``ReduceOp.AVG`` divides, then sums
 ``jit_fuser`` and its warm-up    do nothing: compiling small fusions takes longer than a test
 ``WrappedTorchNorm``             accepts sequence parallelism and marks its weights for it
-``DotProductAttention``          accepts context parallelism, by gathering keys and values
+``DotProductAttention``          accepts context parallelism, by gathering keys and values, and
+                                 documents, one after the other
 checkpoint writer                is forked, and gets a copy of the tensors
 ===============================  ===============================================================
 

@@ -1,14 +1,18 @@
-"""Context-parallel attention for CPU runs: gather keys and values, mask by global position.
+"""Attention for CPU runs of what Megatron leaves to Transformer Engine; exact, not fast.
 
-Megatron's own context parallelism lives in Transformer Engine. Its torch attention refuses it, so
-that a CPU run could not test what context parallelism does to gradients. This one keeps Megatron's
-data layout (rank r holds chunks ``r`` and ``2·cp − 1 − r`` of the sequence); it is exact, not fast.
+Megatron's torch attention refuses context parallelism and documents in one sequence, so that a CPU
+run could not test what they do to gradients.
 
-Legend: s local sequence, S = s·cp, b batch, n local heads, d head size.
+* Context parallelism: gather keys and values, mask by global position. Megatron's data layout: rank
+  r holds chunks ``r`` and ``2·cp − 1 − r`` of the sequence.
+* Documents (``packed_seq_params``): each by itself.
+
+Legend: s local sequence, S = s·cp, b batch, n local heads, d head size, t tokens of all documents.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +21,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
-class ContextParallelAttention(DotProductAttention):
-    """Megatron's torch attention, also with ``--context-parallel-size`` above 1 (causal only)."""
+class CPUAttention(DotProductAttention):
+    """Megatron's torch attention, also with ``--context-parallel-size`` above 1 or with
+    ``--dataloader-inter-document-masking`` (both causal only)."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         cp_size, config.context_parallel_size = config.context_parallel_size, 1
@@ -29,14 +34,28 @@ class ContextParallelAttention(DotProductAttention):
 
     def forward(
         self,
-        query: torch.Tensor,  # [s, b, n, d]
+        query: torch.Tensor,  # [s, b, n, d]; of documents [t, n, d]
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *args: Any,
+        packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attention of the local queries over the whole sequence: ``[s, b, n·d]``."""
+        """Attention of the local queries over the whole sequence: ``[s, b, n·d]``.
+
+        Of documents each over itself: ``[t, 1, n·d]``.
+        """
+        attend = super().forward
+        if packed_seq_params is not None:
+            return torch.cat(
+                [
+                    # [t, n, d] -> [s, 1, n, d]; without a mask it is causal
+                    attend(*(x[begin:end, None] for x in (query, key, value)), None)
+                    for begin, end in pairwise(packed_seq_params.cu_seqlens_q.tolist())
+                    if begin < end
+                ]
+            )
         cp_size = self.config.context_parallel_size
         if cp_size > 1:
             group = parallel_state.get_context_parallel_group()
@@ -54,4 +73,4 @@ class ContextParallelAttention(DotProductAttention):
             ]
             mine = positions[torch.distributed.get_rank(group)]
             attention_mask = (torch.cat(positions) > mine[:, None])[None, None]  # [1, 1, s, S]
-        return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        return attend(query, key, value, attention_mask, *args, **kwargs)

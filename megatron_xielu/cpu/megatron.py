@@ -25,20 +25,22 @@ def redirect() -> None:
     from megatron.core.models import backends
     from megatron.core.transformer import torch_norm
 
-    from megatron_xielu.cpu.attention import ContextParallelAttention
+    from megatron_xielu.cpu.attention import CPUAttention
     from megatron_xielu.workarounds import megatron_wheel
 
     megatron_wheel.prepare()
-    backends.DotProductAttention = ContextParallelAttention
+    backends.DotProductAttention = CPUAttention
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallel(
         torch_norm.WrappedTorchNorm.__new__
     )
     _redirect_checkpoint_writer()
     # Nothing is compiled here, so nothing needs a warm-up; and its dropouts would take random
     # numbers from the generator of the initial weights, as many as the parallel layout asks for.
-    from megatron.training import initialize
+    from megatron.training import initialize, training
 
     initialize._warmup_jit_function = lambda **kwargs: None
+    # What documents add their lengths to; Megatron would make it on a device of its own spelling.
+    training._seqlen_stats_in_iteration = torch.zeros(2, dtype=torch.float64)
     # Here the "GPU" random state is the CPU's, so this warning would follow every dropout.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

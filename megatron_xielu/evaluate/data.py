@@ -94,13 +94,16 @@ class Tokens:
     Args:
         prefixes: of the files.
         sequence_length: s.
+        documents: samples say where their documents begin and end.
 
     Raises:
         ValueError: a file is damaged or there is no token; names the file.
     """
 
-    def __init__(self, prefixes: list[Path], sequence_length: int) -> None:
-        self.sequence_length = sequence_length
+    def __init__(
+        self, prefixes: list[Path], sequence_length: int, *, documents: bool = False
+    ) -> None:
+        self.sequence_length, self._documents = sequence_length, documents
         self._lengths, self._tokens = [], []
         for prefix in prefixes:
             index = indexed_dataset.read(prefix)
@@ -118,6 +121,8 @@ class Tokens:
             if expected:  # an empty file cannot be mapped
                 self._lengths.append(lengths)
                 self._tokens.append(np.memmap(path, dtype=index.dtype, mode="r"))
+        # Of documents, all files end to end.
+        self._begins = np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
         self._starts = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
         if not len(self):
             raise ValueError(f"no token in {', '.join(map(str, prefixes))}")
@@ -175,7 +180,25 @@ class Tokens:
             "loss_mask": loss_mask,
             "position_ids": position_ids,
         }
+        if self._documents:
+            return {**sample, **self._ends(start - 1)}
         return sample if attention_mask is None else {**sample, "attention_mask": attention_mask}
+
+    def _ends(self, first: int) -> dict[str, torch.Tensor]:
+        """Of the documents of a sample whose first token is that one of the data: what Megatron's
+        data sets say of them (``--dataloader-inter-document-masking``)."""
+        inside = slice(*np.searchsorted(self._begins, [first + 1, first + self.sequence_length]))
+        begins = np.unique(self._begins[inside]) - first
+        ends = torch.tensor([0, *begins.tolist(), self.sequence_length], dtype=torch.int32)
+        lengths = ends.diff()
+        return {
+            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()]),
+            # One more than there can be documents, so that samples of one shape can be stacked.
+            "cu_seqlens": torch.nn.functional.pad(
+                ends, (0, self.sequence_length + 1 - len(ends)), value=self.sequence_length
+            ),
+            "max_seqlen": lengths.max(),
+        }
 
     def micro_batch(self, number: int, *, size: int, dp_rank: int, dp_size: int) -> range:
         """The sequences of a data-parallel rank's micro-batch, as Megatron's sampler deals them."""

@@ -47,7 +47,9 @@ def evaluate(request: Namespace, iteration: int, prefixes: list[Path] | None) ->
     if prefixes is None:
         validation.check(args, saved)
     else:
-        tokens = data.Tokens(prefixes, args.seq_length)
+        tokens = data.Tokens(
+            prefixes, args.seq_length, documents=args.dataloader_inter_document_masking
+        )
     initialize_megatron()
     _check_vocabulary(args, tokens)
     _check_data(args, prefixes)
@@ -268,7 +270,8 @@ class _Watch:
         return counted
 
     def _mask(self, number: int) -> torch.Tensor | None:
-        """Which tokens of this rank's micro-batch are of the data: [s, b]; None if all."""
+        """Which tokens of this rank's micro-batch are of the data: [s, b], of documents [s·b, 1];
+        None if all."""
         if self._tokens is None:
             return None
         chosen = self._tokens.micro_batch(
@@ -280,7 +283,10 @@ class _Watch:
         valid = torch.tensor([self._tokens.valid_tokens(sequence) for sequence in chosen])
         if bool((valid == self._args.seq_length).all()):
             return None
-        return torch.arange(self._args.seq_length)[:, None] < valid[None, :]
+        mask = torch.arange(self._args.seq_length)[:, None] < valid[None, :]
+        if self._args.dataloader_inter_document_masking:  # one sample after the other
+            mask = mask.T.reshape(-1, 1)
+        return mask
 
     def totals(self) -> tuple[float, int]:
         """Mean loss in nats per token, and the number of tokens, over all ranks."""

@@ -23,6 +23,7 @@ _TEXT = (
     *("tokenizer_sentencepiece_legacy", "tokenizer_sentencepiece_ignore_extra_whitespaces"),
     *("tiktoken_num_special_tokens", "make_vocab_size_divisible_by"),
     *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    "dataloader_inter_document_masking",
 )
 _WHICH_DATA = (
     *("data_path", "data_args_path", "per_split_data_args_path", "mock_data"),

@@ -91,6 +91,11 @@ def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[s
             "--fp8-format: the time is that of bf16, and so is the memory of activations but for "
             "the MLP's output: FP8 is not measured, and no speed-up is counted"
         )
+    if catalog.DOCUMENTS_FLAG in given:
+        found.append(
+            f"{catalog.DOCUMENTS_FLAG}: FLOPs and hours count attention over whole sequences, and "
+            "are an upper bound: a document attends to itself alone"
+        )
     found += [
         f"{flag} is not modelled: stages and batches are taken to be of equal size"
         for flag in [*optimizer_format.UNEVEN_STAGES, *catalog.NOT_MODELLED]
@@ -151,6 +156,8 @@ def _flags(plan: Plan) -> Iterator[str]:
         yield fp8.LOCAL
     if "--cpu" in given:
         yield from catalog.not_on_cpu(plan.argv)
+    elif catalog.DOCUMENTS_FLAG in given and args.transformer_impl == "local":
+        yield catalog.DOCUMENTS_NEED_TE
     for refusal in catalog.UNREAD:
         if refusal.flag in given:
             yield refusal.alone()

@@ -39,7 +39,9 @@ _SWITCHES = (
     "use-rotary-position-embeddings recompute-activations distribute-saved-activations "
     "cross-entropy-loss-fusion no-save-optim no-load-optim finetune no-pad-vocab-size "
     "no-overlap-p2p-communication overlap-grad-reduce dist-ckpt-optim-fully-reshardable "
-    "ckpt-fully-parallel-load moe-use-upcycling first-last-layers-bf16"
+    "ckpt-fully-parallel-load moe-use-upcycling first-last-layers-bf16 "
+    "dataloader-inter-document-masking reset-attention-mask reset-position-ids "
+    "enable-cuda-graph external-cuda-graph"
 ).split()
 _STRINGS = {
     "normalization": "LayerNorm",
@@ -51,6 +53,7 @@ _STRINGS = {
     "transformer-impl": "transformer_engine",
     "attention-backend": "auto",
     "cross-entropy-fusion-impl": "native",
+    "cuda-graph-impl": "none",
     "recompute-granularity": None,
     "recompute-method": None,
     "fp8-format": None,

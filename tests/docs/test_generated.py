@@ -18,6 +18,7 @@ def test_every_refusal_has_a_reason():
         catalog.UNREAD,
         catalog.WITH_RECOMPUTE_OUTPUT,
         catalog.WITH_SHARED_ALPHAS,
+        catalog.WITH_DOCUMENTS,
         catalog.BEFORE_0_19,
         catalog.BY_PLAN,
     )

@@ -31,6 +31,7 @@ from megatron_xielu.convert import to_hf
 from megatron_xielu.evaluate import checkpoint, data, result, validation
 
 EOD = "<|endoftext|>"
+DOCUMENTS = "--dataloader-inter-document-masking"
 SEQUENCE = 32  # of TINY_LLAMA
 LAYERS, FFN = 4, 96
 
@@ -159,6 +160,16 @@ def test_equals_the_validation_that_training_printed(xielu):
     assert _files(folder / "checkpoints") == before
 
 
+def test_documents_are_those_of_training(prepared, tmp_path):
+    """A checkpoint of a training with the flag is evaluated with it."""
+    model = _model(prepared, bias=False)
+    flags = f"--xielu --train-iters 2 --eval-interval 2 --eval-iters 3 {DOCUMENTS}"
+    training = train(tmp_path, f"{flags} --save checkpoints", model=model)
+    evaluate(tmp_path, "--eval-iters 3 --micro-batch-size 4")
+    found = read(tmp_path)
+    assert f"{found['loss']:.6E}" == _printed(training, "2")
+
+
 def test_every_token_once(xielu, prepared):
     """With a last batch that is mostly padding; the bias fused with the activation or not."""
     folder, _ = xielu
@@ -184,6 +195,22 @@ def _stream(prepared: Path) -> np.ndarray:
     return np.concatenate([sequence for file in files for sequence in file])
 
 
+def _assert_by_document(model, inputs, labels, folder: Path, prepared: Path) -> None:
+    """With the flag, on one rank and with a last micro-batch that is padded."""
+    evaluate(folder, f"--data-path {prepared} --micro-batch-size 3 {DOCUMENTS}")
+    loss, begin = 0.0, 0
+    with torch.no_grad():
+        for end in range(1, len(labels) + 1):
+            is_end = end == len(labels) or inputs[end - 1] == 0  # EOD ends a document
+            if is_end or end % SEQUENCE == 0:
+                logits = model(inputs[None, begin:end]).logits[0]
+                loss += torch.nn.functional.cross_entropy(
+                    logits, labels[begin:end], reduction="sum"
+                ).item()
+                begin = end
+    assert read(folder)["loss"] == pytest.approx(loss / len(labels), abs=1e-5)
+
+
 def test_against_transformers(swiglu, prepared, tmp_path):
     """The gated half's pre-activations at TP=2, and the loss, of the same tokens."""
     flags = f"--data-path {prepared} --activation-statistics --tensor-model-parallel-size 2"
@@ -200,6 +227,9 @@ def test_against_transformers(swiglu, prepared, tmp_path):
         )
     labels = torch.from_numpy(_stream(prepared).astype(np.int64))
     inputs = labels.roll(1)  # the first token comes after the last
+    _assert_by_document(model, inputs, labels, swiglu, prepared)
+    for kept in gates:
+        kept.clear()
     loss = 0.0
     with torch.no_grad():
         whole = len(labels) // SEQUENCE * SEQUENCE  # the rest is a shorter sequence

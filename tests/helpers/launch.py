@@ -42,7 +42,7 @@ TINY_LLAMA = """
 # Commands that turn CPU mode on and import Megatron before they do anything with it, and what they
 # import then. A script that knows nothing of this package finds nothing of it imported.
 _ENTRIES = {
-    *("entry", "logits_entry", "checkpoint_bytes"),
+    *("entry", "document_entry", "logits_entry", "checkpoint_bytes"),
     *("megatron_xielu.pretrain_gpt", "megatron_xielu.evaluate"),
 }
 _SCRIPTS = {

@@ -442,6 +442,7 @@ def test_warnings():
     assert "the last 1 are not trained on" in warn("--train-samples 30800001")
     assert "longer than the run" in warn("--lr-decay-samples 40000000")
     assert "equal size" in warn("--decoder-first-pipeline-num-layers 3")
+    assert "an upper bound" in warn("--dataloader-inter-document-masking")
     total = plan_1b().memory().total / GIB
     tight = warn("", Cluster(nodes=11, gpu_memory_gib=total * 1.05))
     assert "leaves less than 10%" in tight and "--xielu-recompute-output" in tight

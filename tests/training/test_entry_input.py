@@ -151,6 +151,7 @@ def test_what_does_not_go_together(flags, ranks, message):
     assert len(str(error.value).splitlines()) == 1
 
 
+DOCUMENTS = "--dataloader-inter-document-masking"
 PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 
 
@@ -161,6 +162,14 @@ PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-r
         ("--recompute-method block --recompute-activations", "--recompute-method goes with"),
         ("--distribute-saved-activations", "--distribute-saved-activations needs --tensor-model"),
         ("--lr-warmup-fraction 1", "--lr-warmup-fraction must be below 1, not 1.0"),
+        (
+            f"{DOCUMENTS} --context-parallel-size 2",
+            f"{DOCUMENTS} does not work with --context-para",
+        ),
+        (f"{DOCUMENTS} --reset-position-ids", f"{DOCUMENTS} does not work with --reset-position"),
+        (f"{DOCUMENTS} --reset-attention-mask", f"{DOCUMENTS} does not work with --reset-attent"),
+        (f"{DOCUMENTS} --cuda-graph-impl local", f"{DOCUMENTS} does not work with --cuda-graph-i"),
+        (f"{DOCUMENTS} --pipeline-model-parallel-size 2", f"{DOCUMENTS} with --pipeline-model-par"),
     ],
 )
 def test_the_plan_refuses_it_in_the_same_words(flags, message):
@@ -172,6 +181,19 @@ def test_the_plan_refuses_it_in_the_same_words(flags, message):
     except PlanError as refused:
         found = refused.problems
     assert str(error.value) in found
+
+
+def test_documents_need_an_attention_that_knows_them():
+    """Not on a CPU, which these checks have not gone to."""
+    args = check(DOCUMENTS)
+    with pytest.raises(ValueError, match="--transformer-impl local: Megatron's own attention has"):
+        run_checks._check_step(args)
+    args.transformer_impl = "transformer_engine"
+    run_checks._check_step(args)
+    words = [*TINY_LLAMA, "--xielu", DOCUMENTS, "--transformer-impl", "local"]
+    for more, expected in (([], [catalog.DOCUMENTS_NEED_TE]), (["--cpu"], [])):
+        plan = Plan([*words, *more], cluster=Cluster(1, 1))
+        assert plan_checks.problems(plan, environment={}) == expected
 
 
 @pytest.mark.parametrize(
