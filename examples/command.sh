@@ -32,7 +32,7 @@ source "$model_file"
 : "${DEVICE:=gpu}" "${PRECISION:=bf16}" "${FP8_RECIPE:=}" "${DECAY_NORMS:=0}" "${SEED:=42}" "${SPLIT:=990,10,0}"
 : "${own_tokenizer:=mistralai/Mistral-Nemo-Base-2407}" "${TOKENIZER:=$own_tokenizer}"
 : "${PADDED_VOCAB_SIZE:=}" "${VOCAB_SIZE:=}"
-: "${DATA_ARGS:=}" "${DATA:=}" "${MOCK_DATA:=0}" "${WANDB_PROJECT:=}"
+: "${DATA_ARGS:=}" "${DATA:=}" "${MOCK_DATA:=0}" "${DOCUMENT_MASK:=0}" "${WANDB_PROJECT:=}"
 : "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}"
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${PREFLIGHT:=1}" "${NETWORK:=}"
 : "${SAVE_INTERVAL:=1000}" "${KEEP_LAST:=3}" "${KEEP_EVERY:=5000}" "${LOG_INTERVAL:=10}"
@@ -182,6 +182,7 @@ elif [[ $MOCK_DATA == 1 ]]; then
 else
     no_data=1
 fi
+((DOCUMENT_MASK)) && megatron+=(--dataloader-inter-document-masking)
 [[ -n $WANDB_PROJECT ]] && megatron+=(
     --wandb-project "$WANDB_PROJECT" --wandb-exp-name="$(basename "$RUN_DIR")" --wandb-save-dir "$RUN_DIR")
 

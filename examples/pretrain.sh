@@ -18,6 +18,7 @@
 #   DATA_ARGS    a folder of tools/prepare_data.py or its manifest.json; or a file for --data-args-path
 #                or (*.json) --per-split-data-args-path; or DATA, prefixes for --data-path; or MOCK_DATA=1
 #   SPLIT        train, validation, test shares, without such a *.json   [990,10,0]
+#   DOCUMENT_MASK  1: the documents of a sample do not attend to each other   [0, as Megatron]
 #   TOKENIZER    Hugging Face name or folder, or null
 #                [that of prepared data, else the model file's, or mistralai/Mistral-Nemo-Base-2407]
 #   PADDED_VOCAB_SIZE  rows of the embedding   [as TOKENIZER; none: Megatron's, by the tokenizer]

@@ -10,6 +10,7 @@ import copy
 import importlib
 import io
 import re
+import sys
 import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -384,6 +385,8 @@ def check_checkpoint(args: Namespace) -> tuple[Namespace, str] | None:
         refuse_another_activation(args, *checkpoint)
         resume.check_model(args, *checkpoint)
         optimizer_format.check_resume(args, *checkpoint)
+        for doubt in resume.doubts(args, *checkpoint) if args.rank == 0 else ():
+            print(f"megatron_xielu: warning: {doubt}", file=sys.stderr, flush=True)
     return checkpoint
 
 

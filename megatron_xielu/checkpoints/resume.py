@@ -8,7 +8,7 @@ a traceback of what it met first, or trains on and leaves out what the model doe
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_xielu.common.flags import flag_of
@@ -22,6 +22,7 @@ _SHAPE = (
     *("untie_embeddings_and_output_weights", "position_embedding_type", "qk_layernorm"),
     _VOCABULARY,
 )
+_DOCUMENTS = "dataloader_inter_document_masking"
 _MEGATRONS_STRICTNESS = "assume_ok_unexpected"
 
 # What the optimizer's parameter groups are found by, and what else a schedule is made of: as the
@@ -74,6 +75,23 @@ def check_model(args: Namespace, saved: Namespace, folder: str) -> None:
                     else ""
                 )
             )
+
+
+def doubts(args: Namespace, saved: Namespace, folder: str) -> Iterator[str]:
+    """What a run may have meant to have in common with its checkpoint, and has not; a line each.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint.
+        folder: of the checkpoints.
+    """
+    now, then = (getattr(a, _DOCUMENTS, False) for a in (args, saved))
+    if now != then and not args.finetune:
+        yield (
+            f"the checkpoint in {folder} was trained with{'' if then else 'out'} "
+            f"{flag_of(_DOCUMENTS)}, and this run goes on with{'' if now else 'out'} it "
+            f"(pretrain.sh: DOCUMENT_MASK={now:d})"
+        )
 
 
 def check_schedule(

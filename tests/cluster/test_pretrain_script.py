@@ -266,6 +266,14 @@ def test_the_optimizer_state_is_gathered_only_on_request():
         assert "--ckpt-fully-parallel-load" in command
 
 
+def test_documents_attend_to_each_other_but_on_request():
+    flag_of_it = "--dataloader-inter-document-masking"
+    assert flag_of_it not in output(LAUNCHER)
+    text = output(LAUNCHER, DOCUMENT_MASK="1")
+    assert flag_of_it in text.partition("\n\n")[0]
+    assert "DOCUMENT_MASK=1: FLOPs and hours count attention over whole sequences" in text
+
+
 def test_data_in_one_list_or_by_split(tmp_path):
     splits = '{"train": ["s3://bucket/text"], "valid": ["s3://bucket/some"], "test": null}'
     for name, flags, content in (

@@ -197,7 +197,8 @@ def _stream(prepared: Path) -> np.ndarray:
 
 def _assert_by_document(model, inputs, labels, folder: Path, prepared: Path) -> None:
     """With the flag, on one rank and with a last micro-batch that is padded."""
-    evaluate(folder, f"--data-path {prepared} --micro-batch-size 3 {DOCUMENTS}")
+    flags = f"--data-path {prepared} --micro-batch-size 3 --activation-statistics {DOCUMENTS}"
+    evaluate(folder, flags)
     loss, begin = 0.0, 0
     with torch.no_grad():
         for end in range(1, len(labels) + 1):
@@ -208,7 +209,9 @@ def _assert_by_document(model, inputs, labels, folder: Path, prepared: Path) -> 
                     logits, labels[begin:end], reduction="sum"
                 ).item()
                 begin = end
-    assert read(folder)["loss"] == pytest.approx(loss / len(labels), abs=1e-5)
+    found = read(folder)
+    assert found["loss"] == pytest.approx(loss / len(labels), abs=1e-5)
+    assert sum(found["layers"][0]["histogram"]["counts"]) == len(labels) * FFN
 
 
 def test_against_transformers(swiglu, prepared, tmp_path):

@@ -95,3 +95,5 @@ def test_layouts_train_documents_as_one_rank(layout, start, one_rank_of_document
     assert run.losses == pytest.approx(expected.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-3)
     assert counted_flops(tmp_path) == flops
+    # The start is of a training of whole samples.
+    assert run.output.count(f"was trained without {FLAG}, and this run goes on with it") == 1
