@@ -1,6 +1,7 @@
 """``--dataloader-inter-document-masking``: each document of a sample is trained on as if alone."""
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -50,6 +51,20 @@ def test_every_document_is_trained_on_as_if_alone(ranks, flags, data, tmp_path):
     for documents in seen[0]:
         assert sum(documents) == 2 * 32
         assert max(documents) <= 30 and len(documents) >= 4
+
+
+@pytest.mark.skipif("MEGATRON_LM_DIR" not in os.environ, reason="a checkout of Megatron-LM")
+def test_megatrons_own_script_trains_them_in_the_same_way(data, tmp_path):
+    flags = f"{FLAG} {data} --train-iters 3"
+    ours = train(tmp_path / "ours", f"--xielu {flags}", model=MODEL)
+    script = Path(os.environ["MEGATRON_LM_DIR"], "pretrain_gpt.py")
+    theirs = train(
+        tmp_path / "theirs",
+        f"{flags} --spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func",
+        model=MODEL,
+        command=("-m", "megatron_xielu.cpu", str(script)),
+    )
+    assert theirs.losses == ours.losses and len(ours.losses) == 3
 
 
 # Validations are counted nowhere; stages in the middle need the ends of documents, too.
