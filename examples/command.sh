@@ -41,6 +41,10 @@ source "$model_file"
 : "${RENDEZVOUS_TIMEOUT:=600}"
 : "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${INPROCESS_RESTART:=0}"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
+own_cache=$RUN_DIR/cache # whole in checkpoints, for an evaluation that starts elsewhere
+[[ $RUN_DIR == /* ]] || own_cache=$PWD/$own_cache
+: "${DATA_CACHE:=$own_cache}"
+: "${LOSS_FUSION:=1}" "${GC_INTERVAL:=500}" "${NAN_CHECK:=1}" "${NUMA_BINDING:=}"
 : "${ENTRY:=-m megatron_xielu.pretrain_gpt}"
 
 for name in DATA_ARGS DATA; do
@@ -136,14 +140,33 @@ megatron=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --ddp-bucket-size "$BUCKET_SIZE" # Megatron's own changes with the node count, and checkpoints with it
-    --distributed-timeout-minutes "$TIMEOUT_MINUTES"
+    # Until the first step is done, which waits for rank 0's index of the data and for compilers.
+    --distributed-timeout-minutes "$((TIMEOUT_MINUTES > 30 ? TIMEOUT_MINUTES : 30))"
+    --distributed-timeout-seconds-after-init "$((TIMEOUT_MINUTES * 60))"
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --ckpt-format torch_dist --ckpt-assume-constant-structure --exit-signal-handler
     --ckpt-fully-parallel-load
     --log-interval "$LOG_INTERVAL" --log-throughput
     --tensorboard-dir "$RUN_DIR/tensorboard" --tensorboard-log-interval "$LOG_INTERVAL"
+    --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard # time of a step, TFLOP/s, perplexity
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
+    # Megatron's own place is beside the data, which may be read-only here or on another node.
+    --data-cache-path "$DATA_CACHE"
 )
+# Attention is causal without a mask, on every backend: s × s bytes a sample that nobody reads. Only
+# Megatron's local attention reads those of --reset-attention-mask.
+[[ " ${trailing[*]} " == *' --reset-attention-mask '* ]] || megatron+=(--no-create-attention-mask-in-dataloader)
+# Python's own collector stops each rank at another step, and all the others wait for it.
+((GC_INTERVAL == 0)) || megatron+=(--manual-gc --manual-gc-interval "$GC_INTERVAL")
+# The check waits for the GPU twice a micro-batch, and twice a gradient bucket of each step.
+((NAN_CHECK)) || megatron+=(--no-check-for-nan-in-loss-and-grad)
+if [[ $DEVICE == gpu ]]; then
+    megatron+=(--log-memory-to-tensorboard)
+    # Megatron's own, compiled by PyTorch; it refuses Transformer Engine's since 0.18.1. The
+    # gradients that it returns are bf16 whatever the logits are.
+    ((LOSS_FUSION)) && [[ $PRECISION != fp32 ]] &&
+        megatron+=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
+fi
 ((TIE_EMBEDDINGS)) || megatron+=(--untie-embeddings-and-output-weights)
 ((TP > 1)) && megatron+=(--sequence-parallel)
 ((TP > 1 && ours)) && [[ $ACTIVATION == xi* ]] && megatron+=(--xielu-check-tp-sync 1000)
@@ -211,6 +234,11 @@ launcher+=(
 )
 ((NNODES == 1)) && : "${LOCAL_ADDR:=127.0.0.1}" # a container's own name often resolves to nothing
 [[ -n $LOCAL_ADDR ]] && launcher+=(--local-addr "$LOCAL_ADDR")
+if [[ -n $NUMA_BINDING ]]; then
+    ((FAULT_TOLERANCE == 0)) || die 2 "NUMA_BINDING=$NUMA_BINDING is torchrun's; add FAULT_TOLERANCE=0, or drop it"
+    [[ $DEVICE == gpu ]] || die 2 "NUMA_BINDING=$NUMA_BINDING needs GPUs; drop it"
+    launcher+=(--numa-binding "$NUMA_BINDING")
+fi
 # Signals are for the ranks, which save on SIGTERM; a launcher that handles it would kill them half-way.
 ((FAULT_TOLERANCE)) || launcher+=(--signals-to-handle SIGQUIT)
 read -rd '' -a entry <<<"$ENTRY" || true

@@ -35,15 +35,26 @@
 #   MASTER_PORT   and the preflight takes the next   [29500; for one node two that are free]
 #   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
 #   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
-#   TIMEOUT_MINUTES     a collective that takes longer ends the ranks   [10]
+#   NUMA_BINDING node, socket, exclusive or core-complex: torchrun ties each rank to the CPUs beside its
+#                GPU, with numactl; PyTorch 2.9 and newer   [none]
+#   TIMEOUT_MINUTES     a collective that takes longer ends the ranks; before the first step is done
+#                       it may take 30   [10]
 #   RENDEZVOUS_TIMEOUT  seconds that nodes wait for each other   [600]
 #   PREFLIGHT    0 skips the checks before training   [1]    PYTHON   [python3]
 #   LAYOUT_CHECK 0 skips one: that checkpoints of this layout keep the optimizer's state   [1]
 #   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of a GPU, for the plan's memory and hours   [80, 989, 0.4]
 #   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]
-#   CUDA_DEVICE_MAX_CONNECTIONS  Megatron's   [1]
+# How fast
+#   LOSS_FUSION  0: without --cross-entropy-loss-fusion, which costs memory, and does not go with
+#                --deterministic-mode   [1 on a GPU, but in fp32]
+#   GC_INTERVAL  steps between collections of Python's garbage, on all ranks at once; 0: Python's own   [500]
+#   NAN_CHECK    0: no look for NaN in every loss and gradient (docs/multi-node.md)   [1]
+#   CUDA_DEVICE_MAX_CONNECTIONS, TORCH_DISABLE_SHARE_RDZV_TCP_STORE, HF_HUB_OFFLINE, PYTORCH_CUDA_ALLOC_CONF
+#   (or PYTORCH_ALLOC_CONF), NVTE_FWD_LAYERNORM_SM_MARGIN, NVTE_BWD_LAYERNORM_SM_MARGIN, TRITON_CACHE_DIR and
+#   TORCHINDUCTOR_CACHE_DIR, in this node's TMPDIR   [environment.sh; a dry run shows them]
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
+#   DATA_CACHE     Megatron's index of the data, on such a file system, too; runs may share one   [RUN_DIR/cache]
 #   SAVE_INTERVAL  steps between checkpoints   [1000]
 #   BUCKET_SIZE    elements of a gradient bucket, the same during a whole run   [the model file's, or 40000000]
 #   OPTIMIZER_FORMAT  dp: each rank writes its part, and later jobs may change the node count; full: all
@@ -102,6 +113,8 @@ command -v "$PYTHON" >/dev/null || die 2 "PYTHON=$PYTHON: there is no such progr
 
 # shellcheck source=command.sh
 source "$here/command.sh"
+# shellcheck source=environment.sh
+source "$here/environment.sh"
 
 if ((dry_run)); then
     printf '%q' "${command[0]}"
@@ -109,7 +122,9 @@ if ((dry_run)); then
         if [[ $argument == -* ]]; then printf ' \\\n   '; fi
         printf ' %q' "$argument"
     done
-    printf '\n\n'
+    printf '\n\nenvironment\n'
+    for name in "${environment[@]}"; do printf '  %s=%s\n' "$name" "${!name}"; done
+    echo
     "${plan[@]}" -- "${megatron[@]}" "${trailing[@]}"
     [[ -n $no_master ]] && echo "to set before the run: MASTER_ADDR, the address of node 0"
     ((no_data)) && echo "to set before the run: DATA_ARGS=FILE, DATA=PREFIX or MOCK_DATA=1"
@@ -125,8 +140,9 @@ fi
 
 # --- the run -------------------------------------------------------------------------------------
 
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps by this order
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                          # or a replaced node cannot join
+# Everybody may write to /tmp, and what is compiled there is run.
+[[ -z $caches ]] || mkdir -m 700 "$caches" 2>/dev/null || [[ -d $caches && -O $caches && ! -L $caches ]] ||
+    die 2 "$caches, for compiled kernels, is no folder of this user's, or cannot be made; set another TMPDIR"
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
 unwritable="RUN_DIR=$RUN_DIR cannot be written to"
 mkdir -p "$RUN_DIR"/{checkpoints,events,logs,tensorboard} 2>/dev/null || die 2 "$unwritable"

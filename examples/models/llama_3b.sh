@@ -10,8 +10,11 @@
                                       # PADDED_VOCAB_SIZE=131072 saves 67M unused parameters
 
 : "${LR:=7e-4}"                       # peak
-: "${GLOBAL_BATCH:=640}"              # 128 replicas with 5 samples each, 2.621M tokens a step
-: "${MICRO_BATCH:=5}" "${TP:=2}" "${PP:=1}" "${CP:=1}"  # 256 GPUs; TP=2 halves what one must hold
+: "${GLOBAL_BATCH:=640}"              # 2.621M tokens a step
+# TP=2 is the paper's: 128 replicas with 5 samples each, on 256 GPUs. Without tensor parallelism a
+# layer waits for nobody, and 2 samples fit; 256 GPUs do not divide the batch then.
+: "${TP:=1}" "${PP:=1}" "${CP:=1}"
+: "${MICRO_BATCH:=$((TP == 1 ? 2 : 5))}"
 : "${BUCKET_SIZE:=128000000}"         # of gradients: Megatron's own at 128 data-parallel ranks,
                                       # kept when the node count changes
 : "${TOKENS:=125829120000}"           # 48,000 steps; TOKENS=125e9 for a round number

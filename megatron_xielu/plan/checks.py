@@ -310,6 +310,8 @@ def _batch(plan: Plan) -> Iterator[str]:
         if gpus % parts == 0 and batch % (micro * (gpus // parts)) == 0:
             works.append((0, f"--nodes {nodes}"))
             break
+    if other := _halved(plan):
+        works.append((0, other))
     reason = (
         f"has fewer samples than the {data} data-parallel ranks"
         if batch < data
@@ -319,6 +321,20 @@ def _batch(plan: Plan) -> Iterator[str]:
     yield f"--global-batch-size {batch} {reason}; " + (
         f"these work: {these}" if these else "change one of them, or the layout"
     )
+
+
+def _halved(plan: Plan) -> str:
+    """Flags for twice the tensor parallel size, where the batch divides by what ranks are left."""
+    data, rest = divmod(plan.data, 2)
+    if rest or plan.global_batch % data:
+        return ""
+    tensor = f"--tensor-model-parallel-size {2 * plan.tensor}"
+    tensor += "" if plan.args.sequence_parallel else " --sequence-parallel"
+    sizes = _divisors(plan.global_batch // data)
+    # Two GPUs hold what one held.
+    micro = min(sizes, key=lambda size: abs(math.log(size / plan.micro_batch / 2)))
+    other = tensor + (f" --micro-batch-size {micro}" if micro != plan.micro_batch else "")
+    return other if _memory_with(plan, other) <= _room(plan) else ""
 
 
 def _batch_divides(plan: Plan) -> bool:

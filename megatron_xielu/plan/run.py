@@ -5,7 +5,7 @@ q = heads × kv_channels, k = query groups × kv_channels; t tensor-parallel siz
 
     kept per token      8h/t' + (6q + 6k + 4·heads + MLP)/t    bytes a layer, bf16, rope, no dropout
     MLP                 2f + 2f; 2f with --xielu-recompute-output; 4f + 2f with a gate
-    logits              6V/t                                  bytes a token of one micro-batch
+    logits              6V/t, 10V/t with --cross-entropy-loss-fusion    of one micro-batch
 
 t' = t with sequence parallelism, else 1. Sources stand at the functions. Not counted: the CUDA
 context, NCCL's and cuBLAS's buffers, temporaries inside a layer, fragmentation.
@@ -319,8 +319,7 @@ class Plan:
         if stage == self.pipeline - 1:
             shared = self.tensor if self.sequence_parallel else 1
             activations += 2 * element * m.hidden / shared  # input and output of the last norm
-            fused = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
-            logits = (element if fused or not self.half else 6) * m.padded_vocabulary / self.tensor
+            logits = self._logit_bytes() * m.padded_vocabulary / self.tensor
         matrices = m.layers / self.pipeline * m.layer_matrices / self.tensor
         return Memory(
             stage=stage,
@@ -330,6 +329,15 @@ class Plan:
             activations=tokens * activations,
             logits=tokens * logits,
         )
+
+    def _logit_bytes(self) -> int:
+        """Of one logit, from the forward to the backward pass of the loss."""
+        element = 2 if self.half else 4
+        whole = 6 if self.half else element
+        if not self.args.cross_entropy_loss_fusion:
+            return whole
+        # Megatron's own, as PyTorch compiles it, does not go backward in place.
+        return element if self.args.cross_entropy_fusion_impl == "te" else whole + 4
 
     # Checkpoints
 

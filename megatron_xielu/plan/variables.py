@@ -57,6 +57,8 @@ _SAME = {
     "--eval-iters": "EVAL_ITERS",
     "--wandb-project": "WANDB_PROJECT",
     "--fp8-recipe": "FP8_RECIPE",
+    "--data-cache-path": "DATA_CACHE",
+    "--manual-gc-interval": "GC_INTERVAL",
 }
 # Flag: the variable that it is computed from.
 _FROM = {
@@ -67,6 +69,7 @@ _FROM = {
     "--max-position-embeddings": "SEQ_LENGTH",
     "--save": "RUN_DIR",
     "--load": "RUN_DIR",
+    "--distributed-timeout-seconds-after-init": "TIMEOUT_MINUTES",
 }
 # Flag: what stands for it.
 _CHOICE = {
@@ -81,6 +84,8 @@ _CHOICE = {
     "--dist-ckpt-optim-fully-reshardable": "OPTIMIZER_FORMAT=full",
     "--apply-wd-to-norms": "DECAY_NORMS=1",
     "--fp8-format": "PRECISION=fp8",
+    "--cross-entropy-loss-fusion": "LOSS_FUSION=1",
+    "--no-check-for-nan-in-loss-and-grad": "NAN_CHECK=0",
 }
 
 # A value, and what is wrong with it; "" if nothing is.
@@ -145,7 +150,7 @@ _OF_A_MODEL: dict[str, _Kind] = {
     **dict.fromkeys(("WARMUP_STEPS", "DECAY_STEPS"), _whole),
 }
 _OF_A_RUN: dict[str, _Kind] = {
-    **dict.fromkeys(("MODEL", "DATA_ARGS", "TOKENIZER", "RUN_DIR"), _path),
+    **dict.fromkeys(("MODEL", "DATA_ARGS", "TOKENIZER", "RUN_DIR", "DATA_CACHE"), _path),
     **dict.fromkeys(("DATA", "ENTRY"), _any),
     **dict.fromkeys(("PYTHON", "WANDB_PROJECT", "NETWORK"), _text),  # network.env.sh has its words
     "ACTIVATION": _one_of("xielu", "xiprelu", "relu2", "swiglu", "gelu"),
@@ -156,11 +161,13 @@ _OF_A_RUN: dict[str, _Kind] = {
     "ASYNC_SAVE": _one_of("nvrx", "mcore", "0"),
     **dict.fromkeys(("MOCK_DATA", "PREFLIGHT", "LAYOUT_CHECK", "DECAY_NORMS"), _switch),
     **dict.fromkeys(("FAULT_TOLERANCE", "INPROCESS_RESTART", "DOCUMENT_MASK"), _switch),
+    **dict.fromkeys(("LOSS_FUSION", "NAN_CHECK"), _switch),
+    "NUMA_BINDING": _one_of("node", "socket", "exclusive", "core-complex"),
     **dict.fromkeys(("NNODES", "GPUS_PER_NODE", "BUCKET_SIZE", "SAVE_INTERVAL"), _positive),
     **dict.fromkeys(("VOCAB_SIZE", "PADDED_VOCAB_SIZE", "TIMEOUT_MINUTES"), _positive),
     **dict.fromkeys(("RENDEZVOUS_TIMEOUT", "KEEP_LAST"), _positive),
     **dict.fromkeys(("NODE_RANK", "SEED", "KEEP_EVERY", "LOG_INTERVAL"), _whole),
-    **dict.fromkeys(("EVAL_INTERVAL", "EVAL_ITERS"), _whole),
+    **dict.fromkeys(("EVAL_INTERVAL", "EVAL_ITERS", "GC_INTERVAL"), _whole),
     **dict.fromkeys(("IN_JOB_RESTARTS", "RESTART_BUDGET"), _whole),
     **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU"), _number),
     "SPLIT": _shares,
@@ -174,6 +181,10 @@ _OF_OTHERS: dict[str, _Kind] = {
     "PREFLIGHT_TIMEOUT": _positive,
     "MEGATRON_XIELU_NODE": _name,
     "CUDA_DEVICE_MAX_CONNECTIONS": _whole,
+    **dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"), _whole),
+    **dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HF_HUB_OFFLINE"), _text),
+    **dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), _path),
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": _text,
     "OMP_NUM_THREADS": _like(r" *[0-9]+( *, *[0-9]+)* *", " is not a whole number"),
 }
 _KINDS = {**_OF_A_MODEL, **_OF_A_RUN, **_OF_OTHERS}

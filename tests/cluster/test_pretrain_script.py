@@ -97,7 +97,10 @@ def output(command: str, **variables: str) -> str:
     result = run(command, **variables)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
-    return result.stdout.replace(str(REPOSITORY), "/repository")
+    mine = f"/megatron_xielu-{os.getuid()}/"
+    return result.stdout.replace(str(REPOSITORY), "/repository").replace(
+        mine, "/megatron_xielu-UID/"
+    )
 
 
 # Name of the expected output: command line, variables. Three ways to more than one node with the
@@ -149,6 +152,109 @@ def test_every_command_is_the_launchers_and_trains_the_planned_model(
     assert args.data_parallel_size == plan.data
     flops = num_floating_point_operations(args, args.global_batch_size)
     assert flops == plan.tokens_per_step() * plan.model.flops_per_token()
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "layout"),
+    [
+        ("llama_1b", 1, {}),
+        ("llama_1b", 11, {}),
+        ("llama_1b", 32, {"GLOBAL_BATCH": "512", "MICRO_BATCH": "2"}),
+        ("llama_3b", 1, {}),
+        ("llama_3b", 11, {"GLOBAL_BATCH": "704"}),
+        ("llama_3b", 32, {"TP": "2"}),  # the paper's
+    ],
+)
+def test_what_makes_it_fast_is_in_megatrons_arguments(model, nodes, layout, monkeypatch):
+    printed = output(LAUNCHER, MODEL=model, NNODES=str(nodes), **layout)
+    words = printed_command(printed)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 9)  # H100
+    words = words[words.index("megatron_xielu.pretrain_gpt") + 1 :]
+    args = validated([*words, "--mock-data"], gpus=8 * nodes)
+    assert (args.cross_entropy_loss_fusion, args.cross_entropy_fusion_impl) == (True, "native")
+    assert (args.manual_gc, args.manual_gc_interval) == (True, 500)
+    assert not args.create_attention_mask_in_dataloader
+    assert args.check_for_nan_in_loss_and_grad
+    assert args.data_cache_path == f"/repository/runs/{model}-xielu/cache"
+    assert args.distributed_timeout_minutes == 30
+    assert args.distributed_timeout_seconds_after_init == 600
+    if model == "llama_3b":
+        assert args.micro_batch_size == {1: 2, 2: 5}[args.tensor_model_parallel_size]
+    free = re.search(r"total .* free \((\d+)%\)", printed)
+    assert free and int(free[1]) > 10
+    assert "  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "missing"),
+    [
+        ("", {"LOSS_FUSION": "0"}, "--cross-entropy-loss-fusion"),
+        # The gradients that it returns are bf16.
+        ("", {"PRECISION": "fp32", "MICRO_BATCH": "1"}, "--cross-entropy-loss-fusion"),
+        ("", {"DEVICE": "cpu"}, "--cross-entropy-loss-fusion"),
+        ("", {"DEVICE": "cpu"}, "--log-memory-to-tensorboard"),
+        ("", {"GC_INTERVAL": "0"}, "--manual-gc"),
+        (" --reset-attention-mask", {}, "--no-create-attention-mask-in-dataloader"),
+        ("", {"NAN_CHECK": "1"}, "--no-check-for-nan-in-loss-and-grad"),
+    ],
+)
+def test_what_makes_it_fast_can_be_left_out(flags, variables, missing):
+    given = "--numa-binding node", {"NUMA_BINDING": "node", "NAN_CHECK": "0"}
+    everything = output(LAUNCHER, **given[1])
+    assert f"    {missing} " in everything and given[0] in everything
+    assert missing not in output(LAUNCHER + flags, **variables)
+
+
+def test_a_collective_may_take_longer_before_the_first_step_is_done():
+    text = output(LAUNCHER, TIMEOUT_MINUTES="45")
+    assert flag(text, "--distributed-timeout-minutes") == "45"
+    assert flag(text, "--distributed-timeout-seconds-after-init") == str(45 * 60)
+
+
+def test_what_is_in_the_environment_stays(tmp_path):
+    def environment(**variables: str) -> dict[str, str]:
+        text = output(LAUNCHER, **variables).partition("\n\nenvironment\n")[2]
+        lines = text.partition("\n\n")[0].splitlines()
+        return dict(line.strip().split("=", 1) for line in lines)
+
+    by_itself = environment(TMPDIR="/scratch")
+    assert by_itself["TRITON_CACHE_DIR"] == "/scratch/megatron_xielu-UID/triton"
+    assert "HF_HUB_OFFLINE" not in by_itself
+    chosen = dict.fromkeys(by_itself, "7") | {"HF_HUB_OFFLINE": "0"}
+    assert environment(**chosen, TOKENIZER=str(tmp_path)) == chosen
+    assert environment(TOKENIZER=str(tmp_path))["HF_HUB_OFFLINE"] == "1"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment(PYTORCH_ALLOC_CONF="a:b")
+    assert set(environment(DEVICE="cpu")) == {
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    }
+
+
+def test_a_folder_of_compiled_kernels_is_nobody_elses(tmp_path):
+    """In /tmp anybody may have made it before."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").touch()
+    mine = tmp_path / f"megatron_xielu-{os.getuid()}"
+    mine.symlink_to("elsewhere")
+    where = {
+        "NNODES": "2",
+        "MASTER_ADDR": "a",
+        "TMPDIR": str(tmp_path),
+        "RUN_DIR": f"{tmp_path}/run",
+    }
+    where |= {"MODEL": "debug", "GLOBAL_BATCH": "64"}
+    result = run("examples/pretrain.sh", **where)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"pretrain.sh: error: {mine}, for compiled kernels, is no folder of this user's, or cannot "
+        "be made; set another TMPDIR\n"
+    )
+    mine.unlink()
+    for _ in range(2):  # made, and found again
+        result = run("examples/pretrain.sh", **where)
+        assert f"RUN_DIR={tmp_path}/run cannot be written to" in result.stderr
+        assert mine.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_container_changes_only_how_slurms_step_starts():

@@ -702,6 +702,8 @@ def test_data_whose_index_cannot_be_written(tmp_path):
     last = run.output.rstrip().splitlines()[-1]
     assert last.startswith("megatron_xielu: error: an index of the data cannot be written: ")
     assert "--data-cache-path" in last and "Traceback" not in run.output
+    flags = f"--xielu --data-path {tmp_path}/text --data-cache-path {tmp_path}/cache"
+    assert len(train(tmp_path, f"{flags} --train-iters 1", model=model).losses) == 1
 
 
 def test_a_mixture_without_validation(tmp_path):

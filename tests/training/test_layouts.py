@@ -19,6 +19,8 @@ OVERLAP = (
 LAYOUTS = {
     "tp2": (2, TP2),
     "tp2-sp": (2, f"{TP2} {SP}"),
+    # As pretrain.sh trains: attention is causal by itself.
+    "tp2-no-mask": (2, f"{TP2} --no-create-attention-mask-in-dataloader"),
     "tp4": (4, TP4),
     "tp4-sp": (4, f"{TP4} {SP}"),
     "dp2-overlap": (2, f"{OVERLAP} --ddp-average-in-collective"),

@@ -22,13 +22,17 @@ _GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Preset:
-    """A model file of examples/models, and the nodes of the authors' run."""
+    """A model file of examples/models, and the nodes and layout of the authors' run."""
 
     model: str
     nodes: int
+    layout: str = ""  # variables, where the model file's is another
 
 
-PRESETS = {"paper-1b": Preset("llama_1b", 11), "paper-3b": Preset("llama_3b", 32)}
+PRESETS = {
+    "paper-1b": Preset("llama_1b", 11),
+    "paper-3b": Preset("llama_3b", 32, "TP=2 MICRO_BATCH=5"),
+}
 
 
 def show(
@@ -79,7 +83,8 @@ def _changes(variant: Variant) -> list[str]:
 
 def _command(preset: Preset, variant: Variant, seed: int, folder: Path) -> str:
     activation = variant.name.partition("-")[0]
-    what = f"MODEL={preset.model} ACTIVATION={activation} SEED={seed}"
+    model = " ".join(filter(None, (f"MODEL={preset.model}", preset.layout)))
+    what = f"{model} ACTIVATION={activation} SEED={seed}"
     where = f'DATA_ARGS="$DATA_ARGS" RUN_DIR={shlex.quote(str(folder))}'
     nodes = f"--nodes {preset.nodes} --gpus-per-node {_GPUS_PER_NODE} --time 24:00:00"
     words = ["sbatch", nodes, "examples/slurm/pretrain.sbatch", *_changes(variant)]
@@ -95,5 +100,6 @@ def _plan(preset: Preset, variant: Variant) -> Plan:
         ACTIVATION=activation,
         NNODES=str(preset.nodes),
         GPUS_PER_NODE=str(_GPUS_PER_NODE),
+        **dict(variable.split("=") for variable in preset.layout.split()),
     )
     return Plan(words, cluster=Cluster(nodes=preset.nodes, gpus_per_node=_GPUS_PER_NODE))
