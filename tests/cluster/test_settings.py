@@ -166,7 +166,7 @@ def test_bad_settings_name_the_variable_and_leave_nothing(variables, words, tmp_
 @pytest.mark.parametrize(
     ("value", "may_have_it"),
     [
-        (COMMAND, {*TEXTS, "MODEL", "DATA_ARGS", "TOKENIZER", "RUN_DIR"}),
+        (COMMAND, {*TEXTS, "MODEL", "DATA_ARGS", "TOKENIZER", "RUN_DIR", "DATA_CACHE"}),
         ("-x", TEXTS),
         ("x\ny", set()),
     ],

@@ -304,6 +304,11 @@ def test_what_saves_memory_does():
     assert plan_1b("--transformer-impl local --recompute-activations").layer_bytes_per_token() == (
         layer
     )
+    # Of bf16 logits, and fp32 ones of which the compiled loss has two in its backward pass.
+    loss, logits = "--cross-entropy-loss-fusion", tokens * 147456
+    te = f"{loss} --cross-entropy-fusion-impl te"
+    for flags, size in (("", 6), (loss, 10), (te, 2)):
+        assert plan_1b(flags).memory().logits == size * logits
     in_bf16 = plan_1b("--grad-reduce-in-bf16").memory()
     assert in_bf16.gradients == plan_1b().memory().gradients / 2
 

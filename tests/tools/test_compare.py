@@ -340,7 +340,8 @@ class TestOptions:
         shown = capsys.readouterr().out
         assert shown.count("\nMODEL=llama_3b ") == 6
         assert (
-            'MODEL=llama_3b ACTIVATION=xielu SEED=43 DATA_ARGS="$DATA_ARGS" '
+            "MODEL=llama_3b TP=2 MICRO_BATCH=5 ACTIVATION=xielu SEED=43 "
+            'DATA_ARGS="$DATA_ARGS" '
             "RUN_DIR=runs/paper-3b/xielu-frozen/seed_43 sbatch --nodes 32 --gpus-per-node 8 "
             "--time 24:00:00 examples/slurm/pretrain.sbatch --xielu-frozen-alphas\n"
         ) in shown
