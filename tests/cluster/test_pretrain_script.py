@@ -350,10 +350,10 @@ def test_a_plan_that_cannot_run_does_not_look_like_one_that_can():
     assert "GPU-hours" not in result.stdout and "checkpoints\n" not in result.stdout
 
 
-@pytest.mark.parametrize("model, nodes", [("llama_1b", 11), ("llama_3b", 32)])
-def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nodes):
+@pytest.mark.parametrize("model, nodes, tensor", [("llama_1b", 11, 1), ("llama_3b", 32, 2)])
+def test_gradient_buckets_are_megatrons_at_the_papers_layout_and_stay(model, nodes, tensor):
     """A resume needs the same ones, and Megatron's own size changes with the node count."""
-    papers = output(LAUNCHER, MODEL=model, NNODES=str(nodes))
+    papers = output(LAUNCHER, MODEL=model, NNODES=str(nodes), TP=str(tensor))
     ranks = int(re.search(r"DP (\d+)", papers)[1])
     assert int(flag(papers, "--ddp-bucket-size")) == default_bucket_size(ranks) > 40_000_000
     fewer = output(LAUNCHER, MODEL=model)

@@ -305,7 +305,7 @@ def test_what_saves_memory_does():
         layer
     )
     # Of bf16 logits, and fp32 ones of which the compiled loss has two in its backward pass.
-    loss, logits = "--cross-entropy-loss-fusion", tokens * 147456
+    loss, logits = "--cross-entropy-loss-fusion", tokens * plan_1b().model.padded_vocabulary
     te = f"{loss} --cross-entropy-fusion-impl te"
     for flags, size in (("", 6), (loss, 10), (te, 2)):
         assert plan_1b(flags).memory().logits == size * logits
