@@ -31,7 +31,9 @@ if [[ $DEVICE == gpu ]]; then
     environment+=(NVTE_FWD_LAYERNORM_SM_MARGIN NVTE_BWD_LAYERNORM_SM_MARGIN)
     # Compiled kernels on the node itself: Triton's own place is the home folder, which nodes share.
     if [[ -z ${TRITON_CACHE_DIR:-} || -z ${TORCHINDUCTOR_CACHE_DIR:-} ]]; then
-        caches=${TMPDIR:-/tmp}/megatron_xielu-$UID
+        caches=/tmp # a job's TMPDIR may be that of the machine which submitted it
+        [[ ! -d ${TMPDIR:-} || ! -w $TMPDIR ]] || caches=$TMPDIR
+        caches+=/megatron_xielu-$UID
     fi
     : "${TRITON_CACHE_DIR:=$caches/triton}" "${TORCHINDUCTOR_CACHE_DIR:=$caches/inductor}"
     environment+=(TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR)

@@ -183,7 +183,7 @@ _OF_OTHERS: dict[str, _Kind] = {
     "CUDA_DEVICE_MAX_CONNECTIONS": _whole,
     **dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"), _whole),
     **dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HF_HUB_OFFLINE"), _text),
-    **dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), _path),
+    **dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), _path),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": _text,
     "OMP_NUM_THREADS": _like(r" *[0-9]+( *, *[0-9]+)* *", " is not a whole number"),
 }

@@ -218,8 +218,10 @@ def test_what_is_in_the_environment_stays(tmp_path):
         lines = text.partition("\n\n")[0].splitlines()
         return dict(line.strip().split("=", 1) for line in lines)
 
-    by_itself = environment(TMPDIR="/scratch")
-    assert by_itself["TRITON_CACHE_DIR"] == "/scratch/megatron_xielu-UID/triton"
+    by_itself = environment(TMPDIR=str(tmp_path))
+    assert by_itself["TRITON_CACHE_DIR"] == f"{tmp_path}/megatron_xielu-UID/triton"
+    elsewhere = environment(TMPDIR="/of/another/machine")
+    assert elsewhere["TRITON_CACHE_DIR"] == "/tmp/megatron_xielu-UID/triton"
     assert "HF_HUB_OFFLINE" not in by_itself
     chosen = dict.fromkeys(by_itself, "7") | {"HF_HUB_OFFLINE": "0"}
     assert environment(**chosen, TOKENIZER=str(tmp_path)) == chosen

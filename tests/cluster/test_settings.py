@@ -469,7 +469,7 @@ def test_launch_stops_a_run_whatever_its_folder_is_called(tmp_path, run_dir):
 FRONT_END_SCRIPTS = ("slurm/pretrain.sbatch", "torchrun/launch.sh")
 
 # Not for a user to set.
-SHELLS_OWN = r"PYTHONPATH|SLURM\w+|MEGATRON_XIELU_(GUARD|VERDICT)"
+SHELLS_OWN = r"PYTHONPATH|TMPDIR|SLURM\w+|MEGATRON_XIELU_(GUARD|VERDICT)"
 
 
 @pytest.mark.parametrize("name", ["pretrain.sh", "preflight.sh", *FRONT_END_SCRIPTS])
