@@ -162,8 +162,8 @@ megatron=(
 ((NAN_CHECK)) || megatron+=(--no-check-for-nan-in-loss-and-grad)
 if [[ $DEVICE == gpu ]]; then
     megatron+=(--log-memory-to-tensorboard)
-    # Megatron's own, compiled by PyTorch; it refuses Transformer Engine's since 0.18.1. The
-    # gradients that it returns are bf16 whatever the logits are.
+    # Megatron's own, compiled by PyTorch; 0.19 refuses Transformer Engine's, with which trainings
+    # were not stable (NVIDIA/Megatron-LM #5115). Its gradients are bf16 whatever the logits are.
     ((LOSS_FUSION)) && [[ $PRECISION != fp32 ]] &&
         megatron+=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
 fi
