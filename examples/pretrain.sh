@@ -46,7 +46,7 @@
 #   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]
 # How fast
 #   LOSS_FUSION  0: without --cross-entropy-loss-fusion, which costs memory, and does not go with
-#                --deterministic-mode   [1 on a GPU, but in fp32]
+#                --deterministic-mode   [1 on a GPU, 0 in fp32]
 #   GC_INTERVAL  steps between collections of Python's garbage, on all ranks at once; 0: Python's own   [500]
 #   NAN_CHECK    0: no look for NaN in every loss and gradient (docs/multi-node.md)   [1]
 #   CUDA_DEVICE_MAX_CONNECTIONS, TORCH_DISABLE_SHARE_RDZV_TCP_STORE, HF_HUB_OFFLINE, PYTORCH_CUDA_ALLOC_CONF
