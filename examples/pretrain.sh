@@ -151,6 +151,7 @@ for folder in "$RUN_DIR" "$RUN_DIR"/{checkpoints,events,logs,tensorboard}; do
 done
 RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
+export MEGATRON_XIELU_FLIGHT_RECORDER=$RUN_DIR/flight_recorder
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
 export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
 export DATA_ARGS DATA TOKENIZER FP8_RECIPE                                                 # preflight.sh

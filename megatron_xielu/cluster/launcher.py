@@ -3,7 +3,8 @@
 ``python -m megatron_xielu.cluster.launcher [TORCHRUN OPTIONS] -m megatron_xielu.cluster.rank …``
 
 A rank that is killed cannot say so itself, so the launcher's own verdict goes to the event log:
-which rank ended how, and every restart. A rank that ended with 2, because of a flag or checkpoint
+which rank ended how, every restart, and, on node 0, whom all others waited for
+(`flight_recorder`). A rank that ended with 2, because of a flag or checkpoint
 that was refused, ends this launcher with 2, too, without a restart, and with the reason as the last
 line. Why methods are wrapped rather than a log parsed: ``_monitor_workers`` returns ranks, exit
 codes and signals as numbers.
@@ -15,13 +16,16 @@ import functools
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.cluster import flight_recorder
 from megatron_xielu.common import event_log, text
 
 _TAIL = 8192  # bytes of a rank's output in which its last error is looked for
+_FOR_STACKS = 0.5  # seconds; a signal that ends a rank overtakes those before it
 REFUSED = 2  # exit code of argparse, and of `rank` for what this package refuses
 
 
@@ -51,6 +55,7 @@ def _report_failures(agent: Any) -> list[str]:
     """Returns a list to which is added why ranks refuse to train."""
     refused: list[str] = []
     monitor, restart = agent._monitor_workers, agent._restart_workers
+    start, stop = agent._start_workers, agent._stop_workers
 
     @functools.wraps(monitor)
     def monitor_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,9 +86,34 @@ def _report_failures(agent: Any) -> list[str]:
         )
         return restart(self, *args, **kwargs)
 
+    @functools.wraps(start)
+    def start_and_wrap(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = start(self, *args, **kwargs)
+        self._pcontext.close = functools.partial(_close, self._pcontext, self._pcontext.close)
+        return result
+
+    @functools.wraps(stop)
+    def stop_and_report(self: Any, group: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stop(self, group, *args, **kwargs)
+        if group.group_rank == 0 and group.workers:
+            flight_recorder.report(group.workers[0].world_size)
+        return result
+
+    agent._start_workers, agent._stop_workers = start_and_wrap, stop_and_report
     agent._monitor_workers = monitor_and_report
     agent._restart_workers = report_and_restart
     return refused
+
+
+def _close(context: Any, close: Any, *args: Any, **kwargs: Any) -> None:
+    """Ends the ranks, those that hang have first written where they are."""
+    processes = [handler.proc for handler in getattr(context, "subprocess_handlers", {}).values()]
+    alive = [process for process in processes if process.poll() is None]
+    if alive and os.environ.get(flight_recorder.FOLDER):
+        for process in alive:
+            process.send_signal(flight_recorder.STACKS)
+        time.sleep(_FOR_STACKS)
+    close(*args, **kwargs)
 
 
 def _reason(failure: Any, errors: str) -> str:

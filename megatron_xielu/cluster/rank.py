@@ -6,7 +6,8 @@ What it adds to the script, whichever it is: before anything is loaded, rank 0 s
 checkpoints, points Megatron at the newest whole one, and reads what is loaded from elsewhere (the
 other ranks wait for it); a load that fails is noted, for the next start to act on it; what
 Megatron's optimizers write into checkpoints is mended (`workarounds`), whatever the activation; at
-the end, the event log says how the rank ended; and a training that reached its last step is told
+the end, the event log says how the rank ended, and what it waited for is written down
+(`flight_recorder`); and a training that reached its last step is told
 from one that left early by the file ``MEGATRON_XIELU_FINISHED``.
 """
 
@@ -40,6 +41,7 @@ from megatron_xielu.checkpoints import before_load, failed_loads
 from megatron_xielu.checkpoints.check import OF_THIS_FILE
 from megatron_xielu.checkpoints.folder import RELEASE
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
+from megatron_xielu.cluster import flight_recorder
 from megatron_xielu.cluster.launcher import REFUSED
 from megatron_xielu.common import event_log, text
 from megatron_xielu.workarounds import releases
@@ -69,6 +71,7 @@ def main() -> None:
         raise SystemExit("usage: python -m megatron_xielu.cluster.rank (SCRIPT.py | -m MODULE) …")
     # The kernel ends this rank with its launcher; left alone it would block the next attempt.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    flight_recorder.arm()
     at_sigterm = signal.getsignal(signal.SIGTERM)
     is_module = sys.argv[1] == "-m"
     script = sys.argv[2 if is_module else 1]
@@ -107,6 +110,7 @@ def main() -> None:
             raise SystemExit(1) from None
         raise
     except BaseException as error:
+        flight_recorder.dump()
         failed = _of_a_load(error)
         event_log.write("worker-failed", _reason(error, None if failed else save))
         atexit.register(_kill_children)
