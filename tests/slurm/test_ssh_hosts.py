@@ -123,4 +123,8 @@ def test_hung_rank(hosts, reference, tmp_path):
     Launch(hosts, run, *timeout, FAULT="hang@15@1", PREFLIGHT="0", STEP_TIME="0").wait(0)
     assert any(re.search("event=worker-failed.*(timed out|timeout)", x, re.I) for x in events(run))
     assert count(run, "restart") >= 2
+    (line,) = [line for line in events(run) if "event=desync" in line]
+    assert "rank=1 " in line and re.search("rank 1 did not enter .* in which rank 0 waits", line)
+    stack = next(run.glob("flight_recorder/2*/rank_1.stack")).read_text()
+    assert "in loss_and_fault" in stack
     assert_same_run(run, reference)
