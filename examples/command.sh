@@ -38,7 +38,7 @@ source "$model_file"
 : "${SAVE_INTERVAL:=1000}" "${KEEP_LAST:=3}" "${KEEP_EVERY:=5000}" "${LOG_INTERVAL:=10}"
 : "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=20}" "${TIMEOUT_MINUTES:=10}"
 : "${OPTIMIZER_FORMAT:=dp}" "${BUCKET_SIZE:=40000000}"
-: "${RENDEZVOUS_TIMEOUT:=600}"
+: "${RENDEZVOUS_TIMEOUT:=600}" "${PROFILE_STEPS:=}"
 : "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${INPROCESS_RESTART:=0}"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
 own_cache=$RUN_DIR/cache # whole in checkpoints, for an evaluation that starts elsewhere
@@ -206,6 +206,18 @@ else
     no_data=1
 fi
 ((DOCUMENT_MASK)) && megatron+=(--dataloader-inter-document-masking)
+if [[ -n $PROFILE_STEPS ]]; then
+    first_profiled=${PROFILE_STEPS%-*} last_profiled=${PROFILE_STEPS#*-}
+    megatron+=(--profile --profile-ranks 0)
+    # With nsys Megatron's range is from after one step to after another; PyTorch's profiler takes
+    # the first, and not the last.
+    if [[ $DEVICE == cpu ]]; then
+        megatron+=(--use-pytorch-profiler
+            --profile-step-start "$first_profiled" --profile-step-end $((last_profiled + 1)))
+    else
+        megatron+=(--profile-step-start $((first_profiled - 1)) --profile-step-end "$last_profiled")
+    fi
+fi
 [[ -n $WANDB_PROJECT ]] && megatron+=(
     --wandb-project "$WANDB_PROJECT" --wandb-exp-name="$(basename "$RUN_DIR")" --wandb-save-dir "$RUN_DIR")
 

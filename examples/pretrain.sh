@@ -61,6 +61,8 @@
 #                  is gathered first, and they may change TP and PP too (docs/checkpoint-formats.md)   [dp]
 #   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
 #   LOG_INTERVAL (TensorBoard's too), EVAL_INTERVAL, EVAL_ITERS   in steps   [10, 1000, 20]
+#   PROFILE_STEPS  100-103: rank 0 under nsys in these steps, into RUN_DIR/profiles; on a CPU PyTorch's
+#                  profiler, into RUN_DIR/torch_profile   [none]
 #   WANDB_PROJECT  also log to Weights & Biases; its key belongs in WANDB_API_KEY
 # When something fails
 #   IN_JOB_RESTARTS  restarts of all ranks without leaving the job   [3]
@@ -134,6 +136,8 @@ fi
 [[ -z $no_master ]] || die 2 "$no_master"
 ((no_data)) && die 2 "no data: set DATA_ARGS=FILE, DATA='PREFIX ...' or MOCK_DATA=1"
 [[ ${entry[0]} == -* || -f ${entry[0]} ]] || die 2 "ENTRY=$ENTRY: there is no ${entry[0]}"
+[[ -z $PROFILE_STEPS || $DEVICE == cpu ]] || command -v nsys >/dev/null ||
+    die 2 "PROFILE_STEPS=$PROFILE_STEPS needs nsys, of NVIDIA's Nsight Systems, which is not on PATH; install it on all nodes, or unset PROFILE_STEPS"
 ((NNODES > 1)) || [[ $DEVICE == cpu ]] ||
     "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
     die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"
@@ -153,6 +157,7 @@ RUN_DIR=$(cd "$RUN_DIR" && pwd)
 export RUN_DIR MEGATRON_XIELU_EVENTS=$RUN_DIR/events/$MEGATRON_XIELU_NODE.log
 export MEGATRON_XIELU_FLIGHT_RECORDER=$RUN_DIR/flight_recorder
 export MEGATRON_XIELU_FINISHED=$RUN_DIR/events/$MEGATRON_XIELU_NODE.finished
+[[ -z $PROFILE_STEPS || $DEVICE == cpu ]] || export MEGATRON_XIELU_PROFILES=$RUN_DIR/profiles
 export NNODES GPUS_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR DEVICE TP PYTHON # for
 export DATA_ARGS DATA TOKENIZER FP8_RECIPE                                                 # preflight.sh
 verdict=$RUN_DIR/${MEGATRON_XIELU_VERDICT:-exit_code}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import ctypes
 import hashlib
 import importlib.util
 import multiprocessing
@@ -41,9 +40,9 @@ from megatron_xielu.checkpoints import before_load, failed_loads
 from megatron_xielu.checkpoints.check import OF_THIS_FILE
 from megatron_xielu.checkpoints.folder import RELEASE
 from megatron_xielu.checkpoints.repair import NoGoodCheckpoint, repair
-from megatron_xielu.cluster import flight_recorder
+from megatron_xielu.cluster import flight_recorder, profiled
 from megatron_xielu.cluster.launcher import REFUSED
-from megatron_xielu.common import event_log, text
+from megatron_xielu.common import event_log, processes, text
 from megatron_xielu.workarounds import releases
 
 # Exit codes of Megatron's rerun state machine, which checks every loss for NaN, Inf and spikes.
@@ -61,7 +60,6 @@ _LOADS = ("load_checkpoint", "load_args_from_checkpoint")  # the second: of the 
 _OF_THE_MACHINE = ("allocate", "cuda", "gloo", "nccl", "new thread", "shared memory")
 
 _SIGNALLED = 128  # a shell's and Python scripts' exit code, less the signal's number
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @record
@@ -69,8 +67,11 @@ def main() -> None:
     """Repair, run the script, report."""
     if len(sys.argv) < 2 or (sys.argv[1] == "-m" and len(sys.argv) < 3):
         raise SystemExit("usage: python -m megatron_xielu.cluster.rank (SCRIPT.py | -m MODULE) …")
-    # The kernel ends this rank with its launcher; left alone it would block the next attempt.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not profiled.is_inside():  # nobody knows which thread of nsys has started it
+        # With its launcher; left alone it would block the next attempt.
+        processes.end_with_parent()
+    if profiled.is_wanted():
+        raise SystemExit(profiled.run(sys.argv[1:]))
     flight_recorder.arm()
     at_sigterm = signal.getsignal(signal.SIGTERM)
     is_module = sys.argv[1] == "-m"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_alive(pid: int) -> bool:
@@ -16,3 +20,8 @@ def is_alive(pid: int) -> bool:
     except (PermissionError, FileNotFoundError, IndexError):
         return True
     return status not in "ZX"
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that has started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -133,6 +133,14 @@ _number = _like(rf"{_DECIMAL}([eE][+-]?[0-9]+)?", " is not a number")
 _tokens = _like(rf"{_DECIMAL}([eE]\+?[0-9]+)?", " is not a number such as 125e9")
 _shares = _like(r"[0-9.]+([,/ ]+[0-9.]+){0,2}", " is not shares such as 990,10,0")
 _line = _like(_TEXT, " has a line end or another control character")
+
+
+def _steps(value: str) -> str:
+    words = re.fullmatch(r"([1-9][0-9]{0,11})-([1-9][0-9]{0,11})", value, re.ASCII)
+    is_range = words is not None and int(words[1]) <= int(words[2])
+    return "" if is_range else " is not steps such as 100-103"
+
+
 _any: _Kind = lambda value: ""  # noqa: E731 (lists, which white space of any kind parts)
 _host = _like(_HOST, " is not a host's name or address")
 _host_of_url = _like(rf"{_HOST}|\[{_HOST}\]", " is not a host's name or address")
@@ -171,6 +179,7 @@ _OF_A_RUN: dict[str, _Kind] = {
     **dict.fromkeys(("IN_JOB_RESTARTS", "RESTART_BUDGET"), _whole),
     **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU"), _number),
     "SPLIT": _shares,
+    "PROFILE_STEPS": _steps,
     "MASTER_PORT": _port,
     "MASTER_ADDR": _host_of_url,
     "LOCAL_ADDR": _host,

@@ -311,6 +311,15 @@ def test_published_schedule_is_met_exactly():
         assert int(flag(text, "--lr-wsd-decay-samples")) == decay * batch
 
 
+def test_profiled_steps():
+    """Megatron's range begins after a step; PyTorch's profiler takes the first and not the last."""
+    for device, steps in (("gpu", ("99", "103")), ("cpu", ("100", "104"))):
+        text = output(LAUNCHER, **{**SMALL, "DEVICE": device, "PROFILE_STEPS": "100-103"})
+        found = flag(text, "--profile-step-start"), flag(text, "--profile-step-end")
+        assert found == steps and flag(text, "--profile-ranks") == "0"
+        assert ("--use-pytorch-profiler" in text) is (device == "cpu")
+
+
 def test_environment_and_trailing_flags_override():
     text = output(LAUNCHER + " --lr 5e-4 --seed=7", NUM_LAYERS="12", LR="3e-4", RUN_DIR="/r")
     assert flag(text, "--num-layers") == "12"

@@ -197,6 +197,49 @@ def test_what_is_refused_is_not_tried_again(log, tmp_path, script, tee, reason):
     assert told == f'"{reason}"'
 
 
+# As nsys does it: the program is a child, in which signals are not its own affair.
+NSYS = """#!/bin/sh
+while [ "${1#-}" != "$1" ] || [ "$1" = profile ]; do echo "$1" >>"$OPTIONS"; shift; done
+"$@"
+"""
+PROFILED = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[2]).parent
+def save(*_):
+    (folder / f"saved-{os.environ['RANK']}").touch()
+    sys.exit(3)
+signal.signal(signal.SIGTERM, save)
+if os.fork() == 0:  # as a checkpoint writer: what is for the rank is not for it
+    signal.signal(signal.SIGTERM, lambda *_: (folder / "passed-on-to-child").touch())
+    time.sleep(3)
+    os._exit(0)
+(folder / f"parent-{os.environ['RANK']}").write_text(str(os.getppid()))
+if os.environ["RANK"] == "0":
+    os.kill(int(os.environ["MEGATRON_XIELU_PROFILED"]), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_rank_under_nsys(log, tmp_path):
+    """A stand-in for nsys: rank 0 alone is under it, gets the signal, and its code comes out."""
+    nsys = tmp_path / "bin/nsys"
+    nsys.parent.mkdir()
+    nsys.write_text(NSYS)
+    nsys.chmod(0o755)
+    variables = {"MEGATRON_XIELU_PROFILES": str(tmp_path / "profiles")}
+    variables |= {"OPTIONS": str(tmp_path / "options")}
+    variables |= {"PATH": f"{nsys.parent}:{os.environ['PATH']}", "PYTHON_EXEC": sys.executable}
+    done = launched(tmp_path, PROFILED, "--nproc-per-node", "2", **variables)
+    assert done.returncode == 1, done.output
+    assert (tmp_path / "saved-0").exists() and not (tmp_path / "saved-1").exists()
+    assert not (tmp_path / "passed-on-to-child").exists()
+    assert "rank=0 event=rank-failed local_rank=0 exit=3" in log.read_text()
+    assert (tmp_path / "parent-0").read_text() != (tmp_path / "parent-1").read_text()
+    options = (tmp_path / "options").read_text()
+    assert f"--output={tmp_path / 'profiles'}/" in options and "cudaProfilerApi" in options
+    assert options.count("profile\n") == 1
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A save folder with checkpoints of iterations 2 and 4, of 6."""
