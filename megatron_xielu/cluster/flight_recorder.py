@@ -2,18 +2,17 @@
 
 PyTorch's flight recorder holds the last 2000 collectives of a rank in memory, all the time. Over
 NCCL every rank writes them when one of them has waited too long; over gloo `dump` does when a rank
-fails. Both go to ``RUN_DIR/flight_recorder/now/rank_N``; ``rank_N.stack`` beside it has the Python
+fails. Both go to ``RUN_DIR/flight_recorder/now/rank_N``; ``stack_N`` beside it has the Python
 stacks at the moment when the launcher ended the rank. When all ranks of node 0 have ended, its
 launcher says in one event who was waited for (`desync`), and gives the folder its time as a name;
 the newest few are kept. They can be read by PyTorch's own analyser, too:
-``python -m torch.distributed.flight_recorder.fr_trace FOLDER -p rank_``.
+``python -m torch.distributed.flight_recorder.fr_trace FOLDER -p rank_ --allow-incomplete-ranks``.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import io
-import json
 import os
 import pickle
 import re
@@ -57,7 +56,7 @@ def arm() -> None:
             _set_aside(folder)  # of a start whose launcher was killed
         folder.mkdir(parents=True, exist_ok=True)
         # Open for as long as the process lives: a signal's handler opens no files.
-        faulthandler.register(STACKS, file=(folder / f"rank_{rank}.stack").open("w"))
+        faulthandler.register(STACKS, file=(folder / f"stack_{rank}").open("w"))
 
 
 def dump() -> None:
@@ -70,9 +69,9 @@ def dump() -> None:
     if "gloo" not in str(dist.get_backend()):
         return
     with suppress(Exception):  # of a PyTorch that records nothing over gloo; or a full disk
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+        from torch._C._distributed_c10d import _dump_fr_trace
 
-        record = json.loads(_dump_fr_trace_json())
+        record = _plain(_dump_fr_trace(includeStackTraces=False, onlyActive=False))
         world = dist.distributed_c10d._world
         # Gloo's own has the default group only.
         record["pg_config"] = {
@@ -84,7 +83,7 @@ def dump() -> None:
             for group, ranks in world.pg_group_ranks.items()
             if not isinstance(group, int)  # nobody's group
         }
-        files.write(folder / f"rank_{dist.get_rank()}", json.dumps(record))
+        files.write(folder / f"rank_{dist.get_rank()}", pickle.dumps(record))
 
 
 def report(world_size: int) -> None:
@@ -103,7 +102,7 @@ def report(world_size: int) -> None:
         time.sleep(0.1)
     dumps = {}
     for rank, path in _records(folder).items():
-        with suppress(OSError, ValueError, EOFError, pickle.UnpicklingError):  # half written
+        with suppress(Exception):  # half written: a pickle then fails in any way
             dumps[rank] = _read(path)
     try:
         finding = desync.explain(dumps) if dumps else None
@@ -146,18 +145,21 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A record: NCCL's is a pickle, of numbers, texts, lists and dictionaries only.
-
-    Raises:
-        OSError, ValueError, EOFError, pickle.UnpicklingError: it is none, or not whole.
-    """
     if path.stat().st_size > _LONGEST:
         raise ValueError(f"{path} is too long for a record")
-    content = path.read_bytes()
-    record = json.loads(content) if content[:1] == b"{" else _Plain(io.BytesIO(content)).load()
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is no record")
-    return record
+    return _plain(path.read_bytes())
+
+
+def _plain(record: bytes) -> dict[str, Any]:
+    """A record is a pickle of numbers, texts, lists and dictionaries, and of nothing else.
+
+    Raises:
+        ValueError, EOFError, pickle.UnpicklingError: it is none, or not whole.
+    """
+    content = _Plain(io.BytesIO(record)).load()
+    if not isinstance(content, dict):
+        raise ValueError("no record")
+    return content
 
 
 class _Plain(pickle.Unpickler):

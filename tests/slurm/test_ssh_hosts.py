@@ -125,6 +125,6 @@ def test_hung_rank(hosts, reference, tmp_path):
     assert count(run, "restart") >= 2
     (line,) = [line for line in events(run) if "event=desync" in line]
     assert "rank=1 " in line and re.search("rank 1 did not enter .* in which rank 0 waits", line)
-    stack = next(run.glob("flight_recorder/2*/rank_1.stack")).read_text()
+    stack = next(run.glob("flight_recorder/2*/stack_1")).read_text()
     assert "in loss_and_fault" in stack
     assert_same_run(run, reference)
