@@ -39,6 +39,8 @@ source "$model_file"
 : "${EVAL_INTERVAL:=1000}" "${EVAL_ITERS:=20}" "${TIMEOUT_MINUTES:=10}"
 : "${OPTIMIZER_FORMAT:=dp}" "${BUCKET_SIZE:=40000000}"
 : "${RENDEZVOUS_TIMEOUT:=600}" "${PROFILE_STEPS:=}"
+[[ $DEVICE == cpu ]] && : "${STRAGGLER_RATIO:=0}" # ranks that share cores differ
+: "${STRAGGLER_RATIO:=1.2}"
 : "${IN_JOB_RESTARTS:=3}" "${RESTART_BUDGET:=3}" "${INPROCESS_RESTART:=0}"
 : "${RUN_DIR:=runs/$(basename "$MODEL" .sh)-$ACTIVATION}"
 own_cache=$RUN_DIR/cache # whole in checkpoints, for an evaluation that starts elsewhere
@@ -180,6 +182,7 @@ if [[ $PRECISION == fp8 ]]; then
     megatron+=(--fp8-format "$fp8_format" --fp8-recipe "$FP8_RECIPE")
     [[ $FP8_RECIPE != tensorwise ]] || megatron+=(--first-last-layers-bf16) # one scale a tensor is coarse
 fi
+if ((ours)) && [[ $STRAGGLER_RATIO != 0 ]]; then megatron+=(--straggler-ratio "$STRAGGLER_RATIO"); fi
 if ((DECAY_NORMS)); then
     ((ours)) || die 2 "DECAY_NORMS=1 needs this package's entry, not ENTRY=$ENTRY"
     megatron+=(--apply-wd-to-norms)

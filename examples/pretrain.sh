@@ -61,6 +61,8 @@
 #                  is gathered first, and they may change TP and PP too (docs/checkpoint-formats.md)   [dp]
 #   KEEP_LAST, KEEP_EVERY   the last so many are kept, and every so many-th step   [3, 5000]
 #   LOG_INTERVAL (TensorBoard's too), EVAL_INTERVAL, EVAL_ITERS   in steps   [10, 1000, 20]
+#   STRAGGLER_RATIO  an event tells of each rank that takes so many times the median for its own part of a
+#                  step; 0: none   [1.2; on a CPU, or with another ENTRY, 0]
 #   PROFILE_STEPS  100-103: rank 0 under nsys in these steps, into RUN_DIR/profiles; on a CPU PyTorch's
 #                  profiler, into RUN_DIR/torch_profile   [none]
 #   WANDB_PROJECT  also log to Weights & Biases; its key belongs in WANDB_API_KEY

@@ -27,7 +27,7 @@ from megatron_xielu.checkpoints.saved_arguments import check_spec
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
 from megatron_xielu.common.versions import made_with
-from megatron_xielu.features import norm_decay, recompute, shared_alphas
+from megatron_xielu.features import norm_decay, recompute, shared_alphas, stragglers
 from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
@@ -101,6 +101,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="Weight decay for the gains of norms too, with any activation: only alphas and biases "
         "stay without, as in the paper's runs.",
+    )
+    group.add_argument(
+        stragglers.FLAG,
+        type=float,
+        default=0.0,
+        metavar="RATIO",
+        help="Write an event for each rank that twice in a row takes more than so many times the "
+        "median of its pipeline stage for its own part of a step (0: none).",
     )
     # Megatron 0.19.2 has a help text with a bare "%", at which --help fails.
     for action in parser._actions:

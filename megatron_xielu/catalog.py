@@ -151,7 +151,7 @@ NUMBERS = {
     **dict.fromkeys(
         (
             "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps --init-method-std "
-            "--loss-scale"
+            "--loss-scale --straggler-ratio"
         ).split(),
         _FROM_0,
     ),

@@ -47,7 +47,7 @@ def _train(args: Namespace) -> None:
 
     from megatron_xielu import layer_specs, training_step
     from megatron_xielu.arguments import activation_name, megatrons_checks
-    from megatron_xielu.features import activation_summary, alpha_logging, norm_decay
+    from megatron_xielu.features import activation_summary, alpha_logging, norm_decay, stragglers
 
     with _errors_in_one_line(), megatrons_checks():
         model = layer_specs.model_config(args)
@@ -64,7 +64,7 @@ def _train(args: Namespace) -> None:
         config,
         data_sets,
         ModelType.encoder_or_decoder,
-        training_step.forward_step,
+        stragglers.watched(args, training_step.forward_step),
         store=store,
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 import types
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,11 +47,13 @@ class _Stream:
 
 
 class _Event:
-    """An event that has always happened."""
+    """An event that has happened when it is recorded."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self._seconds = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None: ...
 
@@ -59,8 +62,8 @@ class _Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: Any) -> float:
-        return 0.0
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._seconds - self._seconds) * 1000
 
 
 def _redirect_cuda_module() -> None:

@@ -58,6 +58,7 @@ def install() -> None:
 
     place = list(inspect.signature(training_log).parameters).index("iteration")
 
+    @functools.wraps(training_log)  # others look for the place of an argument, too
     def log_with_alphas(*given: Any, **named: Any) -> Any:
         result = training_log(*given, **named)
         iteration = given[place]

@@ -58,6 +58,7 @@ _SAME = {
     "--wandb-project": "WANDB_PROJECT",
     "--fp8-recipe": "FP8_RECIPE",
     "--data-cache-path": "DATA_CACHE",
+    "--straggler-ratio": "STRAGGLER_RATIO",
     "--manual-gc-interval": "GC_INTERVAL",
 }
 # Flag: the variable that it is computed from.
@@ -177,7 +178,7 @@ _OF_A_RUN: dict[str, _Kind] = {
     **dict.fromkeys(("NODE_RANK", "SEED", "KEEP_EVERY", "LOG_INTERVAL"), _whole),
     **dict.fromkeys(("EVAL_INTERVAL", "EVAL_ITERS", "GC_INTERVAL"), _whole),
     **dict.fromkeys(("IN_JOB_RESTARTS", "RESTART_BUDGET"), _whole),
-    **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU"), _number),
+    **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU", "STRAGGLER_RATIO"), _number),
     "SPLIT": _shares,
     "PROFILE_STEPS": _steps,
     "MASTER_PORT": _port,
