@@ -1,4 +1,4 @@
-"""--straggler-ratio: the rank that is slow by itself is named, and none of those that wait for it."""
+"""--straggler-ratio: a rank that is slow by itself is named, and none that waits for it."""
 
 import re
 
