@@ -270,5 +270,5 @@ plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_
     --keep-checkpoints "$KEEP_LAST" --keep-every "$KEEP_EVERY" --from-variables "${#megatron[@]}")
 ((ours)) || plan+=(--other-entry)
 [[ "$made_for $made_for_lr" =~ ^[0-9]+\ [0-9.eE+-]+$ ]] && plan+=(--made-for "$made_for" "$made_for_lr")
-plan+=(${GPU_MEMORY_GIB:+--gpu-memory "$GPU_MEMORY_GIB"}
+plan+=(${GPU:+--gpu "$GPU"} ${GPU_MEMORY_GIB:+--gpu-memory "$GPU_MEMORY_GIB"}
     ${MFU:+--mfu "$MFU"} ${PEAK_TFLOPS:+--peak-tflops "$PEAK_TFLOPS"})

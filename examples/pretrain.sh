@@ -42,7 +42,8 @@
 #   RENDEZVOUS_TIMEOUT  seconds that nodes wait for each other   [600]
 #   PREFLIGHT    0 skips the checks before training   [1]    PYTHON   [python3]
 #   LAYOUT_CHECK 0 skips one: that checkpoints of this layout keep the optimizer's state   [1]
-#   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of a GPU, for the plan's memory and hours   [80, 989, 0.4]
+#   GPU          a100, h100, h200, gh200, b200 or gb200, for the plan's memory and hours   [h100]
+#   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of one   [the GPU's; as published for the model's size]
 #   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]
 # How fast
 #   LOSS_FUSION  0: without --cross-entropy-loss-fusion, which costs memory, and does not go with

@@ -126,7 +126,8 @@ NUMBERS = {
             "--num-virtual-stages-per-pipeline-rank --decoder-first-pipeline-num-layers "
             "--decoder-last-pipeline-num-layers --recompute-num-layers "
             "--num-distributed-optimizer-instances --num-dataset-builder-threads "
-            "--distributed-timeout-minutes"
+            "--distributed-timeout-minutes --moe-ffn-hidden-size "
+            "--moe-shared-expert-intermediate-size"
         ).split(),
         _SIZE,
     ),
@@ -142,7 +143,8 @@ NUMBERS = {
         (
             "--train-iters --train-samples --lr-warmup-iters --lr-warmup-samples --lr-decay-iters "
             "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
-            "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync "
+            "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync --num-experts "
+            "--moe-router-topk --mtp-num-layers "
             "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         ).split(),
         COUNT,
@@ -521,11 +523,11 @@ def not_on_cpu(argv: Sequence[str]) -> Iterator[str]:
                 yield f"{refusal.said} needs a GPU; drop it for a CPU run"
 
 
-# By the plan: its arithmetic is for dense GPT models.
+# By the plan: its arithmetic is for GPT models of plain attention, dense or with experts.
 BY_PLAN = tuple(
-    Refusal(flag, "the plan counts dense GPT models")
+    Refusal(flag, "the plan has no arithmetic for it")
     for flag in (
-        "--num-experts --mtp-num-layers --multi-latent-attention --hybrid-layer-pattern "
+        "--multi-latent-attention --hybrid-layer-pattern --moe-latent-size "
         "--heterogeneous-layers-config-path --heterogeneous-layers-config-encoded-json "
         "--experimental-attention-variant --attention-output-gate --use-megatron-fsdp "
         "--use-torch-fsdp2 --yaml-cfg"

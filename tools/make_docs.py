@@ -96,7 +96,8 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 The flags of the first five tables, with `--cpu` those that need a GPU, names that no release of
 Megatron in [versions.md](versions.md) knows (abbreviations, too: Megatron takes none), and:
 
-{_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan counts dense GPT models.
+{_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan has no
+arithmetic for them.
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN_WITH_CHECKPOINTS)}: it is not proven that
 checkpoints keep the optimizer's state; `--no-save-optim` lets them pass.

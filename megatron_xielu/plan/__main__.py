@@ -2,7 +2,7 @@
 
 ``python -m megatron_xielu.plan``: its options, and a `Plan` as text or JSON, from the command's
 arguments alone. It ends with status 2 and one line a problem where the cluster would end the run
-(`checks`). It counts dense GPT models. Standard library only, Python 3.9 and newer: it runs on a
+(`checks`). Standard library only, Python 3.9 and newer: it runs on a
 login node.
 """
 
@@ -12,17 +12,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_xielu.catalog import ACTIVATIONS, GPUS, NUMBERS
 from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.common.flags import Limits
 from megatron_xielu.common.text import ready_output
-from megatron_xielu.plan import checks, flags
+from megatron_xielu.plan import checks, flags, host
+from megatron_xielu.plan import layouts as fit
+from megatron_xielu.plan.experts import Experts
 from megatron_xielu.plan.flags import PlanError
+from megatron_xielu.plan.gpus import BY_NAME, Gpu
+from megatron_xielu.plan.host import Host
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan
 from megatron_xielu.plan.variables import in_variables
+
+_BEST = 3  # layouts that a plan lists
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,15 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     unknown = flags.unknown(command, others=("--dry-run", "--help") if launcher else ())
     problems, warnings = ([], unknown) if options.other_entry else (unknown, [])
-    plan = None
+    plan, files = None, not options.no_files
     try:
         plan = Plan(
             command,
             cluster=Cluster(
                 options.nodes,
                 options.gpus_per_node,
-                options.gpu_memory,
-                options.peak_tflops,
+                _gpu(options),
                 options.mfu,
                 options.node_network,
                 options.host_copy,
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep_checkpoints=options.keep_checkpoints,
             keep_every=options.keep_every,
         )
-        faults, doubts = ([], []) if options.no_files else checks.data(plan)
+        faults, doubts = checks.data(plan) if files else ([], [])
         problems += checks.problems(plan, check_files=False) + faults
         made_for = options.made_for and (int(options.made_for[0]), options.made_for[1])
         warnings += doubts + checks.warnings(plan, made_for=made_for)
@@ -65,10 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems, warnings = said(problems), said(warnings)
     if plan is not None and not options.check:
         if options.json:
-            findings = {"problems": problems, "warnings": warnings}
-            print(json.dumps({**as_dict(plan), **findings}, indent=2))
+            findings: dict[str, Any] = {"problems": problems, "warnings": warnings}
+            found = fit.fitting(plan) if options.layouts else []
+            findings["layouts"] = [asdict(layout) for layout in found]
+            print(json.dumps({**as_dict(plan, read_files=files), **findings}, indent=2))
         else:
-            print(text(plan, problems=len(problems), warnings=warnings), flush=True)
+            most = None if options.layouts else _BEST
+            report = text(
+                plan, problems=len(problems), warnings=warnings, read_files=files, layouts=most
+            )
+            print(report, flush=True)
     for problem in problems:
         print(f"megatron_xielu: error: {problem}", file=sys.stderr)
     if problems:
@@ -88,18 +99,18 @@ def _options() -> argparse.ArgumentParser:
     speed = Limits(0.001, 1e6, whole=False).read
     add("--nodes", type=GPUS.read, default=default.nodes)
     add("--gpus-per-node", type=GPUS.read, default=default.gpus_per_node)
-    add("--gpu-memory", type=speed, default=default.gpu_memory_gib, metavar="GIB")
     add(
-        "--peak-tflops",
-        type=speed,
-        default=default.peak_tflops,
-        help="of a GPU, bf16 without sparsity (default: %(default)s, H100 SXM)",
+        "--gpu",
+        choices=BY_NAME,
+        default=default.gpu.name,
+        help="sets the next two (default: %(default)s)",
     )
+    add("--gpu-memory", type=speed, metavar="GIB", help="as PyTorch reports it")
+    add("--peak-tflops", type=speed, help="of a GPU, bf16 without sparsity")
     add(
         "--mfu",
         type=Limits(0.001, 1, whole=False).read,
-        default=default.mfu,
-        help="share of the peak that the model's FLOPs reach; an assumption (default: %(default)s)",
+        help="share of the peak that the model's FLOPs reach (default: as published for its size)",
     )
     add(
         "--node-network",
@@ -123,6 +134,11 @@ def _options() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="print nothing but problems")
     add("--json", action="store_true")
     add(
+        "--layouts",
+        action="store_true",
+        help=f"every layout that fits, not only the {_BEST} that are fastest by estimate",
+    )
+    add(
         "--made-for",
         type=Limits(0, 1e30, whole=False).read,
         nargs=2,
@@ -143,14 +159,30 @@ def _options() -> argparse.ArgumentParser:
     return parser
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for programs: counts, bytes, FLOPs and seconds."""
+def _gpu(options: argparse.Namespace) -> Gpu:
+    gpu = BY_NAME[options.gpu]
+    return replace(
+        gpu,
+        memory_gib=options.gpu_memory or gpu.memory_gib,
+        peak_tflops=options.peak_tflops or gpu.peak_tflops,
+    )
+
+
+def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
+    """The plan for programs: counts, bytes, FLOPs and seconds.
+
+    Args:
+        plan: the plan.
+        read_files: as `host.of` has it.
+    """
+    on_host = host.of(plan, read_files=read_files)
     model, memory, checkpoints = plan.model, plan.memory(), plan.checkpoints()
-    seconds, steps = plan.seconds_per_step(), plan.schedule().steps
+    seconds, steps = fit.seconds_per_step(plan), plan.schedule().steps
     return {
         "model": {
             **asdict(model),
             "parameters": model.parameters(),
+            "parameters_active": model.active_parameters(),
             "parameters_without_embeddings": model.parameters(embeddings=False),
         },
         "cluster": {**asdict(plan.cluster), "gpus": plan.cluster.gpus},
@@ -160,6 +192,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "context": plan.context,
             "virtual": plan.virtual,
             "data": plan.data,
+            "expert": plan.expert,
+            "expert_tensor": plan.expert_tensor,
+            "expert_data": plan.expert_data,
         },
         "batch": {
             "micro_batch": plan.micro_batch,
@@ -172,11 +207,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "compute": {
             "flops_per_token": model.flops_per_token(),
             "flops": plan.flops(),
+            "mfu": asdict(plan.mfu()),
             "seconds_per_step": seconds,
             "seconds": seconds * steps,
             "gpu_hours": seconds * steps * plan.cluster.gpus / 3600,
         },
         "memory": {**asdict(memory), "total": memory.total},
+        "host": {**asdict(on_host), "total": on_host.total},
         "checkpoints": checkpoints and {**asdict(checkpoints), "disk": checkpoints.disk},
         "optimizer_format": plan.optimizer_format and _formats(plan),
     }
@@ -199,13 +236,22 @@ def _formats(plan: Plan) -> dict[str, Any]:
     return formats
 
 
-def text(plan: Plan, *, problems: int = 0, warnings: Sequence[str] = ()) -> str:
+def text(
+    plan: Plan,
+    *,
+    problems: int = 0,
+    warnings: Sequence[str] = (),
+    read_files: bool = True,
+    layouts: int | None = _BEST,
+) -> str:
     """The plan for people, in lines of at most 100 columns.
 
     Args:
         plan: the plan.
         problems: how many there are; what a run would cost that cannot run is not told.
         warnings: stand at the end.
+        read_files: as `host.of` has it.
+        layouts: how many are listed; None for all.
     """
     sections = [("model", _model(plan)), ("batch", _batch(plan)), ("memory per GPU", _memory(plan))]
     lines = []
@@ -213,6 +259,10 @@ def text(plan: Plan, *, problems: int = 0, warnings: Sequence[str] = ()) -> str:
         lines.append(f"THIS PLAN CANNOT RUN: {problems} problem{'s' * (problems > 1)}, told below")
     else:
         sections.insert(2, ("compute", _compute(plan)))
+        if plan.cluster.gpus > 1:
+            title = "layouts that fit, fastest first by estimate: micro-batch × accumulation"
+            sections.insert(4, (title, fit.rows(fit.fitting(plan), layouts)))
+        sections.append(("host memory per node", _host(host.of(plan, read_files=read_files))))
         sections.append(("checkpoints", _checkpoints(plan)))
     for title, rows in sections:
         lines.append(title)
@@ -233,8 +283,16 @@ def _model(plan: Plan) -> _Rows:
         "biases" if m.bias else "no biases",
     ]
     positions = "rope" if m.rope else f"{m.learned_positions:,} learned positions"
+    parameters = f"{m.parameters():,}; without embeddings {m.parameters(embeddings=False):,}"
+    more = []
+    if m.experts:
+        parameters += f"; active {m.active_parameters():,}"
+        more.append(("experts", _experts(plan, m.experts)))
+    if m.prediction_layers:
+        more.append(("prediction", f"multi-token, {m.prediction_layers} ahead"))
     return [
         ("shape", f"layers {m.layers}, hidden {m.hidden}, ffn {m.ffn}"),
+        *more,
         ("attention", ", ".join(parts)),
         ("activation", ACTIVATIONS[m.activation].label),
         (
@@ -242,11 +300,17 @@ def _model(plan: Plan) -> _Rows:
             f"{m.vocabulary:,}, padded to {m.padded_vocabulary:,}; "
             f"{'tied' if m.tied_embeddings else 'untied'} embeddings, {positions}",
         ),
-        (
-            "parameters",
-            f"{m.parameters():,}; without embeddings {m.parameters(embeddings=False):,}",
-        ),
+        ("parameters", parameters),
     ]
+
+
+def _experts(plan: Plan, e: Experts) -> str:
+    layers = plan.model.moe_layers(0, plan.model.layers)
+    shared = f", shared ffn {e.shared_ffn}" if e.shared_ffn else ""
+    return (
+        f"{e.top_k} of {e.count} a token, ffn {e.ffn}{shared}, in {layers} layers; "
+        f"EP {plan.expert}, expert-TP {plan.expert_tensor}"
+    )
 
 
 def _batch(plan: Plan) -> _Rows:
@@ -281,8 +345,10 @@ def _batch(plan: Plan) -> _Rows:
 
 def _compute(plan: Plan) -> _Rows:
     m, c, steps = plan.model, plan.cluster, plan.schedule().steps
-    per_token, attention = m.flops_per_token(), 6 * m.layers * m.query_width * m.sequence
-    seconds = plan.seconds_per_step()
+    per_token, attention = m.flops_per_token(), m.attention_flops_per_token()
+    seconds, mfu = fit.seconds_per_step(plan), plan.mfu()
+    costs = "" if c.mfu is not None else ", plus the layout's costs"
+    dense = ", as if dense" if m.experts and c.mfu is None else ""
     hours = seconds * steps / 3600
     return [
         (
@@ -292,15 +358,21 @@ def _compute(plan: Plan) -> _Rows:
         ),
         ("FLOPs of the run", f"{plan.flops():.4g}"),
         (
-            "time, assumed",
+            "time, estimated",
             f"{seconds:.3g} s a step, {hours / 24:.3g} days, {hours * c.gpus:,.0f} GPU-hours",
         ),
-        ("  if", f"MFU {c.mfu:.0%} (an assumption) of {c.peak_tflops:g} TFLOP/s bf16 a GPU"),
+        (
+            "  if",
+            f"MFU {mfu.value:.0%} of {c.gpu.title}'s {c.gpu.peak_tflops:g} TFLOP/s in bf16"
+            + dense
+            + costs,
+        ),
+        ("", mfu.source),
     ]
 
 
 def _memory(plan: Plan) -> _Rows:
-    memory, limit = plan.memory(), plan.cluster.gpu_memory_gib
+    memory, limit = plan.memory(), plan.cluster.gpu.memory_gib
     chunks = plan.chunks_in_flight(memory.stage)
     what = "micro-batch" if plan.virtual == 1 else "chunks of micro-batches"
     notes = {
@@ -310,6 +382,11 @@ def _memory(plan: Plan) -> _Rows:
         "activations": f"{chunks} {what} in flight",
         "logits": "of one micro-batch, with the loss",
     }
+    left_out = "CUDA context, NCCL, workspaces"
+    if plan.model.experts:
+        notes["optimizer"] += f", experts by {plan.expert_optimizer_shards()}"
+        notes["activations"] += ", if routing is even (an estimate)"
+        left_out += ", all-to-all"
     rows = [
         (name, f"{getattr(memory, name) / GIB:>8.2f} GiB  {note}") for name, note in notes.items()
     ]
@@ -320,8 +397,24 @@ def _memory(plan: Plan) -> _Rows:
     return [
         *rows,
         ("total", total),
-        ("", f"not counted: CUDA context, NCCL, workspaces; keep {MEMORY_MARGIN:.0%} free"),
+        ("", f"not counted: {left_out}; keep {MEMORY_MARGIN:.0%} free"),
     ]
+
+
+def _host(node: Host) -> _Rows:
+    indices, built = node.indices, "of samples; documents are not counted, their files not read"
+    if indices.documents is not None and indices.seconds is not None:
+        epochs = f"{indices.epochs} epoch{'s' * (indices.epochs > 1)}"
+        built = f"of {epochs}, built by rank 0 in {indices.seconds:.2g} s (an estimate)"
+    elif not indices.samples:
+        built = "none, of made-up data"
+    notes = {
+        "save": (node.save, "copies of what is written"),
+        "data workers": (node.batches, f"batches ahead in {node.workers} processes"),
+        "index caches": (indices.total, built),
+        "total": (node.total, "beside the ranks' own; not counted: NCCL, file caches"),
+    }
+    return [(name, f"{size / GIB:>8.2f} GiB  {note}") for name, (size, note) in notes.items()]
 
 
 def _checkpoints(plan: Plan) -> _Rows:
@@ -366,9 +459,18 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
             save(DP if chosen == FULL else FULL),
         ),
         ("  waits", f"an estimate, at {speeds}"),
+        *_stalls(plan, chosen),
         *([("  load", memory(held))] if held else []),
         ("  read", f"{now / GIB:,.1f} GiB in all; {other / GIB:,.1f} {unless}"),
     ]
+
+
+def _stalls(plan: Plan, kind: str) -> _Rows:
+    """What the waits for saves add up to."""
+    between = plan.args.save_interval * fit.seconds_per_step(plan)
+    wait = plan.seconds_to_save(kind)
+    an_hour = 3600 * wait / (between + wait)
+    return [("  stalls", f"{an_hour:.2g} s an hour, {an_hour / 3600:.2%} of the run")]
 
 
 def _buckets_are_fixed(plan: Plan) -> bool:

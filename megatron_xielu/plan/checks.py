@@ -69,7 +69,7 @@ def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[s
             f"--tensor-model-parallel-size {plan.tensor} is more than the "
             f"{plan.cluster.gpus_per_node} GPUs of a node: every layer waits for the network"
         )
-    total, limit = plan.memory().total / GIB, plan.cluster.gpu_memory_gib
+    total, limit = plan.memory().total / GIB, plan.cluster.gpu.memory_gib
     if limit * (1 - MEMORY_MARGIN) < total <= limit:
         found.append(
             f"{total:.1f} of {limit:.0f} GiB leaves less than {MEMORY_MARGIN:.0%} for what is not "
@@ -137,11 +137,10 @@ def _flags(plan: Plan) -> Iterator[str]:
         for argument in (*(f"xielu_{switch}" for switch in switches), *catalog.SETTINGS):
             if flag_of(argument) in given:
                 yield catalog.needs_ours(flag_of(argument))
-    if args.xielu_shared_alphas and plan.pipeline > 1:
-        yield (
-            "--xielu-shared-alphas does not work with --pipeline-model-parallel-size above 1; drop "
-            "one of them"
-        )
+    if args.xielu_shared_alphas:
+        for refusal in catalog.WITH_SHARED_ALPHAS:
+            if refusal.is_given(args):
+                yield refusal.with_("--xielu-shared-alphas")
     for refusal in excluded:
         if refusal.flag in given:
             yield refusal.with_(name)
@@ -164,9 +163,7 @@ def _flags(plan: Plan) -> Iterator[str]:
     known = {refusal.flag for refusal in excluded}
     for refusal in catalog.BY_PLAN:
         if refusal.flag in given and refusal.flag not in known:
-            yield (
-                f"{refusal.flag} is not known to the plan, which counts dense GPT models; drop it"
-            )
+            yield f"{refusal.flag} is not known to the plan, which cannot count it; drop it"
     try:
         optimizer_format.check_optimizer(args)
     except ValueError as error:
@@ -179,6 +176,12 @@ def _flags(plan: Plan) -> Iterator[str]:
         yield (
             "--recompute-granularity full needs --recompute-method uniform (or block) and "
             "--recompute-num-layers"
+        )
+    two_tables = plan.model.tied_embeddings and plan.pipeline > 1 and plan.model.prediction_layers
+    if args.save and two_tables:
+        yield (
+            f"--mtp-num-layers with --pipeline-model-parallel-size {plan.pipeline} needs "
+            "--untie-embeddings-and-output-weights: Megatron 0.19 cannot save the two tables"
         )
     if args.save and not args.save_interval:
         yield "--save needs --save-interval"
@@ -211,11 +214,12 @@ def _checkpoints(plan: Plan) -> Iterator[str]:
 def _layout(plan: Plan) -> Iterator[str]:
     args, m, tensor = plan.args, plan.model, plan.tensor
     tp = f"--tensor-model-parallel-size {tensor}"
-    split = {
-        f"--num-attention-heads {m.heads}": m.heads,
-        f"--ffn-hidden-size {m.ffn}": m.ffn,
-        f"--padded-vocab-size {m.padded_vocabulary}": m.padded_vocabulary,
-    }
+    split = {f"--num-attention-heads {m.heads}": m.heads}
+    if m.moe_layers(0, m.layers) < m.layers:
+        split[f"--ffn-hidden-size {m.ffn}"] = m.ffn
+    if m.experts and m.experts.shared_ffn:
+        split["--moe-shared-expert-intermediate-size"] = m.experts.shared_ffn
+    split[f"--padded-vocab-size {m.padded_vocabulary}"] = m.padded_vocabulary
     for what, size in split.items():
         if size % tensor:
             yield f"{tp} does not divide {what}; use one of {_one_of(_divisors(size))}"
@@ -253,9 +257,35 @@ def _layout(plan: Plan) -> Iterator[str]:
             tensor=tensor,
             split_tokens=plan.sequence_parallel,
         )
+    yield from _experts(plan)
     positions = args.max_position_embeddings
     if positions is None or positions < m.sequence:
         yield f"--max-position-embeddings must be --seq-length {m.sequence} or more"
+
+
+def _experts(plan: Plan) -> Iterator[str]:
+    e, gpus = plan.model.experts, plan.cluster.gpus
+    ep, etp = (
+        f"--expert-model-parallel-size {plan.expert}",
+        f"--expert-tensor-parallel-size {plan.expert_tensor}",
+    )
+    if not e:
+        if plan.expert > 1:
+            yield f"{ep} needs --num-experts"
+        return
+    if plan.tensor > 1 and not plan.sequence_parallel:
+        tp = f"--tensor-model-parallel-size {plan.tensor}"
+        yield f"--num-experts with {tp} needs --sequence-parallel"
+    if e.count % plan.expert:
+        yield f"{ep} does not divide --num-experts {e.count}"
+    if e.ffn % plan.expert_tensor:
+        yield f"{etp} does not divide --moe-ffn-hidden-size {e.ffn}"
+    parts = plan.expert_tensor * plan.expert * plan.pipeline
+    if gpus % parts:
+        yield (
+            f"{gpus} GPUs are not a multiple of {etp} × {ep} × --pipeline-model-parallel-size "
+            f"{plan.pipeline} = {parts}; change one of them"
+        )
 
 
 def _pipeline(plan: Plan) -> Iterator[str]:
@@ -302,7 +332,7 @@ def _batch(plan: Plan) -> Iterator[str]:
         for size in sizes:
             other = f"--global-batch-size {number}" if number != batch else ""
             other += f" --micro-batch-size {size}" if size != micro else ""
-            if _memory_with(plan, other) <= _room(plan):
+            if _memory_with(plan, other) <= room(plan):
                 works.append((abs(number - batch), other.strip()))
                 break
     for nodes in sorted(range(1, 2 * now), key=lambda nodes: abs(nodes - now)):
@@ -334,7 +364,7 @@ def _halved(plan: Plan) -> str:
     # Two GPUs hold what one held.
     micro = min(sizes, key=lambda size: abs(math.log(size / plan.micro_batch / 2)))
     other = tensor + (f" --micro-batch-size {micro}" if micro != plan.micro_batch else "")
-    return other if _memory_with(plan, other) <= _room(plan) else ""
+    return other if _memory_with(plan, other) <= room(plan) else ""
 
 
 def _batch_divides(plan: Plan) -> bool:
@@ -371,7 +401,7 @@ def _schedule(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    total, limit = plan.memory().total / GIB, plan.cluster.gpu_memory_gib
+    total, limit = plan.memory().total / GIB, plan.cluster.gpu.memory_gib
     if total > limit:
         yield f"{total:.1f} GiB do not fit into --gpu-memory {limit:.0f}; {_fixes(plan)}"
 
@@ -404,10 +434,10 @@ def _fixes(plan: Plan) -> str:
     def size(more: str) -> float:
         return _memory_with(plan, more)
 
-    room = _room(plan)
+    limit = room(plan)
     fitting = []
     for way in ways:
-        sizes = [(more, gib) for more in way if (gib := size(more)) <= room]
+        sizes = [(more, gib) for more in way if (gib := size(more)) <= limit]
         fitting += [f"{more} ({gib:.1f} GiB)" for more, gib in sizes[:1]]
     if fitting:
         return "add " + ", or ".join(fitting[:3])
@@ -415,22 +445,25 @@ def _fixes(plan: Plan) -> str:
     for way in ways:
         possible = [more for one in way if size(more := f"{together} {one}") < float("inf")]
         together = possible[-1] if possible else together
-        if size(together) <= room:
+        if size(together) <= limit:
             return f"add{together} ({size(together):.1f} GiB)"
     return "no flags are enough: use more pipeline stages, or GPUs with more memory"
 
 
 def _memory_with(plan: Plan, more: str) -> float:
     """GiB with these flags added; infinite where they cannot run."""
-    argv = [*plan.argv, *more.split()]
-    other = Plan(argv, cluster=plan.cluster, vocab_size=plan.model.vocabulary)
-    wrong = [*_flags(other), *_layout(other)] or not _batch_divides(other)
-    return float("inf") if wrong else other.memory().total / GIB
+    return memory_of(plan.with_(more))
 
 
-def _room(plan: Plan) -> float:
+def memory_of(plan: Plan) -> float:
+    """GiB of a GPU; infinite for a layout or batch that cannot run."""
+    wrong = [*_flags(plan), *_layout(plan)] or not _batch_divides(plan)
+    return float("inf") if wrong else plan.memory().total / GIB
+
+
+def room(plan: Plan) -> float:
     """GiB of a GPU that may be planned with."""
-    return plan.cluster.gpu_memory_gib * (1 - MEMORY_MARGIN)
+    return plan.cluster.gpu.memory_gib * (1 - MEMORY_MARGIN)
 
 
 def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:

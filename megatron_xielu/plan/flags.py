@@ -5,6 +5,7 @@ Standard library only, Python 3.9 and newer, as is all of this room.
 
 from __future__ import annotations
 
+import functools
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -21,12 +22,15 @@ _DEFAULTS = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "moe_router_topk": 2,
     "num_query_groups": 1,
     "make_vocab_size_divisible_by": 128,
     "num_distributed_optimizer_instances": 1,
     "num_layers_at_start_in_bf16": 1,
     "num_layers_at_end_in_bf16": 1,
     "eval_iters": 100,
+    "num_workers": 2,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     **SETTINGS,
@@ -38,12 +42,14 @@ _SWITCHES = (
     "add-qkv-bias sequence-parallel use-distributed-optimizer grad-reduce-in-bf16 "
     "use-rotary-position-embeddings recompute-activations distribute-saved-activations "
     "cross-entropy-loss-fusion no-save-optim no-load-optim finetune no-pad-vocab-size "
-    "no-overlap-p2p-communication overlap-grad-reduce dist-ckpt-optim-fully-reshardable "
-    "ckpt-fully-parallel-load moe-use-upcycling first-last-layers-bf16 "
+    "no-overlap-p2p-communication overlap-grad-reduce overlap-param-gather "
+    "dist-ckpt-optim-fully-reshardable "
+    "ckpt-fully-parallel-load moe-use-upcycling moe-shared-expert-gate first-last-layers-bf16 "
+    "mock-data no-create-attention-mask-in-dataloader "
     "dataloader-inter-document-masking reset-attention-mask reset-position-ids "
     "enable-cuda-graph external-cuda-graph"
 ).split()
-_STRINGS = {
+_STRINGS: dict[str, str | int | None] = {
     "normalization": "LayerNorm",
     "position-embedding-type": "learned_absolute",
     "lr-decay-style": "linear",
@@ -54,6 +60,7 @@ _STRINGS = {
     "attention-backend": "auto",
     "cross-entropy-fusion-impl": "native",
     "cuda-graph-impl": "none",
+    "moe-layer-freq": 1,
     "recompute-granularity": None,
     "recompute-method": None,
     "fp8-format": None,
@@ -107,12 +114,8 @@ class _Parser(ArgumentParser):
         raise PlanError([message])
 
 
-def parse(argv: Sequence[str]) -> Namespace:
-    """Parse the flags that a plan needs, with Megatron's defaults; others are passed over.
-
-    Raises:
-        PlanError: values have the wrong type, or are out of range; names their flags.
-    """
+@functools.cache
+def _parser() -> _Parser:
     parser = _Parser(allow_abbrev=False, add_help=False)
     for flag, limits in NUMBERS.items():
         parser.add_argument(flag, type=int if limits.whole else float)
@@ -124,7 +127,16 @@ def parse(argv: Sequence[str]) -> Namespace:
     for flag, words in _LISTS.items():
         parser.add_argument(f"--{flag}", nargs="*", default=words)
     parser.set_defaults(**_DEFAULTS)
-    args, _ = parser.parse_known_args(list(argv))
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Parse the flags that a plan needs, with Megatron's defaults; others are passed over.
+
+    Raises:
+        PlanError: values have the wrong type, or are out of range; names their flags.
+    """
+    args, _ = _parser().parse_known_args(list(argv))
     problems = out_of_range(args)
     if problems:
         raise PlanError(problems)

@@ -1,9 +1,13 @@
-"""The shape of a dense GPT model: parameters and FLOPs, from Megatron's arguments alone.
+"""The shape of a GPT model: parameters and FLOPs, from Megatron's arguments alone.
 
 Dimension legend, as in Megatron: s sequence, h hidden, f ffn, L layers, V padded vocabulary;
 q = heads × kv_channels, k = query groups × kv_channels.
 
     FLOPs per token     6·(L·(2hq + 2hk + g·hf) + hV) + 6·L·q·s    g = 3 with a gate, else 2
+
+In a layer with experts f is that of the experts a token is sent to, and of the shared ones. A
+prediction layer (multi-token prediction) is one more layer, a projection 2hh, three norms, which
+Megatron counts too, and one more output layer.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 from megatron_xielu.catalog import ACTIVATIONS, TRAINABLE, activation_of, out_of_range
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan import flags
+from megatron_xielu.plan.experts import Experts
 from megatron_xielu.plan.flags import PlanError
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
@@ -21,14 +26,16 @@ _SIZES = (
     *("ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings"),
     *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by"),
     "tensor_model_parallel_size",
+    *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "mtp_num_layers"),
+    "moe_shared_expert_intermediate_size",
 )
 
 
 @dataclass(frozen=True)
 class Model:
-    """The shape of a dense GPT model."""
+    """The shape of a GPT model."""
 
-    layers: int
+    layers: int  # without prediction layers
     hidden: int
     ffn: int
     heads: int
@@ -46,6 +53,8 @@ class Model:
     qk_layernorm: bool
     learned_positions: int  # 0 without learned position embeddings
     rope: bool
+    experts: Experts | None
+    prediction_layers: int  # of multi-token prediction; of the kind of the last layer
 
     @classmethod
     def of(cls, arguments: Namespace, *, vocab_size: int | None = None) -> Model:
@@ -108,6 +117,8 @@ class Model:
             if positions == "learned_absolute"
             else 0,
             rope=positions in ("rope", "yarn", "mrope"),
+            experts=Experts.of(args, ffn=ffn),
+            prediction_layers=args.mtp_num_layers or 0,
         )
 
     @property
@@ -131,25 +142,85 @@ class Model:
         return self.padded_vocabulary * self.hidden
 
     @property
-    def layer_matrices(self) -> int:
-        """Weights of the four matrices of a layer; tensor parallelism divides them."""
-        attention = 2 * self.hidden * (self.query_width + self.key_width)
-        return attention + (3 if self.gated else 2) * self.hidden * self.ffn
+    def attention_matrices(self) -> int:
+        """Weights of a layer's attention."""
+        return 2 * self.hidden * (self.query_width + self.key_width)
+
+    def mlp_matrices(self, ffn: int) -> int:
+        """Weights of an MLP of this width."""
+        return (3 if self.gated else 2) * self.hidden * ffn
+
+    def mlp_split(self, ffn: int) -> int:
+        """Parameters of an MLP that tensor parallelism divides: matrices and the bias of fc1."""
+        return self.mlp_matrices(ffn) + (2 if self.gated else 1) * ffn * self.bias
+
+    @property
+    def attention_split(self) -> int:
+        """Parameters of attention that tensor parallelism divides."""
+        biases = (self.query_width + 2 * self.key_width) * self.qkv_bias
+        return self.attention_matrices + biases
 
     @property
     def layer_split(self) -> int:
-        """Parameters of a layer that tensor parallelism divides: matrices and their biases."""
-        biases = (self.query_width + 2 * self.key_width) * self.qkv_bias
-        return self.layer_matrices + biases + (2 if self.gated else 1) * self.ffn * self.bias
+        """Parameters of a dense layer that tensor parallelism divides: matrices, their biases."""
+        return self.attention_split + self.mlp_split(self.ffn)
 
     @property
     def layer_replicated(self) -> int:
-        """Parameters of a layer that every tensor-parallel rank holds whole.
+        """Parameters of a dense layer that every tensor-parallel rank holds whole.
 
         Norms, the biases of the output projection and of fc2, and the two alphas of its own.
         """
         norms = (2 * self.hidden + 2 * self.kv_channels * self.qk_layernorm) * self.norm_size
         return norms + 2 * self.hidden * self.bias + self.alphas * (not self.shared_alphas)
+
+    # A layer with experts: each is an MLP of its own, so are the shared ones together, with alphas.
+
+    @property
+    def moe_split(self) -> int:
+        """As `layer_split`, of a layer with experts, without the routed ones."""
+        shared = self.experts.shared_ffn if self.experts else 0
+        return self.attention_split + self.mlp_split(shared)
+
+    @property
+    def moe_replicated(self) -> int:
+        """As `layer_replicated`, of a layer with experts: the router in the place of fc2's bias."""
+        e = self.experts
+        if not e:
+            return 0
+        own = self.alphas * (not self.shared_alphas)
+        without = self.layer_replicated - self.hidden * self.bias - own
+        router = e.count * (self.hidden + e.bias)
+        return without + router + self.hidden * e.shared_gate + self.alphas * (e.shared_ffn > 0)
+
+    @property
+    def expert_split(self) -> int:
+        """Parameters of a routed expert that expert tensor parallelism divides."""
+        return self.mlp_split(self.experts.ffn) if self.experts else 0
+
+    @property
+    def expert_replicated(self) -> int:
+        """Parameters of a routed expert that every expert-tensor-parallel rank holds."""
+        return self.hidden * self.bias + self.alphas if self.experts else 0
+
+    def moe_layers(self, first: int, end: int) -> int:
+        """How many of these layers have experts."""
+        return self.experts.layers(first, end) if self.experts else 0
+
+    @property
+    def prediction_moe_layers(self) -> int:
+        """How many prediction layers have experts: all, or none."""
+        return self.prediction_layers * self.moe_layers(self.layers - 1, self.layers)
+
+    @property
+    def prediction_split(self) -> int:
+        """Parameters of a prediction layer, beside the layer in it, that are divided."""
+        return 2 * self.hidden * self.hidden
+
+    @property
+    def prediction_replicated(self) -> int:
+        """And that are not: the norms of both inputs and of its output."""
+        return 3 * self.norm_size * self.hidden
 
     @property
     def alphas(self) -> int:
@@ -161,21 +232,56 @@ class Model:
         """Tensors of a norm: RMSNorm has no bias."""
         return 1 if self.normalization == "RMSNorm" else 2
 
+    @property
+    def _kinds(self) -> tuple[int, int]:
+        """(dense layers, layers with experts), prediction layers among them."""
+        moe = self.moe_layers(0, self.layers) + self.prediction_moe_layers
+        return self.layers + self.prediction_layers - moe, moe
+
     def parameters(self, *, embeddings: bool = True) -> int:
         """All parameters, or those without word and position embeddings."""
-        layers = self.layers * (self.layer_split + self.layer_replicated)
+        dense, moe = self._kinds
+        layers = dense * (self.layer_split + self.layer_replicated)
+        layers += moe * (self.moe_split + self.moe_replicated)
+        if self.experts:
+            layers += moe * self.experts.count * (self.expert_split + self.expert_replicated)
+        layers += self.prediction_layers * (self.prediction_split + self.prediction_replicated)
         layers += self.alphas * self.shared_alphas
         final_norm = self.norm_size * self.hidden
         tables = self.embedding * (1 if self.tied_embeddings else 2)
         positions = self.learned_positions * self.hidden
         return layers + final_norm + (tables + positions if embeddings else 0)
 
+    def active_parameters(self) -> int:
+        """Those that one token meets: of the routed experts the ones that it is sent to."""
+        if not self.experts:
+            return self.parameters()
+        idle = self._kinds[1] * (self.experts.count - self.experts.top_k)
+        return self.parameters() - idle * (self.expert_split + self.expert_replicated)
+
+    def weights_per_token(self) -> int:
+        """Weights of matrices that a token is multiplied with, the output layers' among them.
+
+        The router is left out, as `num_floating_point_operations` does.
+        """
+        dense, moe = self._kinds
+        weights = (dense + moe) * self.attention_matrices + dense * self.mlp_matrices(self.ffn)
+        if self.experts:
+            widths = self.experts.top_k * self.experts.ffn + self.experts.shared_ffn
+            weights += moe * self.mlp_matrices(widths)
+        weights += self.prediction_layers * self.prediction_split
+        return weights + (1 + self.prediction_layers) * self.embedding
+
+    def attention_flops_per_token(self) -> int:
+        """6·L·q·s: 12·L·q·s, of which a causal mask leaves half."""
+        return 6 * sum(self._kinds) * self.query_width * self.sequence
+
     def flops_per_token(self) -> int:
         """Floating-point operations of training on one token, forward and backward.
 
-        6 per weight of a matrix, the output layer among them, and 6·L·q·s of attention: 12·L·q·s,
-        of which a causal mask leaves half. The sum is `num_floating_point_operations` of Megatron
-        0.19 (megatron/training/training.py); recomputation is not counted there either.
+        6 per weight of a matrix, the output layer among them, and those of attention. The sum is
+        `num_floating_point_operations` of Megatron 0.19 (megatron/training/training.py), which
+        counts the norms of prediction layers too, and recomputation nowhere.
         """
-        matrices = self.layers * self.layer_matrices + self.embedding
-        return 6 * matrices + 6 * self.layers * self.query_width * self.sequence
+        norms = 3 * self.hidden * self.prediction_layers
+        return 6 * (self.weights_per_token() + norms) + self.attention_flops_per_token()

@@ -7,15 +7,18 @@ q = heads × kv_channels, k = query groups × kv_channels; t tensor-parallel siz
     MLP                 2f + 2f; 2f with --xielu-recompute-output; 4f + 2f with a gate
     logits              6V/t, 10V/t with --cross-entropy-loss-fusion    of one micro-batch
 
-t' = t with sequence parallelism, else 1. Sources stand at the functions. Not counted: the CUDA
-context, NCCL's and cuBLAS's buffers, temporaries inside a layer, fragmentation.
+t' = t with sequence parallelism, else 1. Of a layer with experts, under balanced routing, the MLP
+is that of the shared experts and of the top-k routed ones, with their inputs. Sources stand at the
+functions. Not counted: the CUDA context, NCCL's and cuBLAS's buffers, temporaries inside a layer,
+fragmentation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from megatron_xielu.checkpoints.optimizer_format import (
     DP,
@@ -25,9 +28,11 @@ from megatron_xielu.checkpoints.optimizer_format import (
     load_of_rank,
     save_of_rank,
 )
-from megatron_xielu.plan import flags
+from megatron_xielu.plan import flags, throughput
 from megatron_xielu.plan.flags import PlanError
+from megatron_xielu.plan.gpus import H100, Gpu
 from megatron_xielu.plan.model import Model
+from megatron_xielu.plan.throughput import Mfu
 
 GIB = 1024**3
 MEMORY_MARGIN = 0.10  # of a GPU's memory, for what is not counted
@@ -37,7 +42,7 @@ _MOMENTS = {"sgd": 1, "lion": 1}  # fp32 states per parameter; Adam and others t
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs of a run. ``peak_tflops``: bf16 without sparsity; ``mfu``: an assumption.
+    """The GPUs of a run. ``mfu``: the share of their peak; None for what is published.
 
     ``node_network``, ``host_copy``: GB/s into a node, and of one thread that copies host memory.
     The second is an assumption; torchrun gives a rank one thread.
@@ -45,9 +50,8 @@ class Cluster:
 
     nodes: int = 1
     gpus_per_node: int = 8
-    gpu_memory_gib: float = 80.0
-    peak_tflops: float = 989.0  # NVIDIA's data sheet of the H100 SXM
-    mfu: float = 0.40
+    gpu: Gpu = H100
+    mfu: float | None = None
     node_network: float = 400.0  # eight ConnectX-7 of 400 Gb/s: NVIDIA's data sheet of the DGX H100
     host_copy: float = 5.0
 
@@ -108,6 +112,7 @@ class Plan:
         cluster: its `Cluster`.
         tensor, pipeline, context, virtual, data: parallel sizes; ``virtual`` counts the model
             chunks of a pipeline rank.
+        expert, expert_tensor: parallel sizes of experts.
         micro_batch, global_batch: samples.
         accumulation: micro-batches a data-parallel rank and step.
     """
@@ -145,6 +150,8 @@ class Plan:
         self.tensor: int = args.tensor_model_parallel_size
         self.pipeline: int = args.pipeline_model_parallel_size
         self.context: int = args.context_parallel_size
+        self.expert: int = args.expert_model_parallel_size
+        self.expert_tensor: int = args.expert_tensor_parallel_size or self.tensor
         self.virtual = self._virtual_stages()
         # Where the sizes do not divide, `checks` says so and the rest is still computed.
         self.data = max(1, self.cluster.gpus // (self.tensor * self.pipeline * self.context))
@@ -153,6 +160,11 @@ class Plan:
         self.accumulation = -(-self.global_batch // (self.micro_batch * self.data))
         self.half: bool = args.bf16 or args.fp16
         self.sequence_parallel: bool = args.sequence_parallel and self.tensor > 1
+
+    def with_(self, flags: str) -> Plan:
+        """This plan with flags added to its command."""
+        argv = [*self.argv, *flags.split()]
+        return Plan(argv, cluster=self.cluster, vocab_size=self.model.vocabulary)
 
     def _virtual_stages(self) -> int:
         stages = self.args.num_virtual_stages_per_pipeline_rank
@@ -191,22 +203,30 @@ class Plan:
         """Floating-point operations of the whole run."""
         return self.schedule().steps * self.tokens_per_step() * self.model.flops_per_token()
 
+    def mfu(self) -> Mfu:
+        """The share of the peak that the model's FLOPs reach: as given, or as published."""
+        if self.cluster.mfu is not None:
+            return Mfu(self.cluster.mfu, "as given")
+        return throughput.expected(self.cluster.gpu, self.model.weights_per_token())
+
     def seconds_per_step(self) -> float:
-        """At the assumed MFU."""
-        flops_per_second = self.cluster.gpus * self.cluster.peak_tflops * 1e12 * self.cluster.mfu
+        """At the expected MFU."""
+        peak = self.cluster.gpu.peak_tflops * 1e12
+        flops_per_second = self.cluster.gpus * peak * self.mfu().value
         return self.tokens_per_step() * self.model.flops_per_token() / flops_per_second
 
     # Memory
 
-    def mlp_bytes_per_token(self) -> float:
-        """What the MLP of a layer keeps for its backward pass beside its input, at t = 1.
+    def mlp_bytes_per_token(self, ffn: int | None = None) -> float:
+        """What an MLP keeps for its backward pass beside its input, at t = 1.
 
         Its activation's input and output; docs/memory.md has it measured, with the input. In FP8
         fc2 keeps a byte of the output (docs/training.md).
         """
         element = 2 if self.half else 4
         tensors = (3 if self.model.gated else 2) - self.args.xielu_recompute_output
-        return self.model.ffn * (element * tensors - (element - 1) * self.fp8_share)
+        width = self.model.ffn if ffn is None else ffn
+        return width * (element * tensors - (element - 1) * self.fp8_share)
 
     @property
     def fp8_share(self) -> float:
@@ -219,7 +239,24 @@ class Plan:
         bf16 = edge * args.first_last_layers_bf16 * self.pipeline / self.model.layers
         return max(0.0, 1 - bf16)
 
-    def layer_bytes_per_token(self) -> float:
+    def experts_bytes_per_token(self) -> float:
+        """What the experts of a layer keep for its backward pass, at t = 1, by estimate.
+
+        Under balanced routing every rank computes top_k copies of its share of the tokens: their
+        inputs, which all expert-tensor-parallel ranks hold whole, and what their MLPs keep. Ungated
+        ones keep the output once more, times the router's probability (a gated one is fused with
+        it). The router's logits and probabilities are fp32. Not counted: the buffers of the
+        all-to-all, padding, and what an uneven router sends to one rank.
+        """
+        e, element = self.model.experts, 2 if self.half else 4
+        if not e:
+            return 0.0
+        inputs = element * self.model.hidden * self.expert_tensor
+        routed = inputs + self.mlp_bytes_per_token(e.ffn)
+        routed += element * e.ffn * (not self.model.gated)
+        return e.top_k * routed + 8 * e.count
+
+    def layer_bytes_per_token(self, *, experts: bool = False) -> float:
         """What a layer keeps on one GPU for its backward pass, per token.
 
         With dropout and learned positions it is Megatron's `compute_activation_memory`
@@ -244,8 +281,12 @@ class Plan:
         ):
             dropout = (element + 1) * (args.attention_dropout > 0)
             split += m.heads * m.sequence * (element + dropout)
-        if not (selective and "mlp" in modules):
+        if not experts and not (selective and "mlp" in modules):
             split += self.mlp_bytes_per_token()
+        if experts and m.experts and not (selective and "moe" in modules):
+            split += self.experts_bytes_per_token()
+            if not (selective and "shared_experts" in modules):
+                split += self.mlp_bytes_per_token(m.experts.shared_ffn)
         return whole / (self.tensor if self.sequence_parallel else 1) + split / self.tensor
 
     @property
@@ -254,18 +295,31 @@ class Plan:
         local = self.args.transformer_impl == "local"
         return local or self.args.attention_backend in ("unfused", "local")
 
-    def _chunk_bytes_per_token(self) -> tuple[float, float]:
+    def _chunk_bytes_per_token(self, stage: int) -> tuple[float, float]:
         """(kept for a micro-batch in flight, besides while one goes backward) by a model chunk."""
         args, layers = self.args, -(-self.model.layers // (self.pipeline * self.virtual))
-        layer = self.layer_bytes_per_token()
+        dense, moe = self._layers_on(stage)
+        kinds = [(dense, self.layer_bytes_per_token())] if dense else []
+        kinds += [(moe, self.layer_bytes_per_token(experts=True))] if moe else []
+        layer = sum(number * size for number, size in kinds) / (dense + moe)  # on average
+        largest = max(size for _, size in kinds)
         if args.recompute_granularity != "full":
             return layers * layer, 0.0
         shared = self.sequence_parallel or args.distribute_saved_activations
         residual = (2 if self.half else 4) * self.model.hidden / (self.tensor if shared else 1)
         number = min(args.recompute_num_layers or 1, layers)
         if args.recompute_method == "block":  # that many layers one by one, and no other
-            return number * residual + (layers - number) * layer, layer
-        return -(-layers // number) * residual, number * layer
+            return number * residual + (layers - number) * layer, largest
+        return -(-layers // number) * residual, number * largest
+
+    def _prediction_bytes_per_token(self) -> float:
+        """What a prediction layer keeps, per token: its layer, and six tensors of hidden size.
+
+        Both inputs, their norms side by side, and the last norm's input and output.
+        """
+        split = self.tensor if self.sequence_parallel else 1
+        layer = self.layer_bytes_per_token(experts=self.model.prediction_moe_layers > 0)
+        return layer + 6 * (2 if self.half else 4) * self.model.hidden / split
 
     def chunks_in_flight(self, stage: int) -> int:
         """Micro-batches × model chunks whose activations a pipeline stage holds at once.
@@ -279,21 +333,68 @@ class Plan:
         warmup = 2 * after + (self.virtual - 1) * self.pipeline
         return min(warmup + 1, self.virtual * self.accumulation)
 
+    def _layers_on(self, stage: int) -> tuple[float, float]:
+        """(dense, with experts) of a pipeline stage, without prediction layers."""
+        m, chunks = self.model, self.pipeline * self.virtual
+        if not m.experts or m.layers % chunks:  # `checks` refuses the second
+            moe = m.moe_layers(0, m.layers) / self.pipeline
+            return m.layers / self.pipeline - moe, moe
+        size = m.layers // chunks
+        firsts = (size * (chunk * self.pipeline + stage) for chunk in range(self.virtual))
+        moe = sum(m.moe_layers(first, first + size) for first in firsts)
+        return size * self.virtual - moe, moe
+
+    def _stages(self) -> Iterable[int]:
+        """The pipeline stages of which one holds most."""
+        last = self.pipeline - 1
+        return range(min(self.pipeline, self.model.layers)) if self.model.experts else {0, last}
+
+    def expert_parameters_on(self, stage: int) -> float:
+        """Parameters of routed experts on one GPU of a pipeline stage."""
+        m = self.model
+        if not m.experts:
+            return 0.0
+        layers = self._layers_on(stage)[1]
+        layers += m.prediction_moe_layers * (stage == self.pipeline - 1)
+        one = m.expert_split / self.expert_tensor + m.expert_replicated
+        return layers * m.experts.count / self.expert * one
+
     def parameters_on(self, stage: int) -> float:
         """Parameters of one GPU of a pipeline stage; the last has its own copy of a tied table."""
         m, first, last = self.model, stage == 0, stage == self.pipeline - 1
-        layers = m.layers / self.pipeline
-        parameters = layers * (m.layer_split / self.tensor + m.layer_replicated)
+        dense, moe = self._layers_on(stage)
+        ahead = m.prediction_layers * last
+        moe += m.prediction_moe_layers * last
+        dense += ahead - m.prediction_moe_layers * last
+        parameters = dense * (m.layer_split / self.tensor + m.layer_replicated)
+        parameters += moe * (m.moe_split / self.tensor + m.moe_replicated)
+        parameters += ahead * (m.prediction_split / self.tensor + m.prediction_replicated)
+        parameters += self.expert_parameters_on(stage)
         parameters += m.alphas * m.shared_alphas
-        tables = first + (last and not (m.tied_embeddings and first))
+        # Prediction layers look up words on the last stage, which then has the first table, too.
+        looks_up = first or (last and m.prediction_layers > 0)
+        tables = looks_up + (last and not (m.tied_embeddings and first))
         parameters += tables * m.embedding / self.tensor
-        return parameters + m.learned_positions * m.hidden * first + m.norm_size * m.hidden * last
+        positions = m.learned_positions * m.hidden * looks_up
+        return parameters + positions + m.norm_size * m.hidden * last
 
     def optimizer_shards(self) -> int:
-        """GPUs that share the optimizer state of a parameter."""
+        """GPUs that share the optimizer state of a parameter which is no expert's."""
         if not self.args.use_distributed_optimizer:
             return 1
         return max(1, self.data * self.context // self.args.num_distributed_optimizer_instances)
+
+    @property
+    def expert_data(self) -> int:
+        """GPUs that hold the same experts."""
+        parts = self.expert_tensor * self.expert * self.pipeline
+        return max(1, self.cluster.gpus // parts)
+
+    def expert_optimizer_shards(self) -> int:
+        """GPUs that share the optimizer state of an expert."""
+        if not self.args.use_distributed_optimizer:
+            return 1
+        return max(1, self.expert_data // self.args.num_distributed_optimizer_instances)
 
     def memory(self, stage: int | None = None) -> Memory:
         """Bytes on one GPU of a pipeline stage, or of the stage that holds most.
@@ -305,27 +406,33 @@ class Plan:
         beside them, and its transpose, for all micro-batches of a step.
         """
         if stage is None:
-            return max((self.memory(i) for i in {0, self.pipeline - 1}), key=lambda m: m.total)
+            return max((self.memory(i) for i in self._stages()), key=lambda m: m.total)
         args, m, element = self.args, self.model, 2 if self.half else 4
-        parameters, shards = self.parameters_on(stage), self.optimizer_shards()
+        parameters, experts = self.parameters_on(stage), self.expert_parameters_on(stage)
+        owned = (parameters - experts) / self.optimizer_shards()
+        owned += experts / self.expert_optimizer_shards()
         gradient = 2 if self.half and args.grad_reduce_in_bf16 else 4
         state = 4 * _MOMENTS.get(args.optimizer, 2)
         if self.half:
             state += 4 + (4 if gradient == 2 else 0)  # fp32 weights; an fp32 copy of gradients
         tokens = self.micro_batch * m.sequence / self.context
-        chunk, backward = self._chunk_bytes_per_token()
+        chunk, backward = self._chunk_bytes_per_token(stage)
         activations = self.chunks_in_flight(stage) * chunk + backward
         logits = 0.0
         if stage == self.pipeline - 1:
             shared = self.tensor if self.sequence_parallel else 1
             activations += 2 * element * m.hidden / shared  # input and output of the last norm
             logits = self._logit_bytes() * m.padded_vocabulary / self.tensor
-        matrices = m.layers / self.pipeline * m.layer_matrices / self.tensor
+            logits *= 1 + m.prediction_layers
+            activations += m.prediction_layers * self._prediction_bytes_per_token()
+        dense, moe = self._layers_on(stage)
+        matrices = (dense * m.layer_split + moe * m.moe_split) / self.tensor
+        matrices += self.expert_parameters_on(stage)
         return Memory(
             stage=stage,
             weights=element * parameters + 2 * self.fp8_share * matrices,
             gradients=gradient * parameters,
-            optimizer=state * parameters / shards,
+            optimizer=state * owned,
             activations=tokens * activations,
             logits=tokens * logits,
         )
@@ -381,18 +488,24 @@ class Plan:
     def save(self, kind: str) -> Save:
         """What a save costs a rank of the stage that holds most, in either optimizer format."""
         weights, state = self._saved_bytes()
-        # Tensor-parallel ranks are neighbours, and a node has those of one pipeline stage.
-        slices = min(self.tensor, self.cluster.gpus_per_node)
-        ranks = self.optimizer_shards()
-        return save_of_rank(
-            kind,
-            numel=self._largest_slice(),
-            weights=weights,
-            state=state,
-            ranks=ranks,
-            on_node=min(ranks, self.cluster.gpus_per_node // slices),
-            slices=slices,
-        )
+        parts = []
+        for numel, ranks, slices in self._parts([self._largest_stage()]):
+            # Tensor-parallel ranks are neighbours, and a node has those of one pipeline stage.
+            slices = min(slices, self.cluster.gpus_per_node)
+            on_node = min(ranks, self.cluster.gpus_per_node // slices)
+            parts.append(
+                save_of_rank(
+                    kind,
+                    numel=numel,
+                    weights=weights,
+                    state=state,
+                    ranks=ranks,
+                    on_node=on_node,
+                    slices=slices,
+                )
+            )
+        total: Save = _sum(parts)
+        return total
 
     def seconds_to_save(self, kind: str) -> float:
         """How long training waits for a save, by estimate, in either optimizer format."""
@@ -403,22 +516,40 @@ class Plan:
 
     def load(self, kind: str, *, parallel: bool) -> Load:
         """What a load costs a rank of the stage that holds most, at an unchanged layout."""
+        return self._load(kind, [self._largest_stage()], parallel=parallel)
+
+    def _load(self, kind: str, stages: Iterable[int], *, parallel: bool) -> Load:
+        """The sum over these stages, of each of which one rank loads."""
         weights, state = self._saved_bytes()
-        return load_of_rank(
-            kind,
-            parallel=parallel,
-            numel=self._largest_slice(),
-            weights=weights,
-            state=state,
-            ranks=self.optimizer_shards(),
+        total: Load = _sum(
+            load_of_rank(
+                kind, parallel=parallel, numel=numel, weights=weights, state=state, ranks=ranks
+            )
+            for numel, ranks, _ in self._parts(stages)
         )
+        return total
 
     def read_by_all(self, kind: str, *, parallel: bool) -> float:
         """Bytes that all ranks together read for a load."""
-        share = sum(map(self.parameters_on, range(self.pipeline))) / self._largest_slice()
         ranks = self.tensor * self.data * self.context
-        return ranks * share * self.load(kind, parallel=parallel).read
+        return ranks * self._load(kind, range(self.pipeline), parallel=parallel).read
 
-    def _largest_slice(self) -> float:
-        """Parameters of a rank of the pipeline stage that has most."""
-        return max(self.parameters_on(stage) for stage in {0, self.pipeline - 1})
+    def _largest_stage(self) -> int:
+        """The pipeline stage whose ranks have most parameters."""
+        return max(self._stages(), key=self.parameters_on)
+
+    def _parts(self, stages: Iterable[int]) -> Iterator[tuple[float, int, int]]:
+        """(parameters of a rank, ranks that share their state, slices) of stages: experts apart."""
+        stages = list(stages)
+        experts = sum(map(self.expert_parameters_on, stages))
+        others = sum(map(self.parameters_on, stages)) - experts
+        yield others, self.optimizer_shards(), self.tensor
+        if experts:
+            yield experts, self.expert_optimizer_shards(), self.expert_tensor * self.expert
+
+
+def _sum(costs: Iterable[Any]) -> Any:
+    """Of each field, of costs of one kind."""
+    costs = list(costs)
+    names = [field.name for field in fields(costs[0])]
+    return type(costs[0])(*(sum(getattr(cost, name) for cost in costs) for name in names))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_xielu.common.flags import argument_of
 from megatron_xielu.common.text import first_line, ready_output
+from megatron_xielu.plan import gpus
 
 OUR_ENTRY = "-m megatron_xielu.pretrain_gpt"
 
@@ -24,6 +25,7 @@ OUR_ENTRY = "-m megatron_xielu.pretrain_gpt"
 _SAME = {
     "--nodes": "NNODES",
     "--gpus-per-node": "GPUS_PER_NODE",
+    "--gpu": "GPU",
     "--gpu-memory": "GPU_MEMORY_GIB",
     "--mfu": "MFU",
     "--peak-tflops": "PEAK_TFLOPS",
@@ -166,6 +168,7 @@ _OF_A_RUN: dict[str, _Kind] = {
     "PRECISION": _one_of("bf16", "fp32", "fp8"),
     "FP8_RECIPE": _one_of("tensorwise", "blockwise", "mxfp8"),
     "DEVICE": _one_of("gpu", "cpu"),
+    "GPU": _one_of(*gpus.BY_NAME),
     "OPTIMIZER_FORMAT": _one_of("dp", "full"),
     "ASYNC_SAVE": _one_of("nvrx", "mcore", "0"),
     **dict.fromkeys(("MOCK_DATA", "PREFLIGHT", "LAYOUT_CHECK", "DECAY_NORMS"), _switch),

@@ -160,9 +160,9 @@ def _arguments_of(texts: dict[str, str], notes: list[str]) -> Namespace | None:
 def _model(arguments: Namespace | None, notes: list[str]) -> Model | None:
     if arguments is None:
         return None
-    for name in ("num_experts", "mtp_num_layers", "multi_latent_attention", "hybrid_layer_pattern"):
+    for name in ("multi_latent_attention", "hybrid_layer_pattern", "moe_latent_size"):
         if getattr(arguments, name, None):
-            notes.append(f"FLOPs are counted for dense GPT models; this one has {name}")
+            notes.append(f"FLOPs are not counted for a model with {name}")
             return None
     try:
         return Model.of(arguments)

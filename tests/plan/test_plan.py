@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import plan_cases
@@ -18,6 +19,7 @@ from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import __main__ as plan_report
 from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan.flags import PlanError, parse
+from megatron_xielu.plan.gpus import H100
 from megatron_xielu.plan.model import Model
 from megatron_xielu.plan.run import GIB, Cluster, Plan
 
@@ -51,8 +53,28 @@ def plan_1b(flags: str = "", cluster: Cluster = NODES_1B, **options) -> Plan:
 
 CHOICES = ("--disable-bias-linear", "--untie-embeddings-and-output-weights")
 TINY = [word for word in TINY_LLAMA if word not in CHOICES]
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 "
+    "--moe-token-dispatcher-type alltoall"
+)
 # flags, tensor parallel size, pipeline parallel size
 TRAININGS = {
+    # Two processes each, and what is special about experts: layers of two kinds, an expert-TP of
+    # their own, prediction layers with or without a table to share.
+    "xielu-experts-shared-predictions": (
+        f"--xielu --disable-bias-linear {EXPERTS} --moe-layer-freq [0]+[1]*3 --mtp-num-layers 1 "
+        "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate --no-save-optim "
+        "--untie-embeddings-and-output-weights",
+        1,
+        2,
+    ),
+    "swiglu-experts-bias-ep2": (
+        f"--swiglu --no-bias-swiglu-fusion {EXPERTS} --moe-layer-freq 2 "
+        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --sequence-parallel "
+        "--mtp-num-layers 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16",
+        2,
+        1,
+    ),
     "xielu-untied-bf16": (
         "--xielu --disable-bias-linear --untie-embeddings-and-output-weights --bf16 "
         "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
@@ -136,6 +158,11 @@ SHAPES = {
     "3B-tp2": f"{PAPER_3B} --squared-relu --ffn-hidden-size 12288",
     "8B-groups": f"{APERTUS_8B} --tensor-model-parallel-size 4 --sequence-parallel",
     "kv-channels": f"{PAPER_1B} --kv-channels 128 --make-vocab-size-divisible-by 1000",
+    "experts": f"{PAPER_1B} --swiglu --num-experts 64 --moe-router-topk 6 --moe-layer-freq 3 "
+    "--moe-ffn-hidden-size 1408 --moe-shared-expert-intermediate-size 2816 "
+    "--expert-model-parallel-size 4",
+    "experts-of-the-dense-width": f"{PAPER_3B} --xielu --num-experts 8 --moe-layer-freq "
+    "([0]+[1]*2)*12 --expert-tensor-parallel-size 1 --expert-model-parallel-size 8",
     "padded": f"{PAPER_1B} --padded-vocab-size 147456 --swiglu --ffn-hidden-size 4096",
 }
 
@@ -154,17 +181,21 @@ def megatron_arguments(command: str) -> Namespace:
         args.tensor_model_parallel_size,
         logging_enabled=False,
     )
-    args.expert_tensor_parallel_size = args.tensor_model_parallel_size
+    args.expert_tensor_parallel_size = (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    )
+    args.moe_ffn_hidden_size = args.moe_ffn_hidden_size or args.ffn_hidden_size
     args.virtual_pipeline_model_parallel_size = None
     return args
 
 
+@pytest.mark.parametrize("predictions", ["", " --mtp-num-layers 2"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_flops_are_megatrons(shape):
+def test_flops_are_megatrons(shape, predictions):
     from megatron.training.training import num_floating_point_operations
 
-    plan = Plan(SHAPES[shape].split())
-    args = megatron_arguments(SHAPES[shape])
+    plan = Plan((SHAPES[shape] + predictions).split())
+    args = megatron_arguments(SHAPES[shape] + predictions)
     expected = num_floating_point_operations(args, plan.global_batch)
     assert plan.tokens_per_step() * plan.model.flops_per_token() == expected
 
@@ -273,7 +304,7 @@ def test_fp8_keeps_a_byte_of_an_output_and_copies_of_matrices():
     bf16, fp8 = plan_1b(), plan_1b(flags)
     assert fp8.mlp_bytes_per_token() == pytest.approx(9216 * (2 + 2 * 2 / 24 + 1 * 22 / 24))
     copies = fp8.memory().weights - bf16.memory().weights
-    assert copies == pytest.approx(2 * 22 * fp8.model.layer_matrices)
+    assert copies == pytest.approx(2 * 22 * fp8.model.layer_split)
     halves = plan_1b(f"{flags} --pipeline-model-parallel-size 2")
     assert halves.fp8_share == pytest.approx(11 / 12)
 
@@ -311,6 +342,40 @@ def test_what_saves_memory_does():
         assert plan_1b(flags).memory().logits == size * logits
     in_bf16 = plan_1b("--grad-reduce-in-bf16").memory()
     assert in_bf16.gradients == plan_1b().memory().gradients / 2
+
+
+def test_experts_keep_activations_of_the_tokens_sent_to_them():
+    """By estimate: under balanced routing each rank computes top-k copies of its own tokens."""
+    flags = "--num-experts 8 --moe-ffn-hidden-size 1024"
+    one, two = (
+        plan_1b(f"{flags} --moe-router-topk {k} --expert-model-parallel-size 8") for k in (1, 2)
+    )
+    dense = plan_1b().layer_bytes_per_token()
+    without = dense - plan_1b().mlp_bytes_per_token() + 8 * 8
+    # An expert's input, and what its MLP keeps, the output also times the router's probability.
+    expert = 2 * 1536 + 2 * 2 * 1024 + 2 * 1024
+    assert one.layer_bytes_per_token(experts=True) == without + expert
+    assert two.layer_bytes_per_token(experts=True) == without + 2 * expert
+    tokens = 5 * 4096
+    assert two.memory().activations - one.memory().activations == tokens * 24 * expert
+    assert one.expert_optimizer_shards() == 11 and one.optimizer_shards() == 88
+    ahead = plan_1b(f"{flags} --mtp-num-layers 1").memory()
+    assert ahead.logits == 2 * one.memory().logits
+
+
+def test_a_pipeline_stage_has_its_own_experts():
+    command = "--num-experts 8 --pipeline-model-parallel-size 4 --moe-layer-freq [0]*6+[1]*18"
+    plan = plan_1b(command, Cluster(nodes=2))
+    held = [plan.expert_parameters_on(stage) for stage in range(4)]
+    assert held[0] == 0 and held[1] == held[2] == held[3] > 0
+    chunks = plan_1b(f"{command} --num-virtual-stages-per-pipeline-rank 2", Cluster(nodes=2))
+    assert sum(map(chunks.expert_parameters_on, range(4))) == sum(held)
+    assert chunks.expert_parameters_on(0) == held[1] / 2
+    # More micro-batches in flight than the later ones, and experts, unlike the first.
+    assert plan.memory().stage == 1
+    report = plan_report.text(plan_1b("--num-experts 8"))
+    assert max(map(len, report.splitlines())) <= 100
+    assert "2 of 8 a token" in report and "as if dense" in report and "active" in report
 
 
 def test_proposed_fixes_fit():
@@ -366,8 +431,19 @@ ERRORS = {
     "--swiglu": "--xielu does not work with --swiglu",
     "--sft": "--xielu does not work with --sft",
     "--multi-latent-attention": "--multi-latent-attention is not known",
-    "--num-experts 8": "--num-experts is not known to the plan, which counts dense GPT models",
-    "--mtp-num-layers 1": "--mtp-num-layers is not known to the plan",
+    "--moe-latent-size 64": "--moe-latent-size is not known to the plan",
+    "--xielu-shared-alphas --num-experts 8": "shared-alphas does not work with --num-experts",
+    "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --save out --save-interval 5": (
+        "--mtp-num-layers with --pipeline-model-parallel-size 2 needs --untie-embeddings"
+    ),
+    "--expert-model-parallel-size 2": "--expert-model-parallel-size 2 needs --num-experts",
+    "--num-experts 8 --expert-model-parallel-size 3": "does not divide --num-experts 8",
+    "--num-experts 8 --tensor-model-parallel-size 2": "size 2 needs --sequence-parallel",
+    "--num-experts 8 --moe-ffn-hidden-size 99 --expert-tensor-parallel-size 2": "hidden-size 99",
+    "--num-experts 32 --expert-model-parallel-size 16": "88 GPUs are not a multiple of --expert-t",
+    "--num-experts 8 --moe-shared-expert-intermediate-size 99 --tensor-model-parallel-size 2": (
+        "--moe-shared-expert-intermediate-size; use one of 1, 3"
+    ),
     "--moe-grouped-gemm": "--xielu does not work with --moe-grouped-gemm",
     "--transformer-impl inference_optimized": "--transformer-impl inference_optimized",
     "--rampup-batch-size 16 8 100": "reads it nowhere; drop it, or give --step-batch-size-schedule",
@@ -424,6 +500,26 @@ def test_too_little_is_known(removed, message):
         Plan(PAPER_1B.replace(removed, "").split())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--moe-router-topk 9", "--moe-router-topk 9 must be from 1 to --num-experts 8"),
+        ("--moe-layer-freq 0", "--moe-layer-freq must be 1 or more, not 0"),
+        ("--moe-layer-freq [0]+[1]*22", "lists 23 layers, and --num-layers is 24"),
+        *(
+            (f"--moe-layer-freq {word}", "is neither a number nor a list of 0 and 1")
+            for word in (
+                *("[2]*24", "x", "[1]*10**9", "[1]*1000000", "1.5", "__import__('os')", "[[1]]"),
+                *("(" * 300, "1*1*'a'", "[0]*"),
+            )
+        ),
+    ],
+)
+def test_experts_that_megatron_does_not_build(flags, message):
+    with pytest.raises(PlanError, match=message):
+        plan_1b(f"--num-experts 8 {flags}")
+
+
 def test_wrong_type_names_the_flag():
     with pytest.raises(PlanError, match="--num-layers: invalid int value: 'many'"):
         plan_1b("--num-layers many")
@@ -449,7 +545,7 @@ def test_warnings():
     assert "equal size" in warn("--decoder-first-pipeline-num-layers 3")
     assert "an upper bound" in warn("--dataloader-inter-document-masking")
     total = plan_1b().memory().total / GIB
-    tight = warn("", Cluster(nodes=11, gpu_memory_gib=total * 1.05))
+    tight = warn("", Cluster(nodes=11, gpu=replace(H100, memory_gib=total * 1.05)))
     assert "leaves less than 10%" in tight and "--xielu-recompute-output" in tight
     assert plan_checks.problems(plan_1b(), environment={}) == []
 
@@ -624,7 +720,7 @@ def test_command():
     done = run_plan("--nodes 11 --keep-checkpoints 3", command)
     assert done.returncode == 0 and done.stderr == ""
     assert max(map(len, done.stdout.splitlines())) <= 100
-    for words in ("1,107,371,568", "1,802,240 tokens", "an assumption", "xIELU", "rope"):
+    for words in ("1,107,371,568", "1,802,240 tokens", "published on H100", "xIELU", "rope"):
         assert words in done.stdout
 
     numbers = json.loads(run_plan("--nodes 11 --json", command).stdout)
@@ -637,6 +733,12 @@ def test_command():
     slow = json.loads(run_plan("--nodes 11 --json --host-copy 2.5", command).stdout)
     slow_save = slow["optimizer_format"][DP]["save"]["seconds"]
     assert slow_save == pytest.approx(2 * formats[DP]["save"]["seconds"])
+
+    # The GPU sets its memory and peak; each may be given besides.
+    grace = json.loads(run_plan("--gpu gh200 --peak-tflops 900 --json", command).stdout)
+    gpu = grace["cluster"]["gpu"]
+    assert (gpu["memory_gib"], gpu["peak_tflops"]) == (94.5, 900)
+    assert "published on GH200" in grace["compute"]["mfu"]["source"]
 
     done = run_plan("--nodes 11 --check", command)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

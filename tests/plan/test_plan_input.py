@@ -150,6 +150,7 @@ def test_all_problems_are_said():
         ("--nodes 1.5", "must be a whole number, not '1.5'"),
         (f"--nodes {10**29}", "must be at most 100000"),
         ("--gpus-per-node x", "must be a whole number, not 'x'"),
+        ("--gpu v100", "invalid choice: 'v100' (choose from"),
         ("--gpu-memory nan", "must be a number, not 'nan'"),
         ("--gpu-memory 0", "must be 0.001 or more"),
         ("--peak-tflops inf", "must be at most 1000000.0"),

@@ -15,6 +15,7 @@ from launcher_command import megatron_arguments
 
 from compare import equal_cost
 from compare.variants import Variant
+from megatron_xielu.plan import layouts
 from megatron_xielu.plan.run import Cluster, Plan
 
 _GPUS_PER_NODE = 8
@@ -48,15 +49,15 @@ def show(
     equal_cost.check(costs, baseline)
     any_plan = plans[baseline]
     schedule = any_plan.schedule()
-    hours = schedule.steps * any_plan.seconds_per_step() / 3600
-    gpus = any_plan.cluster.gpus
+    hours = schedule.steps * layouts.seconds_per_step(any_plan) / 3600
+    gpus, mfu = any_plan.cluster.gpus, any_plan.mfu()
     lines = [
         equal_cost.table(costs, {variant.name: variant.label for variant in variants}, baseline),
         "",
         f"a run: {schedule.steps:,} steps of {any_plan.tokens_per_step():,} tokens, "
         f"{any_plan.flops():.3g} FLOPs; on {preset.nodes} nodes of {_GPUS_PER_NODE} H100 "
-        f"{hours:.1f} hours, {hours * gpus:,.0f} GPU-hours at an assumed MFU of "
-        f"{any_plan.cluster.mfu:.0%}",
+        f"{hours:.1f} hours, {hours * gpus:,.0f} GPU-hours at an MFU of "
+        f"{mfu.value:.0%} ({mfu.source})",
         f"all {len(variants) * len(seeds)} runs: {len(variants) * len(seeds) * hours * gpus:,.0f} "
         "GPU-hours",
         "",

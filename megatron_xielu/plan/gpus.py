@@ -1,0 +1,47 @@
+"""GPUs by name: what NVIDIA's data sheets promise, and the memory that PyTorch finds.
+
+Peaks are bf16 without sparsity: half of what a data sheet gives with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: of the variable GPU and ``--gpu``.
+        title: how people write it.
+        peak_tflops: bf16 without sparsity.
+        memory_gib: as PyTorch reports it; a data sheet's GB are decimal, and ECC and the driver
+            take their part.
+        nvlink: GB/s in one direction, half of what the data sheet calls the bandwidth.
+    """
+
+    name: str
+    title: str
+    peak_tflops: float
+    memory_gib: float
+    nvlink: float
+
+
+# Peak and NVLink: the data sheets of the A100 80GB SXM, the H100 SXM, the H200 SXM, the GH200
+# (96 GB), the HGX B200 and the GB200 NVL72 (of two GPUs: 10 PFLOPS with sparsity).
+# Memory: what PyTorch's out-of-memory errors call the total capacity of these, in public issues and
+# logs. Of the 80 GB ones it is 79.1 to 79.3, of the H200 139.7 to 139.8; of the GH200 94.88 in
+# Lightning-AI/litgpt #1892, of the B200 178.35 in pytorch/ao #4002.
+BY_NAME = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", "A100", 312, 79.1, 300),
+        Gpu("h100", "H100", 989, 79.1, 450),
+        Gpu("h200", "H200", 989, 139.7, 450),
+        Gpu("gh200", "GH200", 989, 94.5, 450),
+        Gpu("b200", "B200", 2250, 178.3, 900),
+        Gpu("gb200", "GB200", 2500, 184.3, 900),
+    )
+}
+H100 = BY_NAME["h100"]
