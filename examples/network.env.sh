@@ -1,11 +1,13 @@
 # shellcheck shell=bash
 # What NCCL, Gloo and PyTorch need to know about the network. Sourced by pretrain.sh with
-# NETWORK=infiniband|efa|roce|ethernet; anything already in the environment wins. Everything not set
+# NETWORK=infiniband|efa|roce|cxi|ethernet; anything already in the environment wins. Everything not set
 # here is left to detection: NCCL's own choice is right on most machines, and a value copied from
 # another site is the usual reason why it is not. Set NCCL_DEBUG=INFO to see what was chosen.
 #
 # Sources: NCCL's user guide (env.rst, 2.30), PyTorch's "ProcessGroupNCCL environment variables",
-# aws-ofi-nccl's doc/efa-env-var.md, libfabric's fi_efa(7).
+# aws-ofi-nccl's doc/efa-env-var.md, libfabric's fi_efa(7) and fi_cxi(7). For cxi also HPE's NCCL tuning
+# guide (github.com/HewlettPackard/shs-ccl-docs), and what CSCS, NERSC, ALCF, Isambard and Sigma2 (Olivia)
+# publish or use: values from HPE's guide unless another source is named; FI_PROVIDER is this file's own.
 
 # WARN prints why a call failed and nothing else. INFO for the first run on a new cluster: it names
 # the network, the cards and the GPU direct path of every connection.
@@ -61,6 +63,39 @@ efa)
     # Not set: FI_EFA_USE_HUGE_PAGE. Set 0 when a data-loader's fork says "Cannot allocate memory".
     # RDMAV_FORK_SAFE must not be set.
     ;;
+cxi)
+    # HPE Slingshot, by the aws-ofi-nccl plugin, which has to be installed or brought by the container
+    # engine, and libfabric's cxi provider; TCP would be much slower, and nobody would notice. On one
+    # node neither is needed. The name is the plugin's first one: 1.11 and older know no other, newer
+    # ones this one, too.
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        : "${NCCL_NET:=AWS Libfabric}" "${FI_PROVIDER:=cxi}"
+        # A prefix: hsn0, hsn1, … are Slingshot's. The management network may not reach the others.
+        : "${NCCL_SOCKET_IFNAME:=hsn}"
+        export NCCL_NET FI_PROVIDER NCCL_SOCKET_IFNAME
+    fi
+    # GPU direct RDMA where GPU and card hang on the same CPU, and rings over all cards of a node.
+    : "${NCCL_NET_GDR_LEVEL:=PHB}" "${NCCL_CROSS_NIC:=1}"
+    export NCCL_NET_GDR_LEVEL NCCL_CROSS_NIC
+    # Between GH200s with GPU direct RDMA the LL128 of NCCL 2.27 and newer corrupts data, without a word
+    # (NCCL issue 2001); it is slower on Slingshot, too (CSCS).
+    : "${NCCL_PROTO:=^LL128}"
+    export NCCL_PROTO
+    # Without the first, calls of the provider to CUDA can deadlock with NCCL's; the second is how its
+    # cache of registered memory learns what was given back. HPE also allows kdreg2.
+    : "${FI_CXI_DISABLE_HOST_REGISTER:=1}" "${FI_MR_CACHE_MONITOR:=userfaultfd}"
+    export FI_CXI_DISABLE_HOST_REGISTER FI_MR_CACHE_MONITOR
+    # Queues that do not overflow in large jobs, and messages that software matches when the card has
+    # no place left (by default, hardware, that ends the job). HPE's values; CSCS has 32768 and
+    # software, ALCF 131072 and software.
+    : "${FI_CXI_DEFAULT_CQ_SIZE:=131072}" "${FI_CXI_DEFAULT_TX_SIZE:=2048}" "${FI_CXI_RX_MATCH_MODE:=hybrid}"
+    export FI_CXI_DEFAULT_CQ_SIZE FI_CXI_DEFAULT_TX_SIZE FI_CXI_RX_MATCH_MODE
+    # Not set: FI_CXI_RDZV_PROTO=alt_read with FI_CXI_RDZV_EAGER_SIZE=0 and FI_CXI_RDZV_GET_MIN=0, which
+    # HPE and Isambard recommend: the card's driver must allow it, by SRUN_ARGS=--network=disable_rdzv_get.
+    # Not set: FI_CXI_RDZV_EAGER_SIZE, _GET_MIN and _THRESHOLD, all 0: what CSCS advises when NCCL hangs.
+    # Not set: GLOO_SOCKET_IFNAME. Set =hsn0 where a node's host name is one of the management network.
+    # MPICH_GPU_SUPPORT_ENABLED=1 of a site's profile disturbs only programs that use MPI, which this does not.
+    ;;
 ethernet)
     # TCP, even where an InfiniBand or RoCE card is present but not wired to the other nodes.
     : "${NCCL_NET:=Socket}"
@@ -69,7 +104,7 @@ ethernet)
     # (their product may be 64 at most), at the price of CPU time.
     ;;
 *)
-    echo "NETWORK=${NETWORK:-} is not one of infiniband, efa, roce, ethernet" >&2
+    echo "NETWORK=${NETWORK:-} is not one of infiniband, efa, roce, cxi, ethernet" >&2
     return 2
     ;;
 esac

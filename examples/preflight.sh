@@ -30,7 +30,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MASTER_PORT:=29500}" "${LOCAL_ADDR:=}" "${RUN_DIR:=}" "${DEVICE:=gpu}" "${TP:=1}"
 : "${PYTHON:=python3}" "${PREFLIGHT_TIMEOUT:=120}" "${NODE_LIST:=}"
 export NODE_RANK
-export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MEGATRON_XIELU_NODE=${MEGATRON_XIELU_NODE:-$(uname -n)}
 
 die() { # message

@@ -34,7 +34,7 @@
 #   MASTER_ADDR   node 0   [localhost, for one node]    LOCAL_ADDR  this node's own address
 #   MASTER_PORT   and the preflight takes the next   [29500; for one node two that are free]
 #   TP, PP, CP   tensor, pipeline, context parallel sizes    MICRO_BATCH, GLOBAL_BATCH   in samples
-#   NETWORK      infiniband, efa, roce or ethernet: network.env.sh   [left to NCCL]
+#   NETWORK      infiniband, efa, roce, cxi (Slingshot) or ethernet: network.env.sh   [left to NCCL]
 #   NUMA_BINDING node, socket, exclusive or core-complex: torchrun ties each rank to the CPUs beside its
 #                GPU, with numactl; PyTorch 2.9 and newer   [none]
 #   TIMEOUT_MINUTES     a collective that takes longer ends the ranks; before the first step is done
@@ -111,8 +111,10 @@ for argument in "$@"; do
     esac
 done
 
-# Found by its folder when the package is not installed: in a checkout, on a login node.
-export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
+# The package beside this script, be another one installed, or in the folder that this is started in
+# (which Python puts first, but for SAFEPATH); last, for an ENTRY of one's own.
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}:$PWD PYTHONSAFEPATH=1
+[[ $here =~ /code/([0-9a-f]{12})/examples$ ]] && code_key="code=${BASH_REMATCH[1]}" || code_key=''
 : "${PYTHON:=python3}"
 command -v "$PYTHON" >/dev/null || die 2 "PYTHON=$PYTHON: there is no such program"
 
@@ -259,7 +261,7 @@ if ((NODE_RANK == 0)); then
     { echo "$latest" >>"$attempts"; } 2>/dev/null || die 2 "$unwritable: $attempts; is the disk full?"
 fi
 counted=1
-event start "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
+event "start${code_key:+ $code_key}" "job ${SLURM_JOB_ID:--} restart ${SLURM_RESTART_COUNT:-0}, node $NODE_RANK of $NNODES, $GPUS_PER_NODE ranks each"
 
 if [[ $PREFLIGHT == 1 && -z $stopping ]]; then
     "$here/preflight.sh" -- "${megatron[@]}" "${trailing[@]}" &

@@ -9,6 +9,8 @@
 # terminal (without nohup) saves a checkpoint and ends; the same command goes on from there. So it does
 # when launch.sh was killed, and the hosts train on: they are first asked to save and end.
 #
+# They run a copy of the repository, RUN_DIR/code/DIGEST, taken when this starts (../snapshot.sh).
+#
 #   RUN_DIR        a relative one is of this folder   [runs/MODEL-ACTIVATION]
 #   MASTER_ADDR    address of the first host that the others reach   [the first host's name]
 #   SSH            remote shell   [ssh -o BatchMode=yes -o ServerAliveInterval=15]
@@ -58,9 +60,12 @@ command -v "${ssh[0]}" >/dev/null || die "SSH=${ssh[*]}: there is no such progra
 export RUN_DIR NNODES=${#hosts[@]} MASTER_ADDR NODE_LIST="${hosts[*]}"
 
 if [[ " $* " == *' --dry-run '* ]]; then
-    printf 'on %s: NODE_RANK=0…%d MASTER_ADDR=%s\n\n' "$NODE_LIST" $((NNODES - 1)) "$MASTER_ADDR"
+    code=$("$home/examples/snapshot.sh" --dry-run "$RUN_DIR") || exit 2
+    printf 'on %s: NODE_RANK=0…%d MASTER_ADDR=%s %q\n\n' "$NODE_LIST" $((NNODES - 1)) "$MASTER_ADDR" "$code/examples/pretrain.sh"
     exec "$home/examples/pretrain.sh" "$@"
 fi
+
+home=$("$home/examples/snapshot.sh" "$RUN_DIR") || exit 2
 
 # What belongs to this machine, this shell or the allocation that it stands in, not to the run.
 private='^(HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|TERM|DISPLAY|HOSTNAME|MAIL|TMPDIR|SSH.*|SLURM_.*|XDG_.*|BASH.*|_)$'

@@ -198,6 +198,7 @@ _OF_OTHERS: dict[str, _Kind] = {
     **dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HF_HUB_OFFLINE"), _text),
     **dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), _path),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": _text,
+    "SRUN_ARGS": _line,  # of pretrain.sbatch
     "OMP_NUM_THREADS": _like(r" *[0-9]+( *, *[0-9]+)* *", " is not a whole number"),
 }
 _KINDS = {**_OF_A_MODEL, **_OF_A_RUN, **_OF_OTHERS}

@@ -205,7 +205,7 @@ def sbatch(tmp_path):
     for folder in (run, programs):
         folder.mkdir()
 
-    def start(**more: str):
+    def start(*, settings: dict[str, str] | None = None, **more: str):
         for name, script in (SLURM | more).items():
             (programs / name).write_text(f"#!/bin/bash\n{script}\n")
             (programs / name).chmod(0o755)
@@ -216,6 +216,7 @@ def sbatch(tmp_path):
                 **{"SLURM_JOB_ID": "8", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "."},
                 **{"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "RUN_DIR": str(run)},
                 **{"FAULT_TOLERANCE": "0", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "40"},
+                **(settings or {}),
             },
             cwd=REPOSITORY,
             capture_output=True,
@@ -255,8 +256,40 @@ def test_a_slurm_job_that_is_refused_is_not_requeued(guarded, sbatch, tmp_path):
     assert guarded(run, SLURM_JOB_ID="7").answer() == "ready"
     done = sbatch()
     assert done.returncode == 2 and "`scancel 7` saves and ends it" in done.stderr, done.stderr
-    files = {path.name for path in run.rglob("*") if path.is_file()}
-    assert files == {"exit_code.7", "lock"}  # no attempt, no event
+    files = {path for path in run.rglob("*") if path.is_file() and run / "code" not in path.parents}
+    assert {path.name for path in files} == {"exit_code.7", "lock"}  # no attempt, no event
+
+
+def test_a_slurm_job_runs_the_code_that_it_began_with(sbatch, tmp_path):
+    """Its requeues, too, whatever becomes of the checkout; the next job takes what is there."""
+    run, checkout = tmp_path / "run", tmp_path / "checkout"
+    shutil.copytree(REPOSITORY / "examples", checkout / "examples")
+    (checkout / "megatron_xielu").mkdir()
+    (checkout / "pyproject.toml").touch()
+    srun = 'for word; do [[ $word != */pretrain.sh ]] || echo "$word"; done >>"$RUN_DIR/ran"'
+    digests = []
+    for job, restarts in (("8", "0"), ("8", "1"), ("9", "0"), ("8", "2")):
+        (checkout / "megatron_xielu" / f"{len(digests)}.py").touch()
+        settings = {"MEGATRON_XIELU_HOME": str(checkout), "RUN_DIR": str(run)}
+        done = sbatch(
+            settings=settings | {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": restarts},
+            srun=f'{srun}; echo 75 >"$RUN_DIR/exit_code.{job}"',
+        )
+        assert done.returncode == 0, done.stderr
+        last = (run / "ran").read_text().splitlines()[-1]
+        (digest,) = re.fullmatch(f"{run}/code/([0-9a-f]{{12}})/examples/pretrain.sh", last).groups()
+        digests.append(digest)
+    assert digests[0] == digests[1] == digests[3] != digests[2]
+    shutil.rmtree(run / "code" / digests[0])
+    gone = sbatch(settings=settings, srun=srun)
+    assert (gone.returncode, gone.stdout) == (2, "") and "is gone: submit it anew" in gone.stderr
+
+
+def test_a_slurm_job_that_may_not_be_requeued(sbatch):
+    """`sbatch --no-requeue`: its exit code is that of the training."""
+    refuses = f"[[ $1 != requeue ]] || exit 1; {SLURM['scontrol']}"
+    done = sbatch(srun='echo 75 >"$RUN_DIR/exit_code.8"', scontrol=refuses)
+    assert done.returncode == 75, done.stderr
 
 
 def test_a_file_system_that_hangs_makes_no_holder_silent(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -178,10 +179,58 @@ def test_build_image_calls(programs: Path):
     assert not list(programs.glob(".image.*"))
 
 
+BOTH = "linux/amd64,linux/arm64"
+FOREIGN = "linux/amd64" if platform.machine() == "aarch64" else "linux/arm64"
+
+
+@needs_git
+@pytest.mark.parametrize(
+    ("builder", "platforms", "calls"),
+    [
+        ("docker", FOREIGN, [f"buildx build --load --platform {FOREIGN} --tag", "push"]),
+        ("docker", BOTH, [f"buildx build --push --platform {BOTH} --tag"]),
+        (
+            "buildah",
+            BOTH,
+            ["manifest rm", f"build --platform {BOTH} --manifest", "manifest push --all"],
+        ),
+    ],
+)
+def test_build_image_for_platforms(programs: Path, builder: str, platforms: str, calls: list[str]):
+    """On a machine with emulators for both, as this may not be."""
+    for one in ("x86_64", "aarch64"):
+        (programs / f"qemu-{one}").touch()
+    (programs / "docker").write_text(
+        f'#!/bin/sh\necho "$@" >>"{programs}/calls"\necho "Platforms: linux/amd64, linux/arm64*"\n'
+    )
+    script = programs / "tools/build_image.sh"
+    for name in ("megatron_xielu/__init__.py", "Dockerfile", "tools/build_image.sh"):
+        (programs / name).parent.mkdir(exist_ok=True)
+        text = (ROOT / name).read_text().replace("/proc/sys/fs/binfmt_misc", str(programs))
+        (programs / name).write_text(text)
+    tag = "registry.example/x:1"
+    done = subprocess.run(
+        ["bash", script, "--builder", builder, "--platform", platforms, "--tag", tag, "--push"],
+        env={"PATH": f"{programs}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (programs / "calls").read_text().replace("buildah ", "").splitlines()
+    said = [line for line in lines if re.search(r"\b(buildx )?build |push|\brm ", line)]
+    assert [line.startswith(f"{call} {tag}") for line, call in zip(said, calls, strict=True)] == [
+        True
+    ] * len(calls), said
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--push"], "--tag"),
+        (["--platform", "linux/riscv64"], "choose linux/amd64, linux/arm64 or"),
+        (["--platform", BOTH], "needs --push: docker keeps the images of one platform"),
+        (["--platform", BOTH, "--sif", "x.sif"], "--sif and --enroot take one platform"),
+        (["--platform", FOREIGN], "docker cannot run its programs on this"),
         (["--builder", "kaniko"], "kaniko"),
         (["--sif"], "--sif"),
         (["--tag", "--push"], "--tag"),

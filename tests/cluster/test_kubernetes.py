@@ -1,22 +1,20 @@
-"""The Kubernetes examples: valid for their APIs, equal to each other, and true to pretrain.sh.
+"""The Kubernetes example: valid for its APIs, and true to pretrain.sh.
 
-No cluster runs here. Core kinds, and the jobs and pods inside the operators' kinds, are checked by
-Kubernetes' own schemas, in which an unknown key is an error. The operators' kinds are read into the
-classes that they publish and written back: what comes out must be what went in, since these classes
-drop unknown keys, fill in missing ones and convert types. The containers' commands run for real,
+No cluster runs here. Core kinds, and the jobs inside the operator's kinds, are checked by
+Kubernetes' own schemas, in which an unknown key is an error. The operator's kinds are read into the
+classes that it publishes and written back: what comes out must be what went in, since these classes
+drop unknown keys, fill in missing ones and convert types. The container's command runs for real,
 with a stand-in for pretrain.sh.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import re
 import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
@@ -33,7 +31,6 @@ VERSIONS = ["1.31", kubernetes_validate.latest_version()]
 def check(document: dict[str, Any]) -> None:
     """Raise unless the API server would take every key and value of ``document``."""
     # Seconds, which test runs of other rooms are spared.
-    from kubeflow import training
     from kubeflow_trainer_api import models
 
     api_version, kind = document["apiVersion"], document["kind"]
@@ -43,13 +40,6 @@ def check(document: dict[str, Any]) -> None:
                 check({"apiVersion": "batch/v1", "kind": "Job", **job["template"]})
         known = vars(models)[f"TrainerV1alpha1{kind}"]
         assert known.from_dict(copy.deepcopy(document)).to_dict() == document
-    elif api_version == "kubeflow.org/v1" and kind == "PyTorchJob":
-        for replica in document["spec"]["pytorchReplicaSpecs"].values():
-            check({"apiVersion": "v1", "kind": "Pod", **replica["template"]})
-        client = training.ApiClient()
-        response = SimpleNamespace(data=json.dumps(document))
-        job = client.deserialize(response, "KubeflowOrgV1PyTorchJob")
-        assert client.sanitize_for_serialization(job) == document
     else:  # an unknown kind raises SchemaNotFoundError
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)
@@ -72,13 +62,8 @@ def trainjob_spec() -> tuple[dict[str, Any], dict[str, Any]]:
     return job, template
 
 
-def replicas() -> dict[str, Any]:
-    return documents()["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]
-
-
-def container(name: str) -> dict[str, Any]:
-    template = trainjob_spec()[1] if name == "TrainJob" else replicas()["Master"]["template"]
-    (container,) = template["spec"]["containers"]
+def container() -> dict[str, Any]:
+    (container,) = trainjob_spec()[1]["spec"]["containers"]
     return container
 
 
@@ -86,7 +71,7 @@ def container(name: str) -> dict[str, Any]:
 
 
 def test_the_kinds_are_those_that_are_meant():
-    kinds = {"TrainingRuntime", "TrainJob", "PyTorchJob", "PersistentVolumeClaim"}
+    kinds = {"TrainingRuntime", "TrainJob", "PersistentVolumeClaim"}
     assert set(documents()) == kinds
 
 
@@ -97,7 +82,6 @@ def test_manifest_is_valid(kind):
 
 JOB = "spec template spec replicatedJobs 0 template spec"
 POD = f"{JOB} template spec"
-MASTER = "spec pytorchReplicaSpecs Master"
 
 
 @pytest.mark.parametrize(
@@ -111,10 +95,6 @@ MASTER = "spec pytorchReplicaSpecs Master"
         ("TrainingRuntime", f"{JOB} podFailurePolicy rules 0 onExitCodes containerName", "rename"),
         ("TrainingRuntime", f"{POD} terminationGracePeriodSeconds", "rename"),
         ("TrainingRuntime", f"{POD} containers 0 resources", "rename"),
-        ("PyTorchJob", "spec nprocPerNode", "rename"),
-        ("PyTorchJob", "spec runPolicy cleanPodPolicy", "rename"),
-        ("PyTorchJob", f"{MASTER} restartPolicy", "rename"),
-        ("PyTorchJob", f"{MASTER} template spec volumes 0 persistentVolumeClaim", "rename"),
         ("PersistentVolumeClaim", "spec accessModes", "rename"),
         # A value of another type.
         ("TrainJob", "spec trainer numNodes", "two"),
@@ -122,17 +102,12 @@ MASTER = "spec pytorchReplicaSpecs Master"
         ("TrainingRuntime", f"{JOB} podFailurePolicy rules 0 onExitCodes values 0", "2"),
         ("TrainingRuntime", f"{POD} terminationGracePeriodSeconds", "600"),
         ("TrainingRuntime", f"{POD} securityContext runAsNonRoot", "yes"),
-        ("PyTorchJob", "spec nprocPerNode", 8),
-        ("PyTorchJob", f"{MASTER} replicas", "1"),
-        ("PyTorchJob", f"{MASTER} template spec containers 0 command", "/bin/bash"),
         ("PersistentVolumeClaim", "spec accessModes", "ReadWriteMany"),
         # A field that is missing.
         ("TrainJob", "spec runtimeRef", "delete"),
         ("TrainJob", "spec runtimeRef name", "delete"),
         ("TrainingRuntime", f"{JOB} podFailurePolicy rules 0 action", "delete"),
         ("TrainingRuntime", f"{POD} containers", "delete"),
-        ("PyTorchJob", "spec pytorchReplicaSpecs", "delete"),
-        ("PyTorchJob", f"{MASTER} template spec containers 0 name", "delete"),
         # Another kind.
         ("TrainJob", "kind", "TrainJobs"),
         ("PersistentVolumeClaim", "kind", "PersistentVolumeClaims"),
@@ -156,49 +131,19 @@ def test_a_mistake_is_caught(kind, path, value):
         check(document)
 
 
-def test_what_the_operators_refuse_beyond_their_schemas():
+def test_what_the_operator_refuses_beyond_its_schemas():
     # trainingruntime_webhook.go: the labelled job is single and has a container of this name.
     (replicated,) = documents()["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
     labels = replicated["template"]["metadata"]["labels"]
     assert labels["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
     assert replicated.get("replicas", 1) == 1
-    assert container("TrainJob")["name"] == "node"
+    assert container()["name"] == "node"
     # torch.go injects into the container only where there is a trainer, which may set no PET_*.
     job = documents()["TrainJob"]["spec"]
     assert not [entry for entry in job["trainer"]["env"] if entry["name"].startswith("PET_")]
     runtime = documents()["TrainingRuntime"]
     assert job["runtimeRef"]["kind"] == runtime["kind"]
     assert job["runtimeRef"]["name"] == runtime["metadata"]["name"]
-    # pytorchjob_webhook.go
-    assert replicas()["Master"]["replicas"] == 1
-    assert container("PyTorchJob")["name"] == "pytorch"
-
-
-# --- equal ---------------------------------------------------------------------------------------
-
-
-def test_both_make_the_same_pods():
-    _, ours = trainjob_spec()
-    # The operator sets its own, and warns about another one.
-    assert ours["spec"].pop("restartPolicy") == "Never"
-    assert replicas()["Worker"]["template"] == replicas()["Master"]["template"]
-    theirs = replicas()["Master"]["template"]
-    commands = []
-    for template in (ours, theirs):
-        (inner,) = template["spec"]["containers"]
-        inner["env"] = {entry["name"]: entry for entry in inner["env"]}
-        (command,) = inner.pop("args")
-        commands.append(command.partition(PRETRAIN)[0].removesuffix("exec "))
-        inner.pop("name")
-    assert commands[0] == commands[1]
-    assert ours == theirs
-
-
-def test_both_start_the_same_nodes():
-    trainer, job = documents()["TrainJob"]["spec"]["trainer"], documents()["PyTorchJob"]["spec"]
-    assert trainer["numNodes"] == sum(replica["replicas"] for replica in replicas().values())
-    assert str(trainer["numProcPerNode"]) == job["nprocPerNode"]
-    assert container("PyTorchJob")["resources"]["limits"]["nvidia.com/gpu"] == job["nprocPerNode"]
 
 
 def test_the_five_places_to_edit_are_marked():
@@ -209,9 +154,8 @@ def test_the_five_places_to_edit_are_marked():
 # --- safe ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["TrainJob", "PyTorchJob"])
-def test_keys_come_from_a_secret_that_may_be_absent(name):
-    entries = container(name)["env"]
+def test_keys_come_from_a_secret_that_may_be_absent():
+    entries = container()["env"]
     keys = [entry for entry in entries if re.search("KEY|TOKEN$|SECRET|PASSWORD", entry["name"])]
     assert {entry["name"] for entry in keys} == {"WANDB_API_KEY", "HF_TOKEN"}
     for entry in keys:
@@ -225,7 +169,7 @@ def test_keys_come_from_a_secret_that_may_be_absent(name):
 
 def test_pods_are_not_privileged_and_have_time_to_save():
     _, template = trainjob_spec()
-    spec, inner = template["spec"], container("TrainJob")
+    spec, inner = template["spec"], container()
     assert spec["terminationGracePeriodSeconds"] >= 600
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert inner["securityContext"]["allowPrivilegeEscalation"] is False
@@ -245,12 +189,12 @@ def test_pods_are_not_privileged_and_have_time_to_save():
 # --- true to pretrain.sh -------------------------------------------------------------------------
 
 
-def start(name: str, stand_in: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+def start(stand_in: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     """Run the container's command with ``stand_in`` in the place of pretrain.sh."""
     script = tmp_path / "pretrain.sh"
     script.write_text(f"#!/bin/bash\n{stand_in}\n")
     script.chmod(0o755)
-    inner = container(name)
+    inner = container()
     (command,) = inner["args"]
     # Kubernetes would replace $(NAME) before the shell sees it.
     assert "$(" not in command and command.count(PRETRAIN) == 1
@@ -262,49 +206,28 @@ def start(name: str, stand_in: str, tmp_path: Path, **environment: str) -> subpr
     )
 
 
-# What the operators set on node 3 of 11: torch.go of Kubeflow Trainer 2.3; envvar.go and master.go
-# of the training operator 1.9.
+# What the operator sets on node 3 of 11: torch.go of Kubeflow Trainer 2.3.
 INJECTED = {
-    "TrainJob": {
-        "PET_NNODES": "11",
-        "PET_NPROC_PER_NODE": "8",
-        "PET_NODE_RANK": "3",
-        "PET_MASTER_ADDR": "run-node-0-0.run",
-        "PET_MASTER_PORT": "29500",
-    },
-    "PyTorchJob": {
-        "PYTHONUNBUFFERED": "1",
-        "MASTER_PORT": "23456",
-        "PET_MASTER_PORT": "23456",
-        "MASTER_ADDR": "run-master-0",
-        "PET_MASTER_ADDR": "run-master-0",
-        "WORLD_SIZE": "88",
-        "RANK": "3",
-        "PET_NODE_RANK": "3",
-        "PET_NPROC_PER_NODE": "8",
-        "PET_NNODES": "11",
-    },
+    "PET_NNODES": "11",
+    "PET_NPROC_PER_NODE": "8",
+    "PET_NODE_RANK": "3",
+    "PET_MASTER_ADDR": "run-node-0-0.run",
+    "PET_MASTER_PORT": "29500",
 }
 
 
-@pytest.mark.parametrize("name", INJECTED)
-def test_the_operators_environment_becomes_the_launchers(name, tmp_path):
-    injected = INJECTED[name]
-    process = start(name, "/usr/bin/env", tmp_path, **injected)
+def test_the_operators_environment_becomes_the_launchers(tmp_path):
+    process = start("/usr/bin/env", tmp_path, **INJECTED)
     output, _ = process.communicate(timeout=60)
     seen = dict(line.split("=", 1) for line in output.splitlines())
     assert seen["NNODES"] == "11" and seen["NODE_RANK"] == "3" and seen["GPUS_PER_NODE"] == "8"
-    assert seen["MASTER_ADDR"] == injected["PET_MASTER_ADDR"]
-    assert seen["MASTER_PORT"] == injected["PET_MASTER_PORT"]
+    assert seen["MASTER_ADDR"] == INJECTED["PET_MASTER_ADDR"]
+    assert seen["MASTER_PORT"] == INJECTED["PET_MASTER_PORT"]
     assert not [key for key in seen if key.startswith("PET_") or key in ("RANK", "WORLD_SIZE")]
 
 
-def starts_again(name: str, code: int) -> bool:
+def starts_again(code: int) -> bool:
     """Whether the pod is replaced after its container ended with ``code``."""
-    if name == "PyTorchJob":
-        # IsRetryableExitCode in train_util.go
-        assert {replica["restartPolicy"] for replica in replicas().values()} == {"ExitCode"}
-        return code >= 128
     job, template = trainjob_spec()
     assert template["spec"]["restartPolicy"] == "Never"
     for rule in job["podFailurePolicy"]["rules"]:
@@ -315,16 +238,15 @@ def starts_again(name: str, code: int) -> bool:
     return job["backoffLimit"] > 0
 
 
-@pytest.mark.parametrize("name", INJECTED)
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 75, 126, 127, 128, 137, 143])
-def test_exit_codes_start_again_or_not(name, code, tmp_path):
-    process = start(name, f"exit {code}", tmp_path)
+def test_exit_codes_start_again_or_not(code, tmp_path):
+    process = start(f"exit {code}", tmp_path)
     process.communicate(timeout=60)
     if code == 0:
         assert process.returncode == 0
     else:
         assert process.returncode != 0
-        assert starts_again(name, process.returncode) == (code not in (2, 4, 126, 127))
+        assert starts_again(process.returncode) == (code not in (2, 4, 126, 127))
 
 
 def test_a_stop_on_purpose_does_not_count():
@@ -335,20 +257,19 @@ def test_a_stop_on_purpose_does_not_count():
     assert [{"type": "DisruptionTarget", "status": "True"}] in conditions
 
 
-@pytest.mark.parametrize(("name", "code"), [("TrainJob", 75), ("PyTorchJob", 75 + 128)])
-def test_sigterm_reaches_the_launcher_and_is_waited_for(name, code, tmp_path):
+def test_sigterm_reaches_the_launcher_and_is_waited_for(tmp_path):
     ready, saved = tmp_path / "ready", tmp_path / "saved"
     stand_in = f"""
         trap 'sleep 0.5; touch {saved}; exit 75' TERM
         touch {ready}
         while :; do sleep 0.05; done"""
-    process = start(name, stand_in, tmp_path)
+    process = start(stand_in, tmp_path)
     deadline = time.monotonic() + 60
     while not ready.exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=60) == 75
     assert saved.exists()
 
 
@@ -366,15 +287,14 @@ def help_text() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("name", INJECTED)
-def test_the_launcher_knows_every_variable(name):
+def test_the_launcher_knows_every_variable():
     others = {"HF_TOKEN", "MEGATRON_XIELU_NODE"}  # of Hugging Face, and of the event log
     known = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", help_text())) | others
-    assert {entry["name"] for entry in container(name)["env"]} <= known
+    assert {entry["name"] for entry in container()["env"]} <= known
 
 
 def test_the_example_divides_its_batch_and_names_a_network():
-    environment = {entry["name"]: entry.get("value", "") for entry in container("TrainJob")["env"]}
+    environment = {entry["name"]: entry.get("value", "") for entry in container()["env"]}
     trainer = documents()["TrainJob"]["spec"]["trainer"]
     script = """
         set -eu

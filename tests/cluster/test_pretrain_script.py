@@ -33,6 +33,7 @@ LAUNCHER = "examples/pretrain.sh --dry-run"
 SBATCH = "bash examples/slurm/pretrain.sbatch --dry-run"
 ON_SLURM = {"NNODES": "11"}
 IN_PYXIS = {"IMAGE": "registry/xielu:1", "MOUNTS": "/scratch:/scratch,/data:/data"}
+IN_PYXIS |= {"SRUN_ARGS": "--mpi=pmix  --network=disable_rdzv_get"}
 IN_APPTAINER = {"IMAGE": "/images/xielu.sif", "MOUNTS": "/scratch,/data"}
 SLURM_SETS = {"NNODES": "11", "MASTER_ADDR": "node1", "MASTER_PORT": "20000"}
 # Front end: its command line, what is set for it, what it sets for pretrain.sh.
@@ -48,9 +49,9 @@ FRONT_ENDS = {
 }
 
 
-def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
+def kubernetes() -> tuple[str, dict[str, str], dict[str, str]]:
     """The front end of a pod: what its container runs, on node 3 of 11."""
-    injected, inner = test_kubernetes.INJECTED[kind], test_kubernetes.container(kind)
+    injected, inner = test_kubernetes.INJECTED, test_kubernetes.container()
     job = test_kubernetes.documents()["TrainJob"]["spec"]["trainer"]["env"]
     variables = {x["name"]: x["value"] for x in [*job, *inner["env"]] if "value" in x}
     del variables["DATA_ARGS"]  # is not here, which would be refused
@@ -66,7 +67,7 @@ def kubernetes(kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
     return command, variables | injected, sets
 
 
-FRONT_ENDS |= {f"kubernetes-{k.lower()}": kubernetes(k) for k in test_kubernetes.INJECTED}
+FRONT_ENDS["kubernetes-trainjob"] = kubernetes()
 
 SMALL = {"MODEL": "debug", "DEVICE": "cpu", "GPUS_PER_NODE": "1", "PREFLIGHT": "0"}
 
@@ -93,14 +94,13 @@ def run(command: str, **variables: str) -> subprocess.CompletedProcess:
 
 @functools.cache
 def output(command: str, **variables: str) -> str:
-    """Standard output of a dry run, without this machine's paths."""
+    """Standard output of a dry run, without this machine's paths, or what changes with the code."""
     result = run(command, **variables)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     mine = f"/megatron_xielu-{os.getuid()}/"
-    return result.stdout.replace(str(REPOSITORY), "/repository").replace(
-        mine, "/megatron_xielu-UID/"
-    )
+    printed = re.sub("/code/[0-9a-f]{12}/", "/code/DIGEST/", result.stdout)
+    return printed.replace(str(REPOSITORY), "/repository").replace(mine, "/megatron_xielu-UID/")
 
 
 # Name of the expected output: command line, variables. Three ways to more than one node with the

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from launch import REPOSITORY
-from test_pretrain_script import LAUNCHER, SMALL, output, run
+from test_pretrain_script import LAUNCHER, SBATCH, SMALL, output, run
 
 from megatron_xielu.plan import variables as table
 from megatron_xielu.plan.variables import VARIABLES
@@ -337,6 +337,22 @@ def test_front_ends_started_wrongly(command, code, message):
 
 
 @pytest.mark.parametrize(
+    ("srun_args", "words"),
+    [
+        ('--comment="two words"', "is parted at blanks: no line ends, quotes or backslashes"),
+        ("--mpi=pmix\n--label", "SRUN_ARGS=--mpi=pmix?--label is parted at blanks"),
+        ("--mpi=pmix touch PWNED", "SRUN_ARGS: touch is no option of srun; write --name=value"),
+        ("--mpi=pmix -- touch", "SRUN_ARGS: -- is no option of srun"),
+    ],
+)
+def test_options_of_srun_that_are_none(srun_args, words):
+    """What stood there would be taken for the program to run."""
+    result = run(SBATCH, SRUN_ARGS=srun_args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("variables", "flags", "words"),
     [
         ({"NEED_GIB": "nan"}, "", "NEED_GIB=nan is not a number"),
@@ -379,7 +395,15 @@ class Hosts:
         # The options, the host, and what it is to run.
         ssh = "while [[ $1 == -* ]]; do shift 2; done\n[[ $1 != down ]] || exit 255\n"
         ssh += 'echo "$@" >>"$0.log"\nshift\nexec env -i PATH="$PATH" bash -c "$*"'
-        for path, script in (("examples/pretrain.sh", pretrain), ("ssh", ssh)):
+        (folder / "megatron_xielu").mkdir()
+        for name in ("megatron_xielu/__init__.py", "pyproject.toml"):
+            (folder / name).touch()
+        snapshot = (REPOSITORY / "examples/snapshot.sh").read_text()
+        for path, script in (
+            ("examples/pretrain.sh", pretrain),
+            ("examples/snapshot.sh", snapshot),
+            ("ssh", ssh),
+        ):
             (folder / path).write_text(f"#!/bin/bash\n{script}\n")
             (folder / path).chmod(0o755)
 
@@ -449,6 +473,28 @@ def test_launch_does_not_start_again_for_ever(tmp_path, pretrain, code, starts):
 def test_launch_in_an_allocation_starts_no_job_of_slurms(tmp_path):
     code, said = Hosts(tmp_path, "env; exit 0").run("a", SLURM_JOB_ID="7", WORD="passed on")
     assert code == 0 and "WORD=passed on" in said and "SLURM" not in said
+
+
+def of_network(network: str, **variables: str) -> dict[str, str]:
+    """What network.env.sh makes of an environment."""
+    environment = {"PATH": os.environ["PATH"], "NETWORK": network, **variables}
+    script = "set -euo pipefail; source examples/network.env.sh; env -0"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
+
+
+def test_every_network_and_what_slingshot_needs():
+    """On one node no plugin is forced; what is in the environment wins."""
+    said = run(LAUNCHER, NETWORK="ib").stderr
+    known = re.search(r"is not one of (.*)", said)[1].split(", ")
+    one, two = ({network: of_network(network, NNODES=n) for network in known} for n in "12")
+    assert "cxi" in one and all(found["NCCL_DEBUG"] == "WARN" for found in one.values())
+    assert two["cxi"]["NCCL_NET"] == "AWS Libfabric" and "NCCL_NET" not in one["cxi"]
+    assert one["cxi"]["NCCL_PROTO"] == "^LL128"  # which corrupts data between GH200s
+    assert of_network("cxi", NNODES="2", NCCL_NET="ofi", NCCL_PROTO="LL")["NCCL_NET"] == "ofi"
 
 
 @pytest.mark.parametrize("run_dir", ["it's here", 'a "b" $HOME; x'])

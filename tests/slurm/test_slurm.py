@@ -1,5 +1,7 @@
 """pretrain.sbatch on two Slurm nodes: stopped, killed, requeued, preempted, none the worse."""
 
+import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -97,11 +99,18 @@ def test_time_limit_and_killed_rank(slurm, reference, tmp_path):
 
 
 def test_requeue_lost_node_and_preemption(slurm, reference, tmp_path):
-    """`scontrol requeue`, then a node that dies, then a job of higher priority."""
-    run = tmp_path / "run"
-    job = submit(slurm, run, "--partition=batch", STEP_TIME="0.5", PREFLIGHT="0")
+    """`scontrol requeue`, then a node that dies, then a job of higher priority. The checkout
+    changes, and the job goes on with the code that it began with."""
+    run, checkout = tmp_path / "run", tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__", ".venv", ".git", "runs", "tests", "docs")
+    shutil.copytree(REPOSITORY, checkout, ignore=ignored)
+    home = {"MEGATRON_XIELU_HOME": str(checkout)}
+    job = submit(slurm, run, "--partition=batch", STEP_TIME="0.5", PREFLIGHT="0", **home)
 
     until("ten steps", lambda: latest(run) >= 10, timeout=120)
+    for file in (checkout / "megatron_xielu").rglob("*.py"):
+        file.write_text("raise SystemExit('the code has changed')")
+    (checkout / "examples/pretrain.sh").write_text("#!/bin/sh\nexit 2\n")
     slurm.requeue(job)
     slurm.wait(job, timeout=60, until={"PENDING"})
     slurm.wait(job, timeout=60, until={"RUNNING"})
@@ -119,10 +128,14 @@ def test_requeue_lost_node_and_preemption(slurm, reference, tmp_path):
 
     assert int(slurm.show(job)["Restarts"]) >= 3
     assert count(run, "finished") == 2
+    starts = [line for line in events(run) if " event=start " in line]
+    (code,) = {re.search(" code=([0-9a-f]{12}) ", line)[1] for line in starts}
+    assert len(starts) >= 8 and (run / "code" / f"job-{job}").resolve() == run / "code" / code
     assert_same_run(run, reference)
 
 
 def test_deterministic_crash_is_not_requeued_for_ever(slurm, tmp_path):
+    """Whose output srun labels, as SRUN_ARGS has it."""
     run = tmp_path / "run"
     job = submit(
         slurm,
@@ -132,8 +145,10 @@ def test_deterministic_crash_is_not_requeued_for_ever(slurm, tmp_path):
         IN_JOB_RESTARTS="0",
         RESTART_BUDGET="2",
         PREFLIGHT="0",
+        SRUN_ARGS="--label  --comment=of-a-test",
     )
     slurm.wait(job, timeout=200, until={"FAILED"})
+    assert {"0: ", "1: "} <= {line[:3] for line in slurm.log(job).splitlines()}
     assert slurm.show(job)["ExitCode"].startswith("4:")
     assert slurm.show(job)["Restarts"] == "2"
     text = "\n".join(events(run))
