@@ -271,4 +271,5 @@ plan=("$PYTHON" -m megatron_xielu.plan --nodes "$NNODES" --gpus-per-node "$GPUS_
 ((ours)) || plan+=(--other-entry)
 [[ "$made_for $made_for_lr" =~ ^[0-9]+\ [0-9.eE+-]+$ ]] && plan+=(--made-for "$made_for" "$made_for_lr")
 plan+=(${GPU:+--gpu "$GPU"} ${GPU_MEMORY_GIB:+--gpu-memory "$GPU_MEMORY_GIB"}
-    ${MFU:+--mfu "$MFU"} ${PEAK_TFLOPS:+--peak-tflops "$PEAK_TFLOPS"})
+    ${MFU:+--mfu "$MFU"} ${PEAK_TFLOPS:+--peak-tflops "$PEAK_TFLOPS"}
+    ${NODE_NETWORK:+--node-network "$NODE_NETWORK"})

@@ -55,7 +55,7 @@ infiniband | roce)
 efa)
     # libfabric must not settle for its TCP provider. The aws-ofi-nccl plugin asks for EFA by itself
     # on EC2 since 1.6; it has to be installed, else NCCL uses TCP: look for "Libfabric" at
-    # NCCL_DEBUG=INFO. NCCL_NET is not forced, since the plugin's name changed between versions.
+    # NCCL_DEBUG=INFO. NCCL_NET is not forced: NCCL finds it.
     : "${FI_PROVIDER:=efa}"
     export FI_PROVIDER
     # Not set: FI_EFA_USE_DEVICE_RDMA. libfabric 1.18 with aws-ofi-nccl 1.7 uses RDMA wherever the

@@ -404,6 +404,18 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--first-last-layers-bf16 does not work with --fp8-recipe delayed, Megatron's "
             "default; drop it, or give --fp8-recipe tensorwise"
         )
+    if given("cross_entropy_loss_fusion") and given("cross_entropy_fusion_impl") == "te":
+        yield (
+            "--cross-entropy-fusion-impl te: Megatron has refused it since 0.18.1, as unstable; "
+            "give native, or drop --cross-entropy-loss-fusion"
+        )
+    pipeline = given("pipeline_model_parallel_size") or 1
+    is_tied = given("untie_embeddings_and_output_weights") is False
+    if given("save") and given("mtp_num_layers") and pipeline > 1 and is_tied:
+        yield (
+            f"--mtp-num-layers with --pipeline-model-parallel-size {pipeline} needs "
+            "--untie-embeddings-and-output-weights: Megatron 0.19 cannot save the two tables"
+        )
     if given("distribute_saved_activations") and not (
         given("recompute_granularity") == "full"
         and given("recompute_method")
@@ -420,9 +432,7 @@ def contradictions(arguments: Any) -> Iterator[str]:
         for refusal in WITH_DOCUMENTS:
             if refusal.is_given(arguments):
                 yield refusal.with_(DOCUMENTS_FLAG)
-        if (given("pipeline_model_parallel_size") or 1) > 1 and (
-            (given("micro_batch_size") or 1) > 1
-        ):
+        if pipeline > 1 and (given("micro_batch_size") or 1) > 1:
             # Stages receive [s, b, h] where [s·b, 1, h] is sent.
             yield (
                 f"{DOCUMENTS_FLAG} with --pipeline-model-parallel-size above 1 needs "

@@ -115,9 +115,8 @@ def _options() -> argparse.ArgumentParser:
     add(
         "--node-network",
         type=speed,
-        default=default.node_network,
         metavar="GB/S",
-        help="into a node (default: %(default)s, eight cards of 400 Gb/s)",
+        help="into a node (default: one card a GPU, of the speed that is built with it)",
     )
     add(
         "--host-copy",
@@ -450,7 +449,7 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
         else f"later jobs keep TP, PP, EP and {keeps}"
     )
     held = plan.load(chosen, parallel=parallel).host_memory
-    speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.node_network:g} GB/s into a node"
+    speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.network:g} GB/s into a node"
     return [
         ("optimizer state", f"{chosen}: {note}"),
         ("  save", save(chosen)),

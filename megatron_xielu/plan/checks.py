@@ -177,12 +177,6 @@ def _flags(plan: Plan) -> Iterator[str]:
             "--recompute-granularity full needs --recompute-method uniform (or block) and "
             "--recompute-num-layers"
         )
-    two_tables = plan.model.tied_embeddings and plan.pipeline > 1 and plan.model.prediction_layers
-    if args.save and two_tables:
-        yield (
-            f"--mtp-num-layers with --pipeline-model-parallel-size {plan.pipeline} needs "
-            "--untie-embeddings-and-output-weights: Megatron 0.19 cannot save the two tables"
-        )
     if args.save and not args.save_interval:
         yield "--save needs --save-interval"
     if "--overlap-param-gather" in given and args.optimizer == "adam":

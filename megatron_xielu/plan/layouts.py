@@ -73,7 +73,7 @@ def seconds(plan: Plan) -> Seconds:
     compute = plan.seconds_per_step() * again
     bubble = compute * (plan.pipeline - 1) / (plan.virtual * plan.accumulation)
     nvlink = cluster.gpu.nvlink * 1e9
-    network = min(nvlink, cluster.node_network * 1e9 / cluster.gpus_per_node)
+    network = min(nvlink, cluster.network * 1e9 / cluster.gpus_per_node)
 
     def rate(group: int) -> float:
         return nvlink if group <= cluster.gpus_per_node else network

@@ -44,21 +44,26 @@ _MOMENTS = {"sgd": 1, "lion": 1}  # fp32 states per parameter; Adam and others t
 class Cluster:
     """The GPUs of a run. ``mfu``: the share of their peak; None for what is published.
 
-    ``node_network``, ``host_copy``: GB/s into a node, and of one thread that copies host memory.
-    The second is an assumption; torchrun gives a rank one thread.
+    ``node_network``, ``host_copy``: GB/s into a node (None for its GPUs' share), and of one thread
+    that copies host memory. The second is an assumption; torchrun gives a rank one thread.
     """
 
     nodes: int = 1
     gpus_per_node: int = 8
     gpu: Gpu = H100
     mfu: float | None = None
-    node_network: float = 400.0  # eight ConnectX-7 of 400 Gb/s: NVIDIA's data sheet of the DGX H100
+    node_network: float | None = None
     host_copy: float = 5.0
 
     @property
     def gpus(self) -> int:
         """GPUs of the run: Megatron's world size."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def network(self) -> float:
+        """GB/s into a node."""
+        return self.node_network or self.gpus_per_node * self.gpu.network
 
 
 @dataclass(frozen=True)
@@ -511,7 +516,7 @@ class Plan:
         """How long training waits for a save, by estimate, in either optimizer format."""
         cluster = self.cluster
         return self.save(kind).seconds(
-            node_network=cluster.node_network * 1e9, host_copy=cluster.host_copy * 1e9
+            node_network=cluster.network * 1e9, host_copy=cluster.host_copy * 1e9
         )
 
     def load(self, kind: str, *, parallel: bool) -> Load:

@@ -7,6 +7,7 @@ from launch import REPOSITORY
 from test_plan import APERTUS_8B, PAPER_1B, PAPER_3B
 
 from megatron_xielu.plan import checks, layouts
+from megatron_xielu.plan.gpus import BY_NAME
 from megatron_xielu.plan.run import GIB, Cluster, Plan
 
 LAUNCHED = "--overlap-grad-reduce --overlap-param-gather --cross-entropy-loss-fusion"
@@ -38,6 +39,12 @@ def test_each_layout_fits_and_can_run():
         assert checks.problems(other, environment={}, check_files=False) == []
         assert layout.gib <= 0.9 * asked.cluster.gpu.memory_gib
         assert layout.seconds == layouts.seconds(other)
+
+
+def test_the_network_of_a_node_follows_its_gpus():
+    gh200 = Cluster(nodes=64, gpus_per_node=4, gpu=BY_NAME["gh200"])
+    assert (Cluster().network, gh200.network) == (400, 100)
+    assert Cluster(node_network=80.0).network == 80
 
 
 def test_recomputation_only_where_nothing_else_fits():

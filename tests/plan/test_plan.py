@@ -397,6 +397,7 @@ def test_proposed_fixes_fit():
 ERRORS = {
     "--optimizer soap --save out --save-interval 5": "--optimizer soap cannot be resumed",
     "--save out --save-interval 5 --swiglu --fp8-param-gather": "--fp8-param-gather: it is not",
+    "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "has refused it since 0.18.1",
     "--optimizer sgd": "--use-distributed-optimizer; drop that",
     "--num-attention-heads 12 --tensor-model-parallel-size 8": "--num-attention-heads 12",
     "--group-query-attention --num-query-groups 6 --tensor-model-parallel-size 4 "

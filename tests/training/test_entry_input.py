@@ -160,6 +160,10 @@ PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-r
     [
         (f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1", "give one of --num-layers-per-"),
         ("--recompute-method block --recompute-activations", "--recompute-method goes with"),
+        (
+            "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te",
+            "--cross-entropy-fusion-imp",
+        ),
         ("--distribute-saved-activations", "--distribute-saved-activations needs --tensor-model"),
         ("--lr-warmup-fraction 1", "--lr-warmup-fraction must be below 1, not 1.0"),
         (
