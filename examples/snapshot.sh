@@ -29,7 +29,7 @@ run_dir=$1
 [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir
 
 list() { # folder: its files, in an order of their own
-    cd "$1" && find megatron_xielu examples pyproject.toml -name __pycache__ -prune -o -type f -print0 |
+    cd "$1" && find -L megatron_xielu examples pyproject.toml -name __pycache__ -prune -o -type f -print0 |
         LC_ALL=C sort -z
 }
 digest() { # folder: of names and contents
@@ -53,7 +53,8 @@ if ((!dry_run)) && [[ ! -d $code ]]; then
     fresh=$run_dir/code/.new-$(uname -n)-$$
     mkdir -p "$fresh" 2>/dev/null || die "$unwritable"
     trap 'rm -rf "$fresh"' EXIT
-    list "$home" | (cd "$home" && xargs -0 cp --parents --target-directory "$fresh") 2>/dev/null || die "$unwritable"
+    # Files in place of links; and folders that their owner can write to, whatever the checkout's are.
+    list "$home" | tar -C "$home" -c --dereference --null -T - | tar -x -C "$fresh" 2>/dev/null || die "$unwritable"
     # Of what was copied, since the checkout may be changing now.
     found=$(digest "$fresh" 2>/dev/null) || die "$unwritable"
     code=$run_dir/code/$found

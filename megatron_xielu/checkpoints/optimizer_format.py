@@ -206,7 +206,8 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
         if now != then:
             raise ValueError(
                 f"the checkpoint in {folder} was saved with {then}, and its optimizer state can "
-                f"only be read so ({DP}), not with {now}; go on as before, with "
+                f"only be read so ({DP}), not with {now}; go back to {then} (pretrain.sh: TP, "
+                "PP, PRECISION); to change it, go on as before, with "
                 "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full), until "
                 "the next checkpoint, which any layout reads; or add --no-load-optim"
             )

@@ -65,6 +65,13 @@ class Records:
 
     def __init__(self, dumps: Mapping[int, Mapping[str, Any]]) -> None:
         self.ranks = set(dumps)
+        # The recorder keeps the newest calls. What a rank has done in a group of which it has none
+        # is known only if its record goes back to its first.
+        self.whole = {
+            rank
+            for rank, dump in dumps.items()
+            if min((int(entry.get("record_id", 0)) for entry in dump["entries"]), default=0) == 0
+        }
         self.names: dict[str, str] = {}
         self.members: dict[str, list[int]] = {}
         self.calls: dict[str, dict[int, dict[int, Call]]] = defaultdict(lambda: defaultdict(dict))
@@ -182,7 +189,8 @@ def _waits_in_collectives(records: Records) -> Iterator[tuple[Call, Collection[i
     }
     for group, by_rank in records.calls.items():
         members = records.members[group]
-        last = {rank: records.last(group, rank) for rank in members if rank in records.ranks}
+        known = by_rank.keys() | records.whole
+        last = {rank: records.last(group, rank) for rank in members if rank in known}
         # Nobody knows how far a rank without a record came: not into what is open. Gloo calls no
         # call open once it has failed; it is then the last that the rank has made.
         if pending := [

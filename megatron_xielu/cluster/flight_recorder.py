@@ -51,6 +51,7 @@ def arm() -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_INCLUDE_ONLY_ACTIVE", "0")
     os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")
+    signal.signal(STACKS, signal.SIG_IGN)  # what Python goes back to at its end
     with suppress(OSError):  # the recorder ends no training
         if rank == "0":
             _set_aside(folder)  # of a start whose launcher was killed

@@ -123,6 +123,8 @@ def _reason(failure: Any, errors: str) -> str:
         failure: torchrun's.
         errors: the file with what the rank wrote to standard error, if there is one (``--tee``).
     """
+    if failure.exitcode == -flight_recorder.STACKS:
+        return "ended by its launcher, after another rank, before it could write its stacks"
     if failure.exitcode < 0:
         return f"killed by {failure.signal_name()}"
     if isinstance(failure.message, dict):  # the rank itself has told torchrun

@@ -19,8 +19,11 @@ MEGATRON_GROUPS = {
 }
 
 
-def record(*calls, groups=MEGATRON_GROUPS):
-    """A record of ``(group, number, operation, sizes, state)``; the times are in this order."""
+def record(*calls, groups=MEGATRON_GROUPS, forgotten=0):
+    """A record of ``(group, number, operation, sizes, state)``; the times are in this order.
+
+    ``forgotten``: how many calls the rank made before, for which the recorder had no room.
+    """
     return {
         "pg_config": {
             name: {"name": name, "desc": desc, "ranks": str(ranks)}
@@ -28,6 +31,7 @@ def record(*calls, groups=MEGATRON_GROUPS):
         },
         "entries": [
             {
+                "record_id": forgotten + second,
                 "process_group": (group, groups[group][0]),
                 "collective_seq_id": number,
                 "profiling_name": f"nccl:{operation}",
@@ -76,6 +80,22 @@ def test_the_cause_and_not_those_that_wait_for_it():
         "rank 3 did not enter all_reduce number 2 of TENSOR_MODEL_PARALLEL_GROUP (ranks 2-3), "
         "[[8]] BFloat16, in which rank 2 waits since 00:16:42Z"
     )
+
+
+def test_a_call_that_some_have_no_room_for():
+    """Stages make unequal numbers of calls: the second has forgotten the first one of all ranks."""
+    everybody = ("0", 1, "all_reduce", [[1]], "completed")
+    busy = ("2", 3000, "all_reduce", [[8]], "completed")
+    finding = desync.explain(
+        {
+            0: record(everybody, ("1", 1, "all_reduce", [[8]], "started")),
+            1: record(everybody),
+            2: record(busy, ("3", 1, "all_reduce", [[9]], "started"), forgotten=2000),
+            3: record(busy, forgotten=2000),
+        }
+    )
+    assert finding.ranks == (1,)
+    assert "all_reduce number 1 of TENSOR_MODEL_PARALLEL_GROUP (ranks 0-1)" in finding.reason
 
 
 def test_a_rank_that_left_no_record():
@@ -187,7 +207,7 @@ def test_only_the_newest_are_kept(now):
 
 
 HANG = """
-import os, time, datetime, torch
+import os, time, datetime, faulthandler, signal, torch
 import torch.distributed as dist
 wait = datetime.timedelta(seconds=4)
 dist.init_process_group("gloo", timeout=wait)
@@ -198,6 +218,8 @@ def is_here_for_ever():
     time.sleep(1000)
 if os.environ["RANK"] == "1":
     is_here_for_ever()
+faulthandler.unregister(signal.SIGUSR2)  # as Python does at its end
+os.kill(os.getpid(), signal.SIGUSR2)
 dist.all_reduce(torch.ones(7), group=group)
 """
 

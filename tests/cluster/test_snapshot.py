@@ -56,6 +56,24 @@ def test_the_copy_runs_wherever_it_is_started(checkout, tmp_path):
     assert imported == {code / "megatron_xielu/plan/__init__.py"}
 
 
+def test_links_and_folders_that_nobody_may_write_to(checkout, tmp_path):
+    """A model of one's own behind a link; a checkout that is installed for all users."""
+    model = tmp_path / "mine.sh"
+    model.write_text(": ")
+    (checkout / "examples/models/mine.sh").symlink_to(model)
+    shutil.move(checkout / "megatron_xielu", tmp_path / "package")
+    (checkout / "megatron_xielu").symlink_to(tmp_path / "package")
+    for folder in (checkout / "examples", checkout / "examples/models", tmp_path / "package"):
+        folder.chmod(0o555)
+    code = taken(checkout, tmp_path / "run")
+    assert (code / "examples/models/mine.sh").read_text() == ": "
+    assert (code / "megatron_xielu/pretrain_gpt.py").is_file()
+    assert not any(path.is_symlink() for path in code.rglob("*"))
+    assert (code / "examples").stat().st_mode & 0o200
+    model.write_text("exit 1")
+    assert taken(checkout, tmp_path / "run") != code
+
+
 def test_same_code_same_copy(checkout, tmp_path):
     run = tmp_path / "run"
     named = taken(checkout, "--dry-run", run)
