@@ -234,9 +234,13 @@ guard() { # holds RUN_DIR, and kills what is left here when this script has ende
 }
 
 watch=''
+end_watch() {
+    [[ -z $watch ]] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true
+    watch=''
+}
 # shellcheck disable=SC2329 # called at the end
 release() { # waits: the next start repairs this folder, and nobody else may be at work in it
-    [[ -z $watch ]] || { kill "$watch" && wait "$watch"; } 2>/dev/null || true
+    end_watch
     [[ -z $launcher_pid ]] || kill -KILL "$launcher_pid" 2>/dev/null || true # only if there is no guard
     { kill -USR2 "$guard_pid" && wait "$guard_pid"; } 2>/dev/null || true
 }
@@ -275,9 +279,10 @@ if [[ $PREFLIGHT == 1 && -z $stopping ]]; then
     ((code == 0)) || [[ -n $stopping ]] || finish $((code == 2 ? 2 : 3)) preflight-failed "preflight.sh ended with $code, and named the node above"
 fi
 
+watch_command=("$PYTHON" -m megatron_xielu.checkpoints "$RUN_DIR/checkpoints" watch
+    --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY")
 if ((NODE_RANK == 0)); then
-    "$PYTHON" -m megatron_xielu.checkpoints "$RUN_DIR/checkpoints" watch \
-        --keep-last "$KEEP_LAST" --keep-every "$KEEP_EVERY" &
+    "${watch_command[@]}" &
     watch=$!
 fi
 
@@ -312,6 +317,10 @@ if ((code == 0 || code == 75)); then
         [[ -n $finished$stopping ]] || (($(reached) > latest)) ||
             finish 75 stopped "without a signal, and without a checkpoint after iteration $latest: counted as a failure"
         sed -i '$d' "$attempts" || true # not a failure
+    fi
+    if [[ -n $finished ]] && ((NODE_RANK == 0)); then
+        end_watch
+        "${watch_command[@]}" --once || true # what was saved last is checked by no further start
     fi
     [[ -z $finished ]] || finish 0 finished "trained to the last step; checkpoints in $RUN_DIR/checkpoints"
     finish 75 stopped "${launcher_pid:+saved, }to be continued"

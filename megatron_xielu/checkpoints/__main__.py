@@ -100,6 +100,7 @@ def main() -> None:
     seconds = Limits(1e-3, 86400, whole=False).read
     command.add_argument("--interval", type=seconds, default=5.0, metavar="SECONDS")
     command.add_argument("--events", metavar="FILE", help="event log, for MEGATRON_XIELU_EVENTS")
+    command.add_argument("--once", action="store_true", help="what is there now, and end")
     commands.add_parser("status", help="a table")
     args = parser.parse_args()
     try:
@@ -126,12 +127,11 @@ def _run(args: argparse.Namespace) -> None:
     else:
         if args.events:
             os.environ["MEGATRON_XIELU_EVENTS"] = args.events
-        watch.watch(
-            args.save_dir,
-            keep_last=args.keep_last,
-            keep_every=args.keep_every,
-            interval=args.interval,
-        )
+        keep = {"keep_last": args.keep_last, "keep_every": args.keep_every}
+        if args.once:
+            watch.Watcher(args.save_dir, **keep).step()
+        else:
+            watch.watch(args.save_dir, **keep, interval=args.interval)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,6 @@ def blend(output: Path, words: Sequence[str], train_tokens: float | None) -> str
         for entry in manifest.shards
         if entry.split == split
     ]
-    _keep_tokenizer(given[0][1], output)
-    for name, content in manifests.data_args(output, shards).items():
-        files.write(output / name, content)
     result = {
         "version": manifests.VERSION,
         "blend": [
@@ -92,7 +89,16 @@ def blend(output: Path, words: Sequence[str], train_tokens: float | None) -> str
         "tokenizer": asdict(made[0].tokenizer),
         "shards": shards,
     }
-    files.write(output / manifests.NAME, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    manifest_text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    if folders_of(output) and (output / manifests.NAME).read_text() != manifest_text:
+        raise DataError(
+            f"--output {output}: it is a blend of other folders, weights or data, and a run on it "
+            "would go on with other samples, without a word; choose another --output"
+        )
+    _keep_tokenizer(given[0][1], output)
+    for name, content in manifests.data_args(output, shards).items():
+        files.write(output / name, content)
+    files.write(output / manifests.NAME, manifest_text)
     parts = [(f, w / total, m) for (w, f), m in zip(given, made, strict=True)]
     return "\n".join(_report(parts, train_tokens))
 

@@ -109,7 +109,8 @@ def test_a_folder_without_validation(folder: Path, capsys):
     assert f"{folder / 'c'} has no validation documents" in capsys.readouterr().err
     listed = data_lists.of_splits(str(folder / "mix" / "per_split_data_args.json"))
     assert len(listed["train"]) == 8 and len(listed["valid"]) == 4
-    blend("1:c")  # again, with other folders
+    shutil.rmtree(folder / "mix")
+    blend("1:c")
     assert json.loads((folder / "mix" / "per_split_data_args.json").read_text())["valid"] is None
 
 
@@ -122,6 +123,7 @@ REFUSED = {
     "1:a 1:./a": "is given twice; give it once, with both weights",
     "1:a 1:other": "were made with two tokenizers",
     "1:a 1:mix": "--blend 1:mix: it is a blend itself; give the folders that it is of",
+    "1:a 2:b": "it is a blend of other folders, weights or data, and a run on it",
     "1:a --output b": "it holds data of its own; choose another --output",
     "1:lost": "train/00000.idx is missing or has not the",
 }

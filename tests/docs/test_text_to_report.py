@@ -39,6 +39,8 @@ def test_from_texts_to_a_page(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     run = tmp_path / "runs/first"
     assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "10"
+    verified = json.loads((run / "checkpoints/verified.json").read_text())["checkpoints"]
+    assert "iter_0000010" in verified  # though the training has ended with it
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert 1 < evaluation["bits_per_byte"] < 8 and len(evaluation["layers"]) == 4
     assert "<html" in (run / "report/report.html").read_text()
