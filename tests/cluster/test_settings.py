@@ -141,6 +141,8 @@ def test_names_that_others_read(tmp_path):
         ({"NUM_LAYERS": "many"}, "NUM_LAYERS=many is not a whole number"),
         ({"LR": "nan"}, "LR=nan is not a number"),
         ({"GPU_MEMORY_GIB": "all"}, "GPU_MEMORY_GIB=all is not a number"),
+        ({"STRAGGLER_RATIO": "1"}, "STRAGGLER_RATIO=1 must be above 1, or 0"),
+        ({"STRAGGLER_RATIO": "often"}, "STRAGGLER_RATIO=often is not a number"),
         ({"PROFILE_STEPS": "103-100"}, "PROFILE_STEPS=103-100 is not steps such as 100-103"),
         ({"PROFILE_STEPS": "0-3"}, "PROFILE_STEPS=0-3 is not steps such as 100-103"),
         ({"PROFILE_STEPS": "2-3", "MOCK_DATA": "1"}, "PROFILE_STEPS=2-3 needs nsys"),
