@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if plan is not None and not options.check:
         if options.json:
             findings: dict[str, Any] = {"problems": problems, "warnings": warnings}
-            found = fit.fitting(plan) if options.layouts else []
+            found = fit.fitting(plan) if options.layouts and not plan.args.cpu else []
             findings["layouts"] = [asdict(layout) for layout in found]
             print(json.dumps({**as_dict(plan, read_files=files), **findings}, indent=2))
         else:
@@ -176,9 +176,6 @@ def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
     """
     on_host = host.of(plan, read_files=read_files)
     model, memory, checkpoints = plan.model, plan.memory(), plan.checkpoints()
-    seconds, steps = fit.seconds_per_step(plan), plan.schedule().steps
-    per_token = model.flops_per_token()
-    tokens_per_second = plan.tokens_per_step() / seconds / plan.cluster.gpus
     return {
         "model": {
             **asdict(model),
@@ -202,18 +199,13 @@ def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
             "global_batch": plan.global_batch,
             "accumulation": plan.accumulation,
             "tokens_per_step": plan.tokens_per_step(),
-            "tokens": steps * plan.tokens_per_step(),
+            "tokens": plan.schedule().steps * plan.tokens_per_step(),
         },
         "schedule": asdict(plan.schedule()),
         "compute": {
-            "flops_per_token": per_token,
+            "flops_per_token": model.flops_per_token(),
             "flops": plan.flops(),
-            "mfu": asdict(plan.mfu()),
-            "tokens_per_second_per_gpu": tokens_per_second,
-            "tflops_per_gpu": tokens_per_second * per_token / 1e12,
-            "seconds_per_step": seconds,
-            "seconds": seconds * steps,
-            "gpu_hours": seconds * steps * plan.cluster.gpus / 3600,
+            **({} if plan.args.cpu else {"mfu": asdict(plan.mfu()), **_time(plan)}),
         },
         "memory": {**asdict(memory), "total": memory.total},
         "host": {**asdict(on_host), "total": on_host.total},
@@ -222,17 +214,32 @@ def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
     }
 
 
+def _time(plan: Plan) -> dict[str, float]:
+    """How long it takes on GPUs."""
+    seconds, gpus = fit.seconds_per_step(plan), plan.cluster.gpus
+    tokens_per_second = plan.tokens_per_step() / seconds / gpus
+    total = seconds * plan.schedule().steps
+    return {
+        "tokens_per_second_per_gpu": tokens_per_second,
+        "tflops_per_gpu": tokens_per_second * plan.model.flops_per_token() / 1e12,
+        "seconds_per_step": seconds,
+        "seconds": total,
+        "gpu_hours": total * gpus / 3600,
+    }
+
+
 def _formats(plan: Plan) -> dict[str, Any]:
     """Both optimizer formats of checkpoints: bytes of a rank, and seconds by estimate.
 
-    None where training waits for the file system.
+    None where training waits for the file system, and on a CPU.
     """
+    timed = plan.args.async_save and not plan.args.cpu
     formats: dict[str, Any] = {"chosen": plan.optimizer_format}
     for kind in (DP, FULL):
         formats[kind] = {
             "save": {
                 **asdict(plan.save(kind)),
-                "seconds": plan.seconds_to_save(kind) if plan.args.async_save else None,
+                "seconds": plan.seconds_to_save(kind) if timed else None,
             },
             "load": {
                 name: {
@@ -363,7 +370,7 @@ def _batch(plan: Plan) -> _Rows:
 
 
 def _compute(plan: Plan) -> _Rows:
-    m, c, steps = plan.model, plan.cluster, plan.schedule().steps
+    m, c = plan.model, plan.cluster
     per_token, attention = m.flops_per_token(), m.attention_flops_per_token()
     flops = [
         (
@@ -375,22 +382,22 @@ def _compute(plan: Plan) -> _Rows:
     ]
     if plan.args.cpu:
         return flops
-    seconds, mfu = fit.seconds_per_step(plan), plan.mfu()
-    tokens = plan.tokens_per_step() / seconds / c.gpus
+    mfu, time = plan.mfu(), _time(plan)
     costs = "" if c.mfu is not None else ", plus the layout's costs"
     dense = ", as if dense" if m.experts and c.mfu is None else ""
-    hours = seconds * steps / 3600
+    hours = time["seconds"] / 3600
     length = f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
     return [
         *flops,
         (
             "time, estimated",
-            f"{seconds:.3g} s a step, {length}, {hours * c.gpus:,.0f} GPU-hours",
+            f"{time['seconds_per_step']:.3g} s a step, {length}, "
+            f"{time['gpu_hours']:,.0f} GPU-hours",
         ),
         (
             "  a GPU",
-            f"{tokens * per_token / 1e12:.3g} TFLOP/s, as --log-throughput prints it; "
-            f"{tokens:,.0f} tokens/s",
+            f"{time['tflops_per_gpu']:.3g} TFLOP/s, as --log-throughput prints it; "
+            f"{time['tokens_per_second_per_gpu']:,.0f} tokens/s",
         ),
         (
             "  if",

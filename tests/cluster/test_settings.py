@@ -124,7 +124,7 @@ def test_names_that_others_read(tmp_path):
         ),
         (
             {"MOCK_DATA": "1", "MODEL": "llama_3b", "NNODES": "32"},
-            "these work: NNODES=40, or TP=2 MICRO_BATCH=5, or GLOBAL_BATCH=512",
+            "these work: NNODES=40, or NNODES=20, or TP=2 MICRO_BATCH=5, or GLOBAL_BATCH=512",
         ),
         ({"MOCK_DATA": "1"}, "libcuda.so.1"),
         ({"NVTE_FWD_LAYERNORM_SM_MARGIN": "x"}, "NVTE_FWD_LAYERNORM_SM_MARGIN=x is not a whole"),

@@ -736,6 +736,8 @@ def test_on_a_cpu_nothing_is_said_of_gpus():
     said = report("--cpu --save out --save-interval 1000 --async-save")
     for words in ("H100", "MFU", "days", "hours", "a step,", "79.1", "layouts", "GPU", "waits"):
         assert words not in said, words
+    numbers = plan_report.as_dict(plan_1b("--cpu --save out --save-interval 1000 --async-save"))
+    assert set(numbers["compute"]) == {"flops_per_token", "flops"}
     # No GPU has the memory for it.
     big = plan_1b(
         "--cpu --micro-batch-size 5 --global-batch-size 440 --seq-length 16384 "
