@@ -42,7 +42,7 @@
 #   RENDEZVOUS_TIMEOUT  seconds that nodes wait for each other   [600]
 #   PREFLIGHT    0 skips the checks before training   [1]    PYTHON   [python3]
 #   LAYOUT_CHECK 0 skips one: that checkpoints of this layout keep the optimizer's state   [1]
-#   GPU          a100, h100, h200, gh200, b200 or gb200, for the plan's memory and hours   [h100]
+#   GPU          a100, h100, h200, gh200, b200 or gb200, for the plan's memory, hours and FP8   [h100]
 #   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of one   [the GPU's; as published for the model's size]
 #   NODE_NETWORK   GB/s into a node, for the plan's hours   [a card a GPU, of 400 or 200 Gb/s]
 #   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]

@@ -153,10 +153,11 @@ NUMBERS = {
     **dict.fromkeys(
         (
             "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps --init-method-std "
-            "--loss-scale --straggler-ratio"
+            "--loss-scale"
         ).split(),
         _FROM_0,
     ),
+    "--straggler-ratio": Limits(1, 1e30, whole=False, above=True, or_0=True),
     # Infinity: measured, and not clipped. 0 and less: neither.
     "--clip-grad": Limits(-math.inf, whole=False),
     "--rope-scaling-factor": Limits(0, 1e30, whole=False, above=True),

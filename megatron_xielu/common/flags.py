@@ -49,6 +49,7 @@ class Limits:
     Attributes:
         whole: no fractions.
         above, below: ``least`` or ``most`` itself is not allowed.
+        or_0: 0 is, though less than ``least``: it switches something off.
     """
 
     least: float
@@ -56,6 +57,7 @@ class Limits:
     whole: bool = True
     above: bool = False
     below: bool = False
+    or_0: bool = False
 
     def fault(self, value: Any) -> str:
         """What a value must be instead; "" if it is within."""
@@ -63,7 +65,10 @@ class Limits:
         if isinstance(value, bool) or not isinstance(value, known) or value != value:
             return f"must be a {'whole ' * self.whole}number"
         if value < self.least or (self.above and value == self.least):
-            return f"must be {f'above {self.least}' if self.above else f'{self.least} or more'}"
+            if value == 0 and self.or_0:
+                return ""
+            least = f"above {self.least}" if self.above else f"{self.least} or more"
+            return f"must be {least}{', or 0' * self.or_0}"
         if value > self.most or (self.below and value == self.most):
             return f"must be {'below' if self.below else 'at most'} {self.most}"
         return ""

@@ -52,20 +52,28 @@ RECIPES = {
 
 def gpu_fault(recipe: str, capability: tuple[int, int], cuda: str | None) -> str:
     """What is wrong with a GPU of this compute capability under a release of CUDA, or ""."""
-    needs = RECIPES.get(recipe)
-    if needs is None:
+    if recipe not in RECIPES:
         return ""
-    if not needs.least <= capability < needs.below:
-        below = f" and below {_dotted(needs.below)}" if capability >= needs.below else ""
-        return (
-            f"--fp8-recipe={recipe} needs a GPU of compute capability {_dotted(needs.least)} or "
-            f"more{below} ({needs.cards}), and this one has {_dotted(capability)}; take another "
-            f"recipe or GPU{_INSTEAD}"
-        )
+    needs = RECIPES[recipe]
+    if fault := capability_fault(recipe, capability):
+        return fault
     if _release(cuda) < needs.cuda:
         return (
             f"--fp8-recipe={recipe} needs a PyTorch for CUDA {_dotted(needs.cuda)} or newer, and "
             f"this one is for {cuda}; take another recipe or image{_INSTEAD}"
+        )
+    return ""
+
+
+def capability_fault(recipe: str, capability: tuple[int, int], gpu: str = "this one") -> str:
+    """What is wrong with a GPU of this compute capability, or ""."""
+    needs = RECIPES.get(recipe)
+    if needs and not needs.least <= capability < needs.below:
+        below = f" and below {_dotted(needs.below)}" if capability >= needs.below else ""
+        return (
+            f"--fp8-recipe={recipe} needs a GPU of compute capability {_dotted(needs.least)} or "
+            f"more{below} ({needs.cards}), and {gpu} has {_dotted(capability)}; take another "
+            f"recipe or GPU{_INSTEAD}"
         )
     return ""
 

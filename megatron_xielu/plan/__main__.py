@@ -23,7 +23,7 @@ from megatron_xielu.plan import checks, flags, host
 from megatron_xielu.plan import layouts as fit
 from megatron_xielu.plan.experts import Experts
 from megatron_xielu.plan.flags import PlanError
-from megatron_xielu.plan.gpus import BY_NAME, Gpu
+from megatron_xielu.plan.gpus import BY_NAME, H100, Gpu
 from megatron_xielu.plan.host import Host
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Cluster, Plan
 from megatron_xielu.plan.variables import in_variables
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options.mfu,
                 options.node_network,
                 options.host_copy,
+                gpu_is_given=options.gpu is not None,
             ),
             vocab_size=options.vocab_size,
             keep_checkpoints=options.keep_checkpoints,
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if plan is not None and not options.check:
         if options.json:
             findings: dict[str, Any] = {"problems": problems, "warnings": warnings}
-            found = fit.fitting(plan) if options.layouts else []
+            found = fit.fitting(plan) if options.layouts and not plan.args.cpu else []
             findings["layouts"] = [asdict(layout) for layout in found]
             print(json.dumps({**as_dict(plan, read_files=files), **findings}, indent=2))
         else:
@@ -102,8 +103,7 @@ def _options() -> argparse.ArgumentParser:
     add(
         "--gpu",
         choices=BY_NAME,
-        default=default.gpu.name,
-        help="sets the next two (default: %(default)s)",
+        help=f"sets the next two, and which FP8 it has (default: {default.gpu.name}, any FP8)",
     )
     add("--gpu-memory", type=speed, metavar="GIB", help="as PyTorch reports it")
     add("--peak-tflops", type=speed, help="of a GPU, bf16 without sparsity")
@@ -159,7 +159,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _gpu(options: argparse.Namespace) -> Gpu:
-    gpu = BY_NAME[options.gpu]
+    gpu = BY_NAME[options.gpu] if options.gpu else H100
     return replace(
         gpu,
         memory_gib=options.gpu_memory or gpu.memory_gib,
@@ -176,7 +176,6 @@ def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
     """
     on_host = host.of(plan, read_files=read_files)
     model, memory, checkpoints = plan.model, plan.memory(), plan.checkpoints()
-    seconds, steps = fit.seconds_per_step(plan), plan.schedule().steps
     return {
         "model": {
             **asdict(model),
@@ -200,16 +199,13 @@ def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
             "global_batch": plan.global_batch,
             "accumulation": plan.accumulation,
             "tokens_per_step": plan.tokens_per_step(),
-            "tokens": steps * plan.tokens_per_step(),
+            "tokens": plan.schedule().steps * plan.tokens_per_step(),
         },
         "schedule": asdict(plan.schedule()),
         "compute": {
             "flops_per_token": model.flops_per_token(),
             "flops": plan.flops(),
-            "mfu": asdict(plan.mfu()),
-            "seconds_per_step": seconds,
-            "seconds": seconds * steps,
-            "gpu_hours": seconds * steps * plan.cluster.gpus / 3600,
+            **({} if plan.args.cpu else {"mfu": asdict(plan.mfu()), **_time(plan)}),
         },
         "memory": {**asdict(memory), "total": memory.total},
         "host": {**asdict(on_host), "total": on_host.total},
@@ -218,12 +214,33 @@ def as_dict(plan: Plan, *, read_files: bool = True) -> dict[str, Any]:
     }
 
 
+def _time(plan: Plan) -> dict[str, float]:
+    """How long it takes on GPUs."""
+    seconds, gpus = fit.seconds_per_step(plan), plan.cluster.gpus
+    tokens_per_second = plan.tokens_per_step() / seconds / gpus
+    total = seconds * plan.schedule().steps
+    return {
+        "tokens_per_second_per_gpu": tokens_per_second,
+        "tflops_per_gpu": tokens_per_second * plan.model.flops_per_token() / 1e12,
+        "seconds_per_step": seconds,
+        "seconds": total,
+        "gpu_hours": total * gpus / 3600,
+    }
+
+
 def _formats(plan: Plan) -> dict[str, Any]:
-    """Both optimizer formats of checkpoints: bytes of a rank, and seconds by estimate."""
+    """Both optimizer formats of checkpoints: bytes of a rank, and seconds by estimate.
+
+    None where training waits for the file system, and on a CPU.
+    """
+    timed = plan.args.async_save and not plan.args.cpu
     formats: dict[str, Any] = {"chosen": plan.optimizer_format}
     for kind in (DP, FULL):
         formats[kind] = {
-            "save": {**asdict(plan.save(kind)), "seconds": plan.seconds_to_save(kind)},
+            "save": {
+                **asdict(plan.save(kind)),
+                "seconds": plan.seconds_to_save(kind) if timed else None,
+            },
             "load": {
                 name: {
                     **asdict(plan.load(kind, parallel=parallel)),
@@ -252,15 +269,20 @@ def text(
         read_files: as `host.of` has it.
         layouts: how many are listed; None for all.
     """
-    sections = [("model", _model(plan)), ("batch", _batch(plan)), ("memory per GPU", _memory(plan))]
-    lines = []
+    sections, lines = [("model", _model(plan)), ("batch", _batch(plan))], []
     if problems:
         lines.append(f"THIS PLAN CANNOT RUN: {problems} problem{'s' * (problems > 1)}, told below")
     else:
-        sections.insert(2, ("compute", _compute(plan)))
-        if plan.cluster.gpus > 1:
-            title = "layouts that fit, fastest first by estimate: micro-batch × accumulation"
-            sections.insert(4, (title, fit.rows(fit.fitting(plan), layouts)))
+        sections.append(("compute", _compute(plan)))
+    if not plan.args.cpu:
+        sections.append(("memory per GPU", _memory(plan)))
+        found = fit.fitting(plan) if plan.cluster.gpus > 1 else []
+        # Of a plan that cannot run they are told where it is its layout that cannot.
+        if found and not (problems and any(layout.is_this for layout in found)):
+            title = "layouts that fit, fastest first by estimate: micro-batch × accumulation; "
+            title += f"{plan.cluster.network:g} GB/s into a node"
+            sections.append((title, fit.rows(found, layouts)))
+    if not problems:
         sections.append(("host memory per node", _host(host.of(plan, read_files=read_files))))
         sections.append(("checkpoints", _checkpoints(plan)))
     for title, rows in sections:
@@ -283,6 +305,8 @@ def _model(plan: Plan) -> _Rows:
     ]
     positions = "rope" if m.rope else f"{m.learned_positions:,} learned positions"
     parameters = f"{m.parameters():,}; without embeddings {m.parameters(embeddings=False):,}"
+    # That of the tokenizer need not be known, and is then the padded one.
+    size = f"{m.vocabulary:,}, " if m.vocabulary != m.padded_vocabulary else ""
     more = []
     if m.experts:
         parameters += f"; active {m.active_parameters():,}"
@@ -296,7 +320,7 @@ def _model(plan: Plan) -> _Rows:
         ("activation", ACTIVATIONS[m.activation].label),
         (
             "vocabulary",
-            f"{m.vocabulary:,}, padded to {m.padded_vocabulary:,}; "
+            f"{size}padded to {m.padded_vocabulary:,}; "
             f"{'tied' if m.tied_embeddings else 'untied'} embeddings, {positions}",
         ),
         ("parameters", parameters),
@@ -326,7 +350,10 @@ def _batch(plan: Plan) -> _Rows:
     if decay == "WSD":
         decay = f"WSD, {plan.args.lr_wsd_decay_style}"
     return [
-        ("GPUs", f"{c.nodes} nodes × {c.gpus_per_node} = {c.gpus}: {sizes}"),
+        (
+            "ranks" if plan.args.cpu else "GPUs",
+            f"{c.nodes} nodes × {c.gpus_per_node} = {c.gpus}: {sizes}",
+        ),
         (
             "step",
             f"{plan.global_batch:,} samples × {m.sequence:,} = {plan.tokens_per_step():,} tokens",
@@ -343,22 +370,34 @@ def _batch(plan: Plan) -> _Rows:
 
 
 def _compute(plan: Plan) -> _Rows:
-    m, c, steps = plan.model, plan.cluster, plan.schedule().steps
+    m, c = plan.model, plan.cluster
     per_token, attention = m.flops_per_token(), m.attention_flops_per_token()
-    seconds, mfu = fit.seconds_per_step(plan), plan.mfu()
-    costs = "" if c.mfu is not None else ", plus the layout's costs"
-    dense = ", as if dense" if m.experts and c.mfu is None else ""
-    hours = seconds * steps / 3600
-    return [
+    flops = [
         (
             "FLOPs per token",
             f"{per_token:.4g} = 6 × {_amount((per_token - attention) // 6)} matrix weights"
             f" + 6·L·q·s = {attention:.4g}, causal",
         ),
         ("FLOPs of the run", f"{plan.flops():.4g}"),
+    ]
+    if plan.args.cpu:
+        return flops
+    mfu, time = plan.mfu(), _time(plan)
+    costs = "" if c.mfu is not None else ", plus the layout's costs"
+    dense = ", as if dense" if m.experts and c.mfu is None else ""
+    hours = time["seconds"] / 3600
+    length = f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
+    return [
+        *flops,
         (
             "time, estimated",
-            f"{seconds:.3g} s a step, {hours / 24:.3g} days, {hours * c.gpus:,.0f} GPU-hours",
+            f"{time['seconds_per_step']:.3g} s a step, {length}, "
+            f"{time['gpu_hours']:,.0f} GPU-hours",
+        ),
+        (
+            "  a GPU",
+            f"{time['tflops_per_gpu']:.3g} TFLOP/s, as --log-throughput prints it; "
+            f"{time['tokens_per_second_per_gpu']:,.0f} tokens/s",
         ),
         (
             "  if",
@@ -417,7 +456,7 @@ def _host(node: Host) -> _Rows:
 
 
 def _checkpoints(plan: Plan) -> _Rows:
-    checkpoints = plan.checkpoints()
+    checkpoints, kind = plan.checkpoints(), plan.optimizer_format
     if checkpoints is None:
         return [("none", "without --save and --save-interval")]
     return [
@@ -425,20 +464,29 @@ def _checkpoints(plan: Plan) -> _Rows:
         ("written", f"{checkpoints.written:,}, every {plan.args.save_interval:,} steps"),
         ("kept", f"{checkpoints.kept:,}"),
         ("disk", f"{checkpoints.disk / GIB:,.1f} GiB at most, one being written"),
-        *(_optimizer_format(plan, plan.optimizer_format) if plan.optimizer_format else []),
+        *(_optimizer_format(plan, kind, checkpoints.bytes) if kind else []),
     ]
 
 
-def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
-    """What a save and a load take in host memory, time and reading."""
+def _optimizer_format(plan: Plan, chosen: str, size: int) -> _Rows:
+    """What a save (of ``size`` bytes) and a load take in host memory, time and reading."""
     c, parallel = plan.cluster, plan.args.ckpt_fully_parallel_load
     node = min(c.gpus, c.gpus_per_node)
 
     def memory(held: float) -> str:
         return f"{held / GIB:,.2f} GiB of host memory a rank, {node * held / GIB:,.1f} a node"
 
+    speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.network:g} GB/s into a node"
+    waits: _Rows = []
+    if plan.args.async_save and not plan.args.cpu:
+        waits = [("  waits", f"an estimate, at {speeds}"), *_stalls(plan, chosen)]
+    elif not plan.args.async_save:
+        written = f"{size / GIB:,.1f} GiB"
+        waits = [("  waits", f"for the file system to take {written}: there is no --async-save")]
+
     def save(kind: str) -> str:
-        return f"{memory(plan.save(kind).host_memory)}; waits {plan.seconds_to_save(kind):.2g} s"
+        wait = f"; waits {plan.seconds_to_save(kind):.2g} s" if len(waits) > 1 else ""
+        return memory(plan.save(kind).host_memory) + wait
 
     now, other = (plan.read_by_all(chosen, parallel=way) for way in (parallel, not parallel))
     unless = f"{'without' if parallel else 'with'} --ckpt-fully-parallel-load"
@@ -449,7 +497,6 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
         else f"later jobs keep TP, PP, EP and {keeps}"
     )
     held = plan.load(chosen, parallel=parallel).host_memory
-    speeds = f"{c.host_copy:g} GB/s a thread (an assumption), {c.network:g} GB/s into a node"
     return [
         ("optimizer state", f"{chosen}: {note}"),
         ("  save", save(chosen)),
@@ -457,8 +504,7 @@ def _optimizer_format(plan: Plan, chosen: str) -> _Rows:
             "  (in dp)" if chosen == FULL else "  (in full)",
             save(DP if chosen == FULL else FULL),
         ),
-        ("  waits", f"an estimate, at {speeds}"),
-        *_stalls(plan, chosen),
+        *waits,
         *([("  load", memory(held))] if held else []),
         ("  read", f"{now / GIB:,.1f} GiB in all; {other / GIB:,.1f} {unless}"),
     ]

@@ -18,6 +18,7 @@ from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.common import data_lists, fp8, pretrained_tokenizer
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan import flags
+from megatron_xielu.plan.gpus import BY_NAME
 from megatron_xielu.plan.run import GIB, MEMORY_MARGIN, Plan
 from megatron_xielu.workarounds import releases
 
@@ -69,8 +70,14 @@ def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[s
             f"--tensor-model-parallel-size {plan.tensor} is more than the "
             f"{plan.cluster.gpus_per_node} GPUs of a node: every layer waits for the network"
         )
-    total, limit = plan.memory().total / GIB, plan.cluster.gpu.memory_gib
-    if limit * (1 - MEMORY_MARGIN) < total <= limit:
+    gpu, per_node = plan.cluster.gpu, plan.cluster.gpus_per_node
+    if per_node > gpu.per_node and not plan.args.cpu:
+        found.append(
+            f"a {gpu.title} node has {gpu.per_node} GPUs at most sites; "
+            f"--gpus-per-node {gpu.per_node}"
+        )
+    total, limit = plan.memory().total / GIB, gpu.memory_gib
+    if limit * (1 - MEMORY_MARGIN) < total <= limit and not plan.args.cpu:
         found.append(
             f"{total:.1f} of {limit:.0f} GiB leaves less than {MEMORY_MARGIN:.0%} for what is not "
             f"counted; {_fixes(plan)}"
@@ -153,6 +160,10 @@ def _flags(plan: Plan) -> Iterator[str]:
     yield from catalog.contradictions(args)
     if args.fp8_format and args.transformer_impl == "local":
         yield fp8.LOCAL
+    if args.fp8_format and plan.cluster.gpu_is_given and not args.cpu:
+        gpu = plan.cluster.gpu
+        fault = fp8.capability_fault(args.fp8_recipe, gpu.capability, gpu.title)
+        yield from [fault] if fault else []
     if "--cpu" in given:
         yield from catalog.not_on_cpu(plan.argv)
     elif catalog.DOCUMENTS_FLAG in given and args.transformer_impl == "local":
@@ -329,11 +340,15 @@ def _batch(plan: Plan) -> Iterator[str]:
             if _memory_with(plan, other) <= room(plan):
                 works.append((abs(number - batch), other.strip()))
                 break
-    for nodes in sorted(range(1, 2 * now), key=lambda nodes: abs(nodes - now)):
-        gpus = nodes * plan.cluster.gpus_per_node
-        if gpus % parts == 0 and batch % (micro * (gpus // parts)) == 0:
-            works.append((0, f"--nodes {nodes}"))
-            break
+    divide = [
+        nodes
+        for nodes in sorted(range(1, 2 * now), key=lambda nodes: abs(nodes - now))
+        if (ranks := nodes * plan.cluster.gpus_per_node) % parts == 0
+        and batch % (micro * (ranks // parts)) == 0
+    ]
+    # The nearest; where that is more than there may be, one below, too, if it is not far.
+    fewer = [nodes for nodes in divide if now / 2 <= nodes < now]
+    works += [(0, f"--nodes {nodes}") for nodes in dict.fromkeys(divide[:1] + fewer[:1])]
     if other := _halved(plan):
         works.append((0, other))
     reason = (
@@ -395,9 +410,12 @@ def _schedule(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    total, limit = plan.memory().total / GIB, plan.cluster.gpu.memory_gib
-    if total > limit:
-        yield f"{total:.1f} GiB do not fit into --gpu-memory {limit:.0f}; {_fixes(plan)}"
+    total, gpu = plan.memory().total / GIB, plan.cluster.gpu
+    if total > gpu.memory_gib and not plan.args.cpu:
+        limit = f"--gpu-memory {gpu.memory_gib:g}"
+        if plan.cluster.gpu_is_given and gpu.memory_gib == BY_NAME[gpu.name].memory_gib:
+            limit = f"--gpu={gpu.name} ({gpu.memory_gib:g} GiB)"
+        yield f"{total:.1f} GiB do not fit into {limit}; {_fixes(plan)}"
 
 
 def _fixes(plan: Plan) -> str:

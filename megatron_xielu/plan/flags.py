@@ -45,7 +45,7 @@ _SWITCHES = (
     "no-overlap-p2p-communication overlap-grad-reduce overlap-param-gather "
     "dist-ckpt-optim-fully-reshardable "
     "ckpt-fully-parallel-load moe-use-upcycling moe-shared-expert-gate first-last-layers-bf16 "
-    "mock-data no-create-attention-mask-in-dataloader "
+    "cpu async-save mock-data no-create-attention-mask-in-dataloader "
     "dataloader-inter-document-masking reset-attention-mask reset-position-ids "
     "enable-cuda-graph external-cuda-graph"
 ).split()

@@ -6,13 +6,15 @@ micro-batch on a GPU (b·s/c), h hidden, L layers.
     compute    FLOPs of a step / (GPUs × peak × MFU), × 4/3 with full recomputation, whose forward
                pass is done again (one of three parts; arXiv 2205.05198)
     bubble     (p − 1)/(v·m) of that: 1F1B and the interleaved schedule (arXiv 2104.04473)
-    tensor     m · L/p · n · (t − 1)/t · 2·T·h bytes / NVLink, or the network where a group is
-               larger than a node; n = 10 with sequence parallelism (two all-gathers and two
-               reduce-scatters forward, as many backward, and both inputs gathered once more), else
-               8 (four all-reduces); none of it is hidden
-    data       (gradient + weight bytes) · parameters of a GPU · (d − 1)/d / network of a GPU, or
-               NVLink on one node: hidden behind the passes of one micro-batch where
-               --overlap-grad-reduce and --overlap-param-gather are given
+    tensor     m · L/p · n · (t − 1)/t · 2·T·h bytes / rate; n = 10 with sequence parallelism (two
+               all-gathers and two reduce-scatters forward, as many backward, and both inputs
+               gathered once more), else 8 (four all-reduces); none of it is hidden
+    data       (gradient + weight bytes) · parameters of a GPU · (d − 1)/d / rate: hidden behind the
+               passes of one micro-batch where --overlap-grad-reduce and --overlap-param-gather are
+               given
+    rate       NVLink on one node. Beyond it the node's network × the group's ranks there / GPUs of
+               the node, and no more than NVLink: a ring passes a group's bytes through each node
+               once, and the groups of a node share its cards
 
 The MFU is that of `throughput`, of runs without tensor and pipeline parallelism, so that these
 costs come on top. NVLink and network are taken at the rates that `gpus` and `run.Cluster` state,
@@ -72,11 +74,13 @@ def seconds(plan: Plan) -> Seconds:
     again = 4 / 3 if args.recompute_granularity == "full" else 1.0
     compute = plan.seconds_per_step() * again
     bubble = compute * (plan.pipeline - 1) / (plan.virtual * plan.accumulation)
-    nvlink = cluster.gpu.nvlink * 1e9
-    network = min(nvlink, cluster.network * 1e9 / cluster.gpus_per_node)
 
-    def rate(group: int) -> float:
-        return nvlink if group <= cluster.gpus_per_node else network
+    def rate(group: int, *, apart: int = 1) -> float:
+        """Bytes a second of a group whose ranks are so many GPUs apart."""
+        on_node = min(group, max(1, cluster.gpus_per_node // apart))
+        share = cluster.network * on_node / cluster.gpus_per_node
+        nvlink = cluster.gpu.nvlink
+        return 1e9 * (nvlink if on_node == group else min(nvlink, share))
 
     element = 2 if plan.half else 4
     size = element * plan.micro_batch * m.sequence / plan.context * m.hidden
@@ -86,7 +90,7 @@ def seconds(plan: Plan) -> Seconds:
     group = plan.data * plan.context
     gradient = 2 if plan.half and args.grad_reduce_in_bf16 else 4
     sent = (gradient + element) * max(map(plan.parameters_on, {0, plan.pipeline - 1}))
-    data = sent * (1 - 1 / group) / rate(plan.tensor * group)
+    data = sent * (1 - 1 / group) / rate(group, apart=plan.tensor)
     if args.overlap_grad_reduce and args.overlap_param_gather:
         data = max(0.0, data - compute / plan.accumulation)
     return Seconds(compute, bubble, tensor, data)

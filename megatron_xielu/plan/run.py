@@ -44,6 +44,7 @@ _MOMENTS = {"sgd": 1, "lion": 1}  # fp32 states per parameter; Adam and others t
 class Cluster:
     """The GPUs of a run. ``mfu``: the share of their peak; None for what is published.
 
+    ``gpu_is_given``: by who asks; else it is the default, which need not be the run's.
     ``node_network``, ``host_copy``: GB/s into a node (None for its GPUs' share), and of one thread
     that copies host memory. The second is an assumption; torchrun gives a rank one thread.
     """
@@ -54,6 +55,7 @@ class Cluster:
     mfu: float | None = None
     node_network: float | None = None
     host_copy: float = 5.0
+    gpu_is_given: bool = False
 
     @property
     def gpus(self) -> int:

@@ -7,7 +7,8 @@ arithmetic again.
 
 The size of a model is the weights that a token is multiplied with: its matrices, with the output
 layer, and of the experts those it is sent to. Between two published sizes the MFU is interpolated
-in the logarithm of the size; beyond them it is that of the nearest, and said to be so.
+in the logarithm of the size; beyond them it is that of the nearest, and said to be so. A published
+model is named after the software that trained it.
 
 What this leaves out: Swiss AI's and torchtitan's runs have no tensor or pipeline parallelism, and
 the others' batches, networks and flags are their own.
@@ -39,15 +40,15 @@ class Published:
 # By GPU and size. Swiss AI: pull requests 23, 8, 10 and 29 of swiss-ai/Megatron-LM (140; 450; 493
 # and 505; 413 and 430 TFLOP/s as printed, with Transformer Engine and TP 1). Hugging Face: the Smol
 # Training Playbook (42,000 tokens/s, nanotron), and its SmolLM3 (14,000, which
-# tzafon.ai/blog/breaking-40k-tokens quotes). torchtitan: its own
+# tzafon.ai/blog/breaking-40k-tokens quotes; nanotron, too). torchtitan: its own
 # benchmarks/llama3_h100_202412_torchtitan.md, table 3 (6,514 tokens/s on 128 GPUs, compiled).
 PUBLISHED = (
-    Published("gh200", "Swiss AI's 300M", 0.558, 129),
-    Published("gh200", "Swiss AI's 1B", 1.242, 410),
-    Published("gh200", "Swiss AI's 3B", 3.222, 454),
-    Published("gh200", "Swiss AI's 8B", 7.516, 375),
-    Published("h100", "Hugging Face's 1B", 1.236, 345),
-    Published("h100", "Hugging Face's 3B", 3.075, 284),
+    Published("gh200", "Megatron's 300M", 0.558, 129),
+    Published("gh200", "Megatron's 1B", 1.242, 410),
+    Published("gh200", "Megatron's 3B", 3.222, 454),
+    Published("gh200", "Megatron's 8B", 7.516, 375),
+    Published("h100", "nanotron's 1B", 1.236, 345),
+    Published("h100", "nanotron's 3B", 3.075, 284),
     Published("h100", "torchtitan's 8B", 7.504, 335),
 )
 
@@ -78,5 +79,5 @@ def expected(gpu: Gpu, weights: float) -> Mfu:
         share = math.log(size / low.weights) / math.log(high.weights / low.weights)
         value = low.mfu + share * (high.mfu - low.mfu)
         return Mfu(value, f"{where}: between {low.who} and {high.who}")
-    end, side = (above[0], "below") if above else (below[-1], "above")
-    return Mfu(end.mfu, f"{where}: {end.who}; this model is {side} the published sizes")
+    end, side = (above[0], "smaller") if above else (below[-1], "larger")
+    return Mfu(end.mfu, f"{where}: {end.who}; this model is {side}")

@@ -113,6 +113,12 @@ def _positive(value: str) -> str:
     return _whole(value) or (" must be above 0" if value == "0" else "")
 
 
+def _ratio(value: str) -> str:
+    if fault := _number(value):
+        return fault
+    return "" if float(value) == 0 or float(value) > 1 else " must be above 1, or 0"
+
+
 def _port(value: str) -> str:
     below = " must be below 65535: the preflight takes the next"
     return _positive(value) or ("" if int(value) < 65535 else below)
@@ -183,7 +189,7 @@ _OF_A_RUN: dict[str, _Kind] = {
     **dict.fromkeys(("EVAL_INTERVAL", "EVAL_ITERS", "GC_INTERVAL"), _whole),
     **dict.fromkeys(("IN_JOB_RESTARTS", "RESTART_BUDGET"), _whole),
     **dict.fromkeys(("GPU_MEMORY_GIB", "PEAK_TFLOPS", "MFU", "NODE_NETWORK"), _number),
-    "STRAGGLER_RATIO": _number,
+    "STRAGGLER_RATIO": _ratio,
     "SPLIT": _shares,
     "PROFILE_STEPS": _steps,
     "MASTER_PORT": _port,

@@ -124,7 +124,7 @@ def test_names_that_others_read(tmp_path):
         ),
         (
             {"MOCK_DATA": "1", "MODEL": "llama_3b", "NNODES": "32"},
-            "these work: NNODES=40, or TP=2 MICRO_BATCH=5, or GLOBAL_BATCH=512",
+            "these work: NNODES=40, or NNODES=20, or TP=2 MICRO_BATCH=5, or GLOBAL_BATCH=512",
         ),
         ({"MOCK_DATA": "1"}, "libcuda.so.1"),
         ({"NVTE_FWD_LAYERNORM_SM_MARGIN": "x"}, "NVTE_FWD_LAYERNORM_SM_MARGIN=x is not a whole"),
@@ -141,6 +141,8 @@ def test_names_that_others_read(tmp_path):
         ({"NUM_LAYERS": "many"}, "NUM_LAYERS=many is not a whole number"),
         ({"LR": "nan"}, "LR=nan is not a number"),
         ({"GPU_MEMORY_GIB": "all"}, "GPU_MEMORY_GIB=all is not a number"),
+        ({"STRAGGLER_RATIO": "1"}, "STRAGGLER_RATIO=1 must be above 1, or 0"),
+        ({"STRAGGLER_RATIO": "often"}, "STRAGGLER_RATIO=often is not a number"),
         ({"PROFILE_STEPS": "103-100"}, "PROFILE_STEPS=103-100 is not steps such as 100-103"),
         ({"PROFILE_STEPS": "0-3"}, "PROFILE_STEPS=0-3 is not steps such as 100-103"),
         ({"PROFILE_STEPS": "2-3", "MOCK_DATA": "1"}, "PROFILE_STEPS=2-3 needs nsys"),

@@ -6,6 +6,7 @@ import pytest
 from launch import REPOSITORY
 from test_plan import APERTUS_8B, PAPER_1B, PAPER_3B
 
+from megatron_xielu.plan import __main__ as plan_report
 from megatron_xielu.plan import checks, layouts
 from megatron_xielu.plan.gpus import BY_NAME
 from megatron_xielu.plan.run import GIB, Cluster, Plan
@@ -71,11 +72,33 @@ def test_the_terms_of_a_step():
     split = plan("1.1B", "--tensor-model-parallel-size 2 --sequence-parallel", nodes=11)
     moved = 2 * 24 * 10 * 0.5 * 5 * 4096 * 1536 * 2
     assert layouts.seconds(split).tensor == pytest.approx(moved / 450e9)
-    # Six bytes a parameter over 87/88, at 50 GB/s a GPU, and hidden where it overlaps.
+    # Six bytes a parameter over 87/88, hidden where it overlaps. A ring over all eight GPUs of a
+    # node passes them through its cards once; of two rings each has half of the cards.
     bare = Plan(MODELS["1.1B"].split(), cluster=Cluster(nodes=11))
-    sent = 6 * bare.model.parameters() * 87 / 88 / 50e9
-    assert layouts.seconds(bare).data == pytest.approx(sent)
+    sent = 6 * bare.model.parameters() * 87 / 88
+    assert layouts.seconds(bare).data == pytest.approx(sent / 400e9)
     assert alone.data == 0
+    halves = bare.with_("--tensor-model-parallel-size 2")
+    sent = 6 * halves.parameters_on(0) * 43 / 44
+    assert layouts.seconds(halves).data == pytest.approx(sent / 200e9)
+    # No faster than NVLink, which it passes on the way.
+    fast = Plan(bare.argv, cluster=Cluster(nodes=11, node_network=8000))
+    sent = 6 * bare.model.parameters() * 87 / 88
+    assert layouts.seconds(fast).data == pytest.approx(sent / 450e9)
+
+
+def test_they_are_listed_where_the_asked_one_does_not_divide_the_batch():
+    flags = f"{MODELS['3B']} {LAUNCHED} --tensor-model-parallel-size 1 --micro-batch-size 2"
+    asked = Plan(flags.split(), cluster=Cluster(64, 4, BY_NAME["gh200"]))
+    [problem] = checks.problems(asked, environment={})
+    # Not only more nodes than there are.
+    assert "these work: --nodes 80, or --nodes 40, or" in problem
+    report = plan_report.text(asked, problems=1)
+    assert "CANNOT RUN" in report and "100 GB/s into a node" in report
+    assert re.search(r"TP 2 PP 1 CP 1 +5 × 1, ", report)
+    # Where it is not the layout, there is nothing to choose.
+    fits = asked.with_("--tensor-model-parallel-size 2 --micro-batch-size 5")
+    assert "TP 2" not in plan_report.text(fits, problems=1).partition("memory")[2]
 
 
 def test_hours_have_the_costs_of_the_layout():

@@ -19,7 +19,7 @@ from megatron_xielu.checkpoints.optimizer_format import DP, FULL
 from megatron_xielu.plan import __main__ as plan_report
 from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan.flags import PlanError, parse
-from megatron_xielu.plan.gpus import H100
+from megatron_xielu.plan.gpus import BY_NAME, H100
 from megatron_xielu.plan.model import Model
 from megatron_xielu.plan.run import GIB, Cluster, Plan
 
@@ -708,7 +708,81 @@ def test_what_ties_a_run_to_its_layout_is_said():
     assert said("--no-save-optim") == ""
 
 
+def report(flags: str) -> str:
+    lines = plan_report.text(plan_1b(flags)).splitlines()
+    assert max(map(len, lines)) <= 100
+    return "\n".join(lines)
+
+
+def test_a_save_that_training_does_not_write_beside_itself():
+    """It waits for the file system, whose speed nobody has told the plan."""
+    saved = "--save out --save-interval 1000"
+    waits = re.findall(r"waits +(.*)", report(saved))
+    assert waits == ["for the file system to take 14.4 GiB: there is no --async-save"]
+    assert "stalls" not in report(saved)
+    assert "stalls" in report(f"{saved} --async-save")
+    formats = plan_report.as_dict(plan_1b(saved))["optimizer_format"]
+    assert formats[DP]["save"]["seconds"] is None
+
+
+def test_a_vocabulary_of_which_only_the_padded_size_is_known():
+    command = f"{PAPER_1B.replace('--vocab-size 131072', '')} --padded-vocab-size 147456"
+    assert "147,456, padded" not in plan_report.text(Plan(command.split()))
+    assert re.search("vocabulary +padded to 147,456; tied", plan_report.text(Plan(command.split())))
+    assert "131,072, padded to 147,456" in report("--padded-vocab-size 147456")
+
+
+def test_on_a_cpu_nothing_is_said_of_gpus():
+    said = report("--cpu --save out --save-interval 1000 --async-save")
+    for words in ("H100", "MFU", "days", "hours", "a step,", "79.1", "layouts", "GPU", "waits"):
+        assert words not in said, words
+    numbers = plan_report.as_dict(plan_1b("--cpu --save out --save-interval 1000 --async-save"))
+    assert set(numbers["compute"]) == {"flops_per_token", "flops"}
+    # No GPU has the memory for it.
+    big = plan_1b(
+        "--cpu --micro-batch-size 5 --global-batch-size 440 --seq-length 16384 "
+        "--max-position-embeddings 16384"
+    )
+    assert plan_checks.problems(big, environment={}) == []
+
+
+def test_a_gpu_that_was_named():
+    def problems(gpu: str, flags: str) -> list[str]:
+        error = run_plan(f"--nodes 11 --check {gpu}", f"{COMMAND_1B} {flags}").stderr
+        return [line.partition("error: ")[2] for line in error.splitlines()]
+
+    fp8 = "--fp8-format hybrid --fp8-recipe"
+    [fault] = problems("--gpu a100", f"{fp8} tensorwise")
+    assert fault.startswith("--fp8-recipe=tensorwise needs a GPU of compute capability 8.9 or more")
+    assert "and A100 has 8.0; " in fault
+    [fault] = problems("--gpu gh200", f"{fp8} mxfp8")
+    assert "10.0 or more (Blackwell of a data centre), and GH200 has 9.0; " in fault
+    # The default may not be the GPU of the run.
+    for gpu in ("", "--gpu b200", "--gpu gb200"):
+        assert problems(gpu, f"{fp8} mxfp8") == []
+    long = "--micro-batch-size 5 --seq-length 16384 --max-position-embeddings 16384"
+    for gpu, limit in {
+        "--gpu gh200": "--gpu=gh200 (94.5 GiB)",
+        "--gpu gh200 --gpu-memory 90": "--gpu-memory 90",
+        "": "--gpu-memory 79.1",
+    }.items():
+        [fault] = problems(gpu, long)
+        assert f"do not fit into {limit}; " in fault
+
+
+def test_nodes_of_more_gpus_than_they_have():
+    def said(name: str, gpus: int) -> list[str]:
+        cluster = Cluster(1, gpus, BY_NAME[name])
+        warnings = plan_checks.warnings(plan_1b("", cluster))
+        return [warning for warning in warnings if "node has" in warning]
+
+    assert said("gh200", 8) == ["a GH200 node has 4 GPUs at most sites; --gpus-per-node 4"]
+    assert said("gb200", 4) == said("gh200", 4) == said("h100", 8) == []
+
+
 # The command
+
+COMMAND_1B = f"{PAPER_1B} --xielu --ffn-hidden-size 9216"
 
 
 def run_plan(options: str, command: str) -> subprocess.CompletedProcess:
@@ -718,15 +792,23 @@ def run_plan(options: str, command: str) -> subprocess.CompletedProcess:
 
 def test_command():
     command = f"{PAPER_1B} --xielu --ffn-hidden-size 9216 --save out --save-interval 1000"
+    command += " --async-save"
     done = run_plan("--nodes 11 --keep-checkpoints 3", command)
     assert done.returncode == 0 and done.stderr == ""
     assert max(map(len, done.stdout.splitlines())) <= 100
     for words in ("1,107,371,568", "1,802,240 tokens", "published on H100", "xIELU", "rope"):
         assert words in done.stdout
+    assert re.search(r"s a step, \d\.\d+ hours, ", done.stdout)  # of less than two days
+    # What Megatron prints: the FLOPs of a step, by seconds and GPUs.
+    tflops, tokens = re.search(r"a GPU +(\d+) TFLOP/s.*; ([\d,]+) tokens/s", done.stdout).groups()
 
     numbers = json.loads(run_plan("--nodes 11 --json", command).stdout)
     assert numbers["model"]["parameters"] == 1_107_371_568
     assert numbers["problems"] == numbers["warnings"] == []
+    compute = numbers["compute"]
+    speed = compute["flops"] / compute["seconds"] / 88 / 1e12
+    assert f"{speed:.0f}" == tflops and speed == compute["tflops_per_gpu"]
+    assert f"{1_802_240 / compute['seconds_per_step'] / 88:,.0f}" == tokens
     formats = numbers["optimizer_format"]
     assert formats["chosen"] == DP
     assert formats[FULL]["save"]["seconds"] > 100 * formats[DP]["save"]["seconds"]

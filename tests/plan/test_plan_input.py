@@ -66,6 +66,8 @@ def test_the_command_itself_is_good():
         ("--adam-beta2 1", "must be below 1, not 1.0"),
         ("--xielu-alpha-p-init 1e4", "must be at most 1000, not 10000.0"),
         ("--xielu-alpha-n-init 0.5", "of --xielu must be above 0.5"),
+        ("--straggler-ratio 0.9", "must be above 1, or 0, not 0.9"),
+        ("--straggler-ratio 1", "must be above 1, or 0, not 1.0"),
         ("--xielu-beta 0", "must be 1.2e-38 or more, not 0.0"),
         ("--xielu-alpha-p-init 1e-45", "must be 1.2e-38 or more, not 1e-45"),
         ("--xielu-check-tp-sync -1", "must be 0 or more, not -1"),
