@@ -52,8 +52,9 @@
 #   GC_INTERVAL  steps between collections of Python's garbage, on all ranks at once; 0: Python's own   [500]
 #   NAN_CHECK    0: no look for NaN in every loss and gradient (docs/multi-node.md)   [1]
 #   CUDA_DEVICE_MAX_CONNECTIONS, TORCH_DISABLE_SHARE_RDZV_TCP_STORE, HF_HUB_OFFLINE, PYTORCH_CUDA_ALLOC_CONF
-#   (or PYTORCH_ALLOC_CONF), NVTE_FWD_LAYERNORM_SM_MARGIN, NVTE_BWD_LAYERNORM_SM_MARGIN, TRITON_CACHE_DIR and
-#   TORCHINDUCTOR_CACHE_DIR, in this node's TMPDIR   [environment.sh; a dry run shows them]
+#   (or PYTORCH_ALLOC_CONF), NCCL_GRAPH_REGISTER of CUDA graphs, NVTE_FWD_LAYERNORM_SM_MARGIN,
+#   NVTE_BWD_LAYERNORM_SM_MARGIN, TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, in this node's TMPDIR
+#   [environment.sh; a dry run shows them]
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   DATA_CACHE     Megatron's index of the data, on such a file system, too; runs may share one   [RUN_DIR/cache]

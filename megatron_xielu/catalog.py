@@ -370,6 +370,9 @@ DOCUMENTS_NEED_TE = (
 )
 
 
+_SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
+
+
 def contradictions(arguments: Any) -> Iterator[str]:
     """Which of Megatron's own flags do not go together, as its assertions have it; a line each.
 
@@ -428,6 +431,25 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--recompute-granularity full and --recompute-method, and no --sequence-parallel; "
             "drop it"
         )
+    if given("save") and given("async_save") and given("ckpt_format") == "torch":
+        yield (
+            "--ckpt-format torch does not go with --async-save: Megatron ends at the first save; "
+            "give torch_dist, or drop --async-save (pretrain.sh: ASYNC_SAVE=0)"
+        )
+    if given("deterministic_mode"):
+        for name, variable in (
+            ("cross_entropy_loss_fusion", " (pretrain.sh: LOSS_FUSION=0)"),
+            ("tp_comm_overlap", ""),
+        ):
+            if given(name):
+                yield (
+                    f"--deterministic-mode does not go with {flag_of(name)}; drop one of them"
+                    + variable
+                )
+    sources = [name for name in ("mock_data", "data_path") if given(name)]
+    sources += [name for name in _SPLIT_PATHS if given(name)][:1]
+    if len(sources) > 1:
+        yield f"give one of {' and '.join(map(flag_of, sources))}"
     if given(argument_of(DOCUMENTS_FLAG)):
         for refusal in WITH_DOCUMENTS:
             if refusal.is_given(arguments):

@@ -47,7 +47,7 @@ _SWITCHES = (
     "ckpt-fully-parallel-load moe-use-upcycling moe-shared-expert-gate first-last-layers-bf16 "
     "mock-data no-create-attention-mask-in-dataloader "
     "dataloader-inter-document-masking reset-attention-mask reset-position-ids "
-    "enable-cuda-graph external-cuda-graph"
+    "enable-cuda-graph external-cuda-graph async-save deterministic-mode tp-comm-overlap"
 ).split()
 _STRINGS: dict[str, str | int | None] = {
     "normalization": "LayerNorm",
@@ -67,6 +67,8 @@ _STRINGS: dict[str, str | int | None] = {
     "fp8-recipe": "delayed",
     "save": None,
     "load": None,
+    "pretrained-checkpoint": None,
+    "non-persistent-ckpt-type": None,
     "tokenizer-type": None,
     "tokenizer-model": None,
     "data-args-path": None,

@@ -61,7 +61,7 @@ def kubernetes() -> tuple[str, dict[str, str], dict[str, str]]:
         "NODE_RANK": "3",
         "MASTER_ADDR": injected["PET_MASTER_ADDR"],
         "MASTER_PORT": injected["PET_MASTER_PORT"],
-        **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER")},
+        **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER", "NETWORK")},
     }
     command = script.replace(test_kubernetes.PRETRAIN, "examples/pretrain.sh --dry-run")
     return command, variables | injected, sets
@@ -231,6 +231,28 @@ def test_what_is_in_the_environment_stays(tmp_path):
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
     }
+
+
+def test_what_the_network_is_told_is_in_the_environment_of_the_ranks():
+    text = output(LAUNCHER, NNODES="11", NETWORK="cxi", NCCL_NET="ofi", NCCL_IB_HCA="mlx5_0")
+    printed = text.partition("\n\nenvironment\n")[2].partition("\n\n")[0].splitlines()
+    for line in ("NCCL_NET=ofi", "NCCL_PROTO=^LL128", "FI_PROVIDER=cxi", "NCCL_IB_HCA=mlx5_0"):
+        assert f"  {line}" in printed
+    assert "  TORCH_NCCL_ASYNC_ERROR_HANDLING=3" in printed
+
+
+def test_cuda_graphs_go_with_memory_in_segments(monkeypatch):
+    """Megatron's own check of the environment that the script makes for these flags."""
+    graphs = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"
+    text = output(f"{LAUNCHER} {graphs}")
+    lines = text.partition("\n\nenvironment\n")[2].partition("\n\n")[0].splitlines()
+    for line in lines:
+        monkeypatch.setenv(*line.strip().split("=", 1))
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 9)  # H100
+    words = printed_command(text)
+    words = words[words.index("megatron_xielu.pretrain_gpt") + 1 :]
+    assert validated([*words, "--mock-data"], gpus=88).cuda_graph_impl == "transformer_engine"
+    assert "NCCL_GRAPH_REGISTER" not in output(LAUNCHER)
 
 
 def test_a_folder_of_compiled_kernels_is_nobody_elses(tmp_path):
