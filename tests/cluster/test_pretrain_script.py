@@ -287,10 +287,15 @@ def test_a_container_changes_only_how_slurms_step_starts():
         for name in ("slurm", "slurm-pyxis", "slurm-apptainer")
     }
     before, shell, inside = steps["slurm"].partition(" bash ")
-    inside = inside.replace("/repository/", "/opt/megatron_xielu/")
-    pyxis = " --container-image=registry/xielu:1 --no-container-mount-home"
+    inside = re.sub(r"\S+/code/DIGEST/", "/opt/megatron_xielu/", inside)
+    pyxis = " --mpi=pmix --network=disable_rdzv_get"
+    pyxis += " --container-image=registry/xielu:1 --no-container-mount-home"
     pyxis += r" --container-mounts=/scratch:/scratch\,/data:/data"
     assert steps["slurm-pyxis"] == before + pyxis + shell + inside
+    assert "--dry-run" not in steps["slurm"]
+    assert " --cpus-per-task=$SLURM_CPUS_ON_NODE " in steps["slurm"]
+    nodes = output(SBATCH, SRUN_ARGS="--nodelist=a --no-kill", PYTHON="true").partition("\n")[0]
+    assert " --nodelist=a --no-kill bash " in nodes
     apptainer = r" apptainer exec --nv --bind /scratch\,/data /images/xielu.sif"
     assert steps["slurm-apptainer"] == before + apptainer + shell + inside
 
