@@ -145,6 +145,8 @@ fi
 [[ ${entry[0]} == -* || -f ${entry[0]} ]] || die 2 "ENTRY=$ENTRY: there is no ${entry[0]}"
 [[ -z $PROFILE_STEPS || $DEVICE == cpu ]] || command -v nsys >/dev/null ||
     die 2 "PROFILE_STEPS=$PROFILE_STEPS needs nsys, of NVIDIA's Nsight Systems, which is not on PATH; install it on all nodes, or unset PROFILE_STEPS"
+[[ -z $NUMA_BINDING ]] || command -v numactl >/dev/null ||
+    die 2 "NUMA_BINDING=$NUMA_BINDING needs numactl, which is not on PATH; install it on all nodes or in the image, or unset NUMA_BINDING"
 ((NNODES > 1)) || [[ $DEVICE == cpu ]] ||
     "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
     die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"

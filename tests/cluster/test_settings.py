@@ -130,6 +130,7 @@ def test_names_that_others_read(tmp_path):
         ({"NVTE_FWD_LAYERNORM_SM_MARGIN": "x"}, "NVTE_FWD_LAYERNORM_SM_MARGIN=x is not a whole"),
         ({"NUMA_BINDING": "all"}, "NUMA_BINDING=all: choose node, socket, exclusive or core-"),
         ({"NUMA_BINDING": "node", "FAULT_TOLERANCE": "1"}, "add FAULT_TOLERANCE=0, or drop it"),
+        ({"NUMA_BINDING": "node", "MOCK_DATA": "1"}, "NUMA_BINDING=node needs numactl, which"),
         ({"NUMA_BINDING": "node", "DEVICE": "cpu"}, "NUMA_BINDING=node needs GPUs; drop it"),
         ({"MOCK_DATA": "1", "DATA": "x"}, "give one of MOCK_DATA=1, DATA_ARGS and DATA"),
         ({"NNODES": "0"}, "NNODES=0 must be above 0"),
