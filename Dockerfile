@@ -11,7 +11,8 @@ FROM ${BASE_IMAGE}
 USER 0
 
 # Triton and torch.compile call the compiler when training starts, so it stays; torchrun calls numactl for
-# NUMA_BINDING. What the base has is left alone, as NVIDIA's compiler and Python. APT_PACKAGES="openssh-client pdsh" for launchers that want them.
+# NUMA_BINDING. What the base has is left alone, as NVIDIA's compiler and Python.
+# APT_PACKAGES="openssh-client pdsh" for launchers that want them.
 ARG APT_PACKAGES=""
 # DL3008: the base's distribution fixes the versions. SC2086: the variable is a list.
 # hadolint ignore=DL3008,SC2086

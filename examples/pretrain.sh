@@ -45,6 +45,7 @@
 #   GPU          a100, h100, h200, gh200, b200 or gb200, for the plan's memory and hours   [h100]
 #   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of one   [the GPU's; as published for the model's size]
 #   NODE_NETWORK   GB/s into a node, for the plan's hours   [a card a GPU, of 400 or 200 Gb/s]
+#   On Slurm also SRUN_ARGS, IMAGE and MOUNTS: slurm/pretrain.sbatch --help
 #   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]
 # How fast
 #   LOSS_FUSION  0: without --cross-entropy-loss-fusion, which costs memory, and does not go with
@@ -135,6 +136,8 @@ if ((dry_run)); then
     for name in "${environment[@]}"; do printf '  %s=%s\n' "$name" "${!name}"; done
     echo
     "${plan[@]}" -- "${megatron[@]}" "${trailing[@]}"
+    [[ -z $PROFILE_STEPS || $DEVICE == cpu ]] ||
+        echo "rank 0 runs under nsys in steps $PROFILE_STEPS, which writes to $RUN_DIR/profiles"
     [[ -n $no_master ]] && echo "to set before the run: MASTER_ADDR, the address of node 0"
     ((no_data)) && echo "to set before the run: DATA_ARGS=FILE, DATA=PREFIX or MOCK_DATA=1"
     exit 0

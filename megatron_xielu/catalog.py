@@ -144,7 +144,7 @@ NUMBERS = {
             "--train-iters --train-samples --lr-warmup-iters --lr-warmup-samples --lr-decay-iters "
             "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
             "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync --num-experts "
-            "--moe-router-topk --mtp-num-layers "
+            "--moe-router-topk --mtp-num-layers --profile-step-end "
             "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         ).split(),
         COUNT,

@@ -86,6 +86,12 @@ def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[s
             "--lr-decay-samples or --lr-decay-iters is longer than the run, which ends before "
             "the learning rate has decayed"
         )
+    last = plan.args.profile_step_end
+    if plan.args.profile and last > schedule.steps:
+        found.append(
+            f"the steps up to --profile-step-end {last} are not all in the run, which has "
+            f"{schedule.steps:,}"
+        )
     if plan.args.fp8_format:
         found.append(
             "--fp8-format: the time is that of bf16, and so is the memory of activations but for "

@@ -73,6 +73,7 @@ _FROM = {
     "--max-position-embeddings": "SEQ_LENGTH",
     "--save": "RUN_DIR",
     "--load": "RUN_DIR",
+    "--profile-step-end": "PROFILE_STEPS",
     "--distributed-timeout-seconds-after-init": "TIMEOUT_MINUTES",
 }
 # Flag: what stands for it.

@@ -345,6 +345,17 @@ def test_profiled_steps():
         found = flag(text, "--profile-step-start"), flag(text, "--profile-step-end")
         assert found == steps and flag(text, "--profile-ranks") == "0"
         assert ("--use-pytorch-profiler" in text) is (device == "cpu")
+        assert ("rank 0 runs under nsys in steps 100-103" in text) is (device == "gpu")
+    beyond = "the steps up to --profile-step-end 103 (PROFILE_STEPS) are not all in the run"
+    assert f"{beyond}, which has 40\n" in output(LAUNCHER, MODEL="debug", PROFILE_STEPS="100-103")
+    assert beyond not in output(LAUNCHER, PROFILE_STEPS="100-103")
+
+
+def test_help_says_where_the_variables_of_slurm_are_told():
+    assert (
+        "SRUN_ARGS, IMAGE and MOUNTS: slurm/pretrain.sbatch --help"
+        in run("examples/pretrain.sh --help").stdout
+    )
 
 
 def test_environment_and_trailing_flags_override():
