@@ -10,13 +10,15 @@ FROM ${BASE_IMAGE}
 
 USER 0
 
-# Triton and torch.compile call the compiler when training starts, so it stays.
-# NVIDIA's image has all of this and is left alone. APT_PACKAGES="openssh-client pdsh" for launchers that want them.
+# Triton and torch.compile call the compiler when training starts, so it stays; torchrun calls numactl for
+# NUMA_BINDING. What the base has is left alone, as NVIDIA's compiler and Python.
+# APT_PACKAGES="openssh-client pdsh" for launchers that want them.
 ARG APT_PACKAGES=""
 # DL3008: the base's distribution fixes the versions. SC2086: the variable is a list.
 # hadolint ignore=DL3008,SC2086
 RUN packages=$APT_PACKAGES \
     && { command -v g++ || packages="g++ $packages"; } \
+    && { command -v numactl || packages="numactl $packages"; } \
     && { python3 -m pip --version || packages="python3-pip $packages"; } \
     && include=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
     && { [ -e "$include/Python.h" ] || packages="python3-dev $packages"; } \

@@ -126,6 +126,8 @@ train_samples=$(samples "$TOKENS" 1 1)
 warmup_samples=$(samples "$TOKENS" "$WARMUP_STEPS" "$STEPS")
 decay_samples=$(samples "$TOKENS" "$DECAY_STEPS" "$STEPS")
 
+# Groups are said also where there are as many as heads, which is plain attention: reports compare runs by
+# it, and a checkpoint of other NUM_KV_HEADS is refused only then.
 megatron=(
     --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$ffn_size"
     --num-attention-heads "$NUM_HEADS" --group-query-attention --num-query-groups "$NUM_KV_HEADS"

@@ -25,6 +25,11 @@ if [[ $DEVICE == gpu ]]; then
         : "${PYTORCH_CUDA_ALLOC_CONF:=expandable_segments:True}"
         environment+=(PYTORCH_CUDA_ALLOC_CONF)
     fi
+    # Segments that grow and NCCL's registration in graphs do not go together: Megatron refuses both.
+    if [[ " ${trailing[*]} " =~ \ --(cuda-graph-impl|enable-cuda-graph|external-cuda-graph)[\ =] ]]; then
+        : "${NCCL_GRAPH_REGISTER:=0}"
+        environment+=(NCCL_GRAPH_REGISTER)
+    fi
     # Transformer Engine's norms take every multiprocessor of a GPU, and wait for those that a
     # gradient's reduction holds; 16 are left to it. Megatron-Bridge has 16 to 20 in its recipes.
     : "${NVTE_FWD_LAYERNORM_SM_MARGIN:=16}" "${NVTE_BWD_LAYERNORM_SM_MARGIN:=16}"
@@ -39,4 +44,8 @@ if [[ $DEVICE == gpu ]]; then
     environment+=(TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR)
 fi
 export "${environment[@]}"
+# For the dry run: what network.env.sh says to the network's libraries, and what they find set anyway.
+for name in "${!NCCL_@}" "${!TORCH_NCCL_@}" "${!GLOO_@}" "${!FI_@}"; do
+    [[ " ${environment[*]} " == *" $name "* ]] || environment+=("$name")
+done
 # Not set: TORCH_NCCL_AVOID_RECORD_STREAMS, which PyTorch has made the default and now warns of.

@@ -91,7 +91,8 @@ cxi)
     : "${FI_CXI_DEFAULT_CQ_SIZE:=131072}" "${FI_CXI_DEFAULT_TX_SIZE:=2048}" "${FI_CXI_RX_MATCH_MODE:=hybrid}"
     export FI_CXI_DEFAULT_CQ_SIZE FI_CXI_DEFAULT_TX_SIZE FI_CXI_RX_MATCH_MODE
     # Not set: FI_CXI_RDZV_PROTO=alt_read with FI_CXI_RDZV_EAGER_SIZE=0 and FI_CXI_RDZV_GET_MIN=0, which
-    # HPE and Isambard recommend: the card's driver must allow it, by SRUN_ARGS=--network=disable_rdzv_get.
+    # HPE and Isambard recommend: with SRUN_ARGS=--network=disable_rdzv_get, by which the card's driver allows
+    # it, or not at all; neither is of use alone.
     # Not set: FI_CXI_RDZV_EAGER_SIZE, _GET_MIN and _THRESHOLD, all 0: what CSCS advises when NCCL hangs.
     # Not set: GLOO_SOCKET_IFNAME. Set =hsn0 where a node's host name is one of the management network.
     # MPICH_GPU_SUPPORT_ENABLED=1 of a site's profile disturbs only programs that use MPI, which this does not.

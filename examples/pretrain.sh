@@ -45,6 +45,7 @@
 #   GPU          a100, h100, h200, gh200, b200 or gb200, for the plan's memory, hours and FP8   [h100]
 #   GPU_MEMORY_GIB, PEAK_TFLOPS, MFU   of one   [the GPU's; as published for the model's size]
 #   NODE_NETWORK   GB/s into a node, for the plan's hours   [a card a GPU, of 400 or 200 Gb/s]
+#   On Slurm also SRUN_ARGS, IMAGE and MOUNTS: slurm/pretrain.sbatch --help
 #   MEGATRON_XIELU_NODE          this node's name in events and checks   [uname -n]
 # How fast
 #   LOSS_FUSION  0: without --cross-entropy-loss-fusion, which costs memory, and does not go with
@@ -52,8 +53,9 @@
 #   GC_INTERVAL  steps between collections of Python's garbage, on all ranks at once; 0: Python's own   [500]
 #   NAN_CHECK    0: no look for NaN in every loss and gradient (docs/multi-node.md)   [1]
 #   CUDA_DEVICE_MAX_CONNECTIONS, TORCH_DISABLE_SHARE_RDZV_TCP_STORE, HF_HUB_OFFLINE, PYTORCH_CUDA_ALLOC_CONF
-#   (or PYTORCH_ALLOC_CONF), NVTE_FWD_LAYERNORM_SM_MARGIN, NVTE_BWD_LAYERNORM_SM_MARGIN, TRITON_CACHE_DIR and
-#   TORCHINDUCTOR_CACHE_DIR, in this node's TMPDIR   [environment.sh; a dry run shows them]
+#   (or PYTORCH_ALLOC_CONF), NCCL_GRAPH_REGISTER of CUDA graphs, NVTE_FWD_LAYERNORM_SM_MARGIN,
+#   NVTE_BWD_LAYERNORM_SM_MARGIN, TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, in this node's TMPDIR
+#   [environment.sh; a dry run shows them]
 # What is kept
 #   RUN_DIR        checkpoints, logs, events; on a file system all nodes share   [runs/MODEL-ACTIVATION]
 #   DATA_CACHE     Megatron's index of the data, on such a file system, too; runs may share one   [RUN_DIR/cache]
@@ -134,6 +136,8 @@ if ((dry_run)); then
     for name in "${environment[@]}"; do printf '  %s=%s\n' "$name" "${!name}"; done
     echo
     "${plan[@]}" -- "${megatron[@]}" "${trailing[@]}"
+    [[ -z $PROFILE_STEPS || $DEVICE == cpu ]] ||
+        echo "rank 0 runs under nsys in steps $PROFILE_STEPS, which writes to $RUN_DIR/profiles"
     [[ -n $no_master ]] && echo "to set before the run: MASTER_ADDR, the address of node 0"
     ((no_data)) && echo "to set before the run: DATA_ARGS=FILE, DATA=PREFIX or MOCK_DATA=1"
     exit 0
@@ -144,6 +148,8 @@ fi
 [[ ${entry[0]} == -* || -f ${entry[0]} ]] || die 2 "ENTRY=$ENTRY: there is no ${entry[0]}"
 [[ -z $PROFILE_STEPS || $DEVICE == cpu ]] || command -v nsys >/dev/null ||
     die 2 "PROFILE_STEPS=$PROFILE_STEPS needs nsys, of NVIDIA's Nsight Systems, which is not on PATH; install it on all nodes, or unset PROFILE_STEPS"
+[[ -z $NUMA_BINDING ]] || command -v numactl >/dev/null ||
+    die 2 "NUMA_BINDING=$NUMA_BINDING needs numactl, which is not on PATH; install it on all nodes or in the image, or unset NUMA_BINDING"
 ((NNODES > 1)) || [[ $DEVICE == cpu ]] ||
     "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null ||
     die 2 "there is no driver of NVIDIA's here (libcuda.so.1); on a machine without a GPU: DEVICE=cpu"

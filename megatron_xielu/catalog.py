@@ -144,7 +144,7 @@ NUMBERS = {
             "--train-iters --train-samples --lr-warmup-iters --lr-warmup-samples --lr-decay-iters "
             "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
             "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync --num-experts "
-            "--moe-router-topk --mtp-num-layers "
+            "--moe-router-topk --mtp-num-layers --profile-step-end "
             "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         ).split(),
         COUNT,
@@ -371,6 +371,9 @@ DOCUMENTS_NEED_TE = (
 )
 
 
+_SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
+
+
 def contradictions(arguments: Any) -> Iterator[str]:
     """Which of Megatron's own flags do not go together, as its assertions have it; a line each.
 
@@ -429,6 +432,25 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--recompute-granularity full and --recompute-method, and no --sequence-parallel; "
             "drop it"
         )
+    if given("save") and given("async_save") and given("ckpt_format") == "torch":
+        yield (
+            "--ckpt-format torch does not go with --async-save: Megatron ends at the first save; "
+            "give torch_dist, or drop --async-save (pretrain.sh: ASYNC_SAVE=0)"
+        )
+    if given("deterministic_mode"):
+        for name, variable in (
+            ("cross_entropy_loss_fusion", " (pretrain.sh: LOSS_FUSION=0)"),
+            ("tp_comm_overlap", ""),
+        ):
+            if given(name):
+                yield (
+                    f"--deterministic-mode does not go with {flag_of(name)}; drop one of them"
+                    + variable
+                )
+    sources = [name for name in ("mock_data", "data_path") if given(name)]
+    sources += [name for name in _SPLIT_PATHS if given(name)][:1]
+    if len(sources) > 1:
+        yield f"give one of {' and '.join(map(flag_of, sources))}"
     if given(argument_of(DOCUMENTS_FLAG)):
         for refusal in WITH_DOCUMENTS:
             if refusal.is_given(arguments):

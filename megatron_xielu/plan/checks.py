@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from megatron_xielu import catalog
 from megatron_xielu.catalog import TRAINABLE, activations_of
-from megatron_xielu.checkpoints import optimizer_format
+from megatron_xielu.checkpoints import missing, optimizer_format
 from megatron_xielu.common import data_lists, fp8, pretrained_tokenizer
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.plan import flags
@@ -92,6 +92,12 @@ def warnings(plan: Plan, *, made_for: tuple[int, float] | None = None) -> list[s
         found.append(
             "--lr-decay-samples or --lr-decay-iters is longer than the run, which ends before "
             "the learning rate has decayed"
+        )
+    last = plan.args.profile_step_end
+    if plan.args.profile and last > schedule.steps:
+        found.append(
+            f"the steps up to --profile-step-end {last} are not all in the run, which has "
+            f"{schedule.steps:,}"
         )
     if plan.args.fp8_format:
         found.append(
@@ -491,8 +497,16 @@ def _secrets(plan: Plan, environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def data(plan: Plan) -> tuple[list[str], list[str]]:
-    """Of the data and the tokenizer: what ends the run, and what may."""
+    """Of the data, the tokenizer and what is loaded: what ends the run, and what may."""
     faults, doubts = data_lists.look(plan.args, plan.model.padded_vocabulary, starts_here=False)
+    # Of a certain --ckpt-step the run itself says it.
+    if "--ckpt-step" not in _given(plan):
+        try:
+            with contextlib.suppress(OSError):  # another user's
+                missing.check(plan.args)
+        except ValueError as error:
+            is_here = os.path.isabs(plan.args.load or "/")  # else the run may start elsewhere
+            (faults if is_here else doubts).append(str(error))
     name = plan.args.tokenizer_model
     if name and pretrained_tokenizer.is_path(name) and not os.path.exists(name):
         if os.path.isabs(name):

@@ -31,6 +31,7 @@ _DEFAULTS = {
     "num_layers_at_end_in_bf16": 1,
     "eval_iters": 100,
     "num_workers": 2,
+    "profile_step_end": 12,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     **SETTINGS,
@@ -47,7 +48,8 @@ _SWITCHES = (
     "ckpt-fully-parallel-load moe-use-upcycling moe-shared-expert-gate first-last-layers-bf16 "
     "cpu async-save mock-data no-create-attention-mask-in-dataloader "
     "dataloader-inter-document-masking reset-attention-mask reset-position-ids "
-    "enable-cuda-graph external-cuda-graph"
+    "enable-cuda-graph external-cuda-graph async-save deterministic-mode tp-comm-overlap "
+    "profile"
 ).split()
 _STRINGS: dict[str, str | int | None] = {
     "normalization": "LayerNorm",
@@ -67,6 +69,8 @@ _STRINGS: dict[str, str | int | None] = {
     "fp8-recipe": "delayed",
     "save": None,
     "load": None,
+    "pretrained-checkpoint": None,
+    "non-persistent-ckpt-type": None,
     "tokenizer-type": None,
     "tokenizer-model": None,
     "data-args-path": None,

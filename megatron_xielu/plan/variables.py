@@ -73,6 +73,7 @@ _FROM = {
     "--max-position-embeddings": "SEQ_LENGTH",
     "--save": "RUN_DIR",
     "--load": "RUN_DIR",
+    "--profile-step-end": "PROFILE_STEPS",
     "--distributed-timeout-seconds-after-init": "TIMEOUT_MINUTES",
 }
 # Flag: what stands for it.
@@ -205,7 +206,7 @@ _OF_OTHERS: dict[str, _Kind] = {
     **dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"), _whole),
     **dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HF_HUB_OFFLINE"), _text),
     **dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), _path),
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": _text,
+    **dict.fromkeys(("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "NCCL_GRAPH_REGISTER"), _text),
     "SRUN_ARGS": _line,  # of pretrain.sbatch
     "OMP_NUM_THREADS": _like(r" *[0-9]+( *, *[0-9]+)* *", " is not a whole number"),
 }

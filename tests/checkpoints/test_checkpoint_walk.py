@@ -28,7 +28,11 @@ OTHER = {
 }
 
 # With the launcher's bucket size, which does not change with the number of ranks.
-RESHARDED = [Layout("tiny", "xielu", 1, 1, data, "--ddp-bucket-size 30000") for data in (3, 8)]
+BUCKETS = "--ddp-bucket-size 30000"
+RESHARDED = [
+    *(Layout("tiny", "xielu", 1, 1, data, BUCKETS) for data in (3, 8)),
+    Layout("tiny", "xielu", 1, 1, 8, f"{BUCKETS} --ddp-pad-buckets-for-high-nccl-busbw"),
+]
 WHOLE = [
     Layout("1.1B", "xielu", 1, 1, 88),
     Layout("1.1B", "xielu", 1, 1, 40, OWN_BUCKETS),
@@ -120,9 +124,11 @@ def test_fp32_parameters_in_the_wrong_order_are_seen(walked):
 
 
 def test_buckets_can_be_loaded_at_other_data_parallel_sizes(walked):
-    here, there = (walked(tuple(WHOLE), "")[layout] for layout in RESHARDED)
-    assert here["content"] == there["content"]
-    assert here["buckets"] == there["buckets"]
+    """Padded or not."""
+    here, *elsewhere = (walked(tuple(WHOLE), "")[layout] for layout in RESHARDED)
+    for there in elsewhere:
+        assert here["content"] == there["content"]
+        assert here["buckets"] == there["buckets"]
     assert len(here["buckets"][0]) > 1
 
 

@@ -77,6 +77,15 @@ def test_nothing_installs_apex_from_the_index():
     assert not offending and not any(re.match(r"apex\b", line) for line in requirements), offending
 
 
+def test_the_container_engines_file():
+    """Its hooks are switched by strings; the image and the folder lie in what is mounted."""
+    given = tomllib.loads((ROOT / "examples/slurm/environment.toml").read_text())
+    hook = given["annotations"]["com"]["hooks"]["aws_ofi_nccl"]
+    assert hook == {"enabled": "true", "variant": "cuda13"}
+    [mounted] = {mount.partition(":")[0] for mount in given["mounts"]}
+    assert all(given[path].startswith(f"{mounted}/") for path in ("image", "workdir"))
+
+
 def test_versions_come_from_the_constraints():
     dockerfile = (ROOT / "Dockerfile").read_text()
     for pin in re.findall(r"[\w.-]+==[\w.]+", dockerfile):

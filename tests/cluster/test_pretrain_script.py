@@ -61,7 +61,7 @@ def kubernetes() -> tuple[str, dict[str, str], dict[str, str]]:
         "NODE_RANK": "3",
         "MASTER_ADDR": injected["PET_MASTER_ADDR"],
         "MASTER_PORT": injected["PET_MASTER_PORT"],
-        **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER")},
+        **{name: variables[name] for name in ("RUN_DIR", "TOKENIZER", "NETWORK")},
     }
     command = script.replace(test_kubernetes.PRETRAIN, "examples/pretrain.sh --dry-run")
     return command, variables | injected, sets
@@ -233,6 +233,28 @@ def test_what_is_in_the_environment_stays(tmp_path):
     }
 
 
+def test_what_the_network_is_told_is_in_the_environment_of_the_ranks():
+    text = output(LAUNCHER, NNODES="11", NETWORK="cxi", NCCL_NET="ofi", NCCL_IB_HCA="mlx5_0")
+    printed = text.partition("\n\nenvironment\n")[2].partition("\n\n")[0].splitlines()
+    for line in ("NCCL_NET=ofi", "NCCL_PROTO=^LL128", "FI_PROVIDER=cxi", "NCCL_IB_HCA=mlx5_0"):
+        assert f"  {line}" in printed
+    assert "  TORCH_NCCL_ASYNC_ERROR_HANDLING=3" in printed
+
+
+def test_cuda_graphs_go_with_memory_in_segments(monkeypatch):
+    """Megatron's own check of the environment that the script makes for these flags."""
+    graphs = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"
+    text = output(f"{LAUNCHER} {graphs}")
+    lines = text.partition("\n\nenvironment\n")[2].partition("\n\n")[0].splitlines()
+    for line in lines:
+        monkeypatch.setenv(*line.strip().split("=", 1))
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 9)  # H100
+    words = printed_command(text)
+    words = words[words.index("megatron_xielu.pretrain_gpt") + 1 :]
+    assert validated([*words, "--mock-data"], gpus=88).cuda_graph_impl == "transformer_engine"
+    assert "NCCL_GRAPH_REGISTER" not in output(LAUNCHER)
+
+
 def test_a_folder_of_compiled_kernels_is_nobody_elses(tmp_path):
     """In /tmp anybody may have made it before."""
     (tmp_path / "elsewhere").mkdir()
@@ -265,10 +287,15 @@ def test_a_container_changes_only_how_slurms_step_starts():
         for name in ("slurm", "slurm-pyxis", "slurm-apptainer")
     }
     before, shell, inside = steps["slurm"].partition(" bash ")
-    inside = inside.replace("/repository/", "/opt/megatron_xielu/")
-    pyxis = " --container-image=registry/xielu:1 --no-container-mount-home"
+    inside = re.sub(r"\S+/code/DIGEST/", "/opt/megatron_xielu/", inside)
+    pyxis = " --mpi=pmix --network=disable_rdzv_get"
+    pyxis += " --container-image=registry/xielu:1 --no-container-mount-home"
     pyxis += r" --container-mounts=/scratch:/scratch\,/data:/data"
     assert steps["slurm-pyxis"] == before + pyxis + shell + inside
+    assert "--dry-run" not in steps["slurm"]
+    assert " --cpus-per-task=$SLURM_CPUS_ON_NODE " in steps["slurm"]
+    nodes = output(SBATCH, SRUN_ARGS="--nodelist=a --no-kill", PYTHON="true").partition("\n")[0]
+    assert " --nodelist=a --no-kill bash " in nodes
     apptainer = r" apptainer exec --nv --bind /scratch\,/data /images/xielu.sif"
     assert steps["slurm-apptainer"] == before + apptainer + shell + inside
 
@@ -318,6 +345,17 @@ def test_profiled_steps():
         found = flag(text, "--profile-step-start"), flag(text, "--profile-step-end")
         assert found == steps and flag(text, "--profile-ranks") == "0"
         assert ("--use-pytorch-profiler" in text) is (device == "cpu")
+        assert ("rank 0 runs under nsys in steps 100-103" in text) is (device == "gpu")
+    beyond = "the steps up to --profile-step-end 103 (PROFILE_STEPS) are not all in the run"
+    assert f"{beyond}, which has 40\n" in output(LAUNCHER, MODEL="debug", PROFILE_STEPS="100-103")
+    assert beyond not in output(LAUNCHER, PROFILE_STEPS="100-103")
+
+
+def test_help_says_where_the_variables_of_slurm_are_told():
+    assert (
+        "SRUN_ARGS, IMAGE and MOUNTS: slurm/pretrain.sbatch --help"
+        in run("examples/pretrain.sh --help").stdout
+    )
 
 
 def test_environment_and_trailing_flags_override():

@@ -130,6 +130,7 @@ def test_names_that_others_read(tmp_path):
         ({"NVTE_FWD_LAYERNORM_SM_MARGIN": "x"}, "NVTE_FWD_LAYERNORM_SM_MARGIN=x is not a whole"),
         ({"NUMA_BINDING": "all"}, "NUMA_BINDING=all: choose node, socket, exclusive or core-"),
         ({"NUMA_BINDING": "node", "FAULT_TOLERANCE": "1"}, "add FAULT_TOLERANCE=0, or drop it"),
+        ({"NUMA_BINDING": "node", "MOCK_DATA": "1"}, "NUMA_BINDING=node needs numactl, which"),
         ({"NUMA_BINDING": "node", "DEVICE": "cpu"}, "NUMA_BINDING=node needs GPUs; drop it"),
         ({"MOCK_DATA": "1", "DATA": "x"}, "give one of MOCK_DATA=1, DATA_ARGS and DATA"),
         ({"NNODES": "0"}, "NNODES=0 must be above 0"),
@@ -345,11 +346,19 @@ def test_front_ends_started_wrongly(command, code, message):
         ("--mpi=pmix\n--label", "SRUN_ARGS=--mpi=pmix?--label is parted at blanks"),
         ("--mpi=pmix touch PWNED", "SRUN_ARGS: touch is no option of srun; write --name=value"),
         ("--mpi=pmix -- touch", "SRUN_ARGS: -- is no option of srun"),
+        # The script's own.
+        *(
+            (word, f"SRUN_ARGS: {word} is the script's: one task on every node")
+            for word in ("--ntasks-per-node=4", "--ntasks=8", "-n8", "--nodes=2", "-N2", "-K0")
+        ),
+        ("--label --kill-on-bad-exit=0", "SRUN_ARGS: --kill-on-bad-exit=0 is the script's"),
+        ("--environment=x", "SRUN_ARGS: --environment=x is another container than IMAGE=y.sif"),
+        ("--container-image=x", "SRUN_ARGS: --container-image=x is another container than IMAGE"),
     ],
 )
 def test_options_of_srun_that_are_none(srun_args, words):
-    """What stood there would be taken for the program to run."""
-    result = run(SBATCH, SRUN_ARGS=srun_args)
+    """What stood there would be taken for the program to run, or undo what the script relies on."""
+    result = run(SBATCH, SRUN_ARGS=srun_args, IMAGE="y.sif")
     assert (result.returncode, result.stdout) == (2, "")
     assert words in result.stderr and len(result.stderr.splitlines()) == 1
 

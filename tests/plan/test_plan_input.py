@@ -80,6 +80,28 @@ def test_number(flags, message):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--async-save --ckpt-format torch", "--ckpt-format torch does not go with --async-save"),
+        ("--deterministic-mode --cross-entropy-loss-fusion", "--deterministic-mode does not go"),
+        ("--deterministic-mode --tp-comm-overlap", "--deterministic-mode does not go with --tp-c"),
+        ("--mock-data --data-path 1 x", "give one of --mock-data and --data-path"),
+        ("--data-path x --train-data-path y", "give one of --data-path and --train-data-path"),
+        ("--load /nowhere/checkpoints", "--load /nowhere/checkpoints: there is no checkpoint in"),
+    ],
+)
+def test_flags_that_end_a_job_which_has_begun(flags, message):
+    lines = [line for line in run(flags) if "does not exist" not in line]
+    assert lines and lines[0].startswith(f"megatron_xielu: error: {message}")
+
+
+def test_a_checkpoint_may_come_from_elsewhere(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert run(f"--load {tmp_path}") == [] == run("--load out")
+    assert run("--load here --pretrained-checkpoint " + str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
     "flags", ["--xielu-beta 0.5", "--xielu-alpha-n-init 0.7", "--xielu-frozen-alphas"]
 )
 def test_a_setting_of_no_activation(flags):
