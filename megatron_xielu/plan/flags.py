@@ -48,7 +48,7 @@ _SWITCHES = (
     "ckpt-fully-parallel-load moe-use-upcycling moe-shared-expert-gate first-last-layers-bf16 "
     "cpu async-save mock-data no-create-attention-mask-in-dataloader "
     "dataloader-inter-document-masking reset-attention-mask reset-position-ids "
-    "enable-cuda-graph external-cuda-graph async-save deterministic-mode tp-comm-overlap "
+    "enable-cuda-graph external-cuda-graph deterministic-mode tp-comm-overlap "
     "profile"
 ).split()
 _STRINGS: dict[str, str | int | None] = {
