@@ -185,6 +185,12 @@ def test_what_makes_it_fast_is_in_megatrons_arguments(model, nodes, layout, monk
     assert free and int(free[1]) > 10
     assert "  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n" in printed
 
+    alps = {"GPU": "gh200", "GPUS_PER_NODE": "4", "NNODES": str(2 * nodes), "NETWORK": "cxi"}
+    printed = output(LAUNCHER, MODEL=model, **alps, **layout)
+    others = printed_command(printed)
+    assert others[others.index("megatron_xielu.pretrain_gpt") + 1 :] == words
+    assert " of GH200's 989 TFLOP/s" in printed and "  NCCL_NET=AWS Libfabric\n" in printed
+
 
 @pytest.mark.parametrize(
     ("flags", "variables", "missing"),
