@@ -179,6 +179,8 @@ fi
 [[ -z $FP8_RECIPE || $PRECISION == fp8 ]] || die 2 "FP8_RECIPE=$FP8_RECIPE needs PRECISION=fp8"
 if [[ $PRECISION == fp8 ]]; then
     : "${FP8_RECIPE:=tensorwise}"
+    [[ " ${trailing[*]} " != *' --fp8-recipe'[\ =]* ]] ||
+        die 2 "give FP8_RECIPE=…, not --fp8-recipe: the preflight and other flags go by it"
     # As NVIDIA's recipes have them: hybrid has gradients in E5M2, which mxfp8's blocks do not need.
     if [[ $FP8_RECIPE == mxfp8 ]]; then fp8_format=e4m3; else fp8_format=hybrid; fi
     megatron+=(--fp8-format "$fp8_format" --fp8-recipe "$FP8_RECIPE")

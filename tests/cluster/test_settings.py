@@ -45,6 +45,15 @@ def test_a_flag_that_nobody_knows(flags, message, tmp_path):
     assert "warning: --" in other and message in other
 
 
+@pytest.mark.parametrize("flag", ["--fp8-recipe=blockwise", "--fp8-recipe blockwise"])
+def test_the_recipe_of_fp8_is_a_variable(flag):
+    """By hand it would leave what goes with the other recipe, and the preflight look for that."""
+    result = run(f"{LAUNCHER} {flag}", MODEL="llama_1b", PRECISION="fp8")
+    assert result.returncode == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pretrain.sh: error: give FP8_RECIPE=…, not --fp8-recipe: ")
+
+
 def test_names_that_a_cluster_may_set_are_warned_of():
     result = run(LAUNCHER, **SMALL, NUM_NODES="4", TOKEN="secret", TZ="UTC", MODELS="/models")
     assert result.returncode == 0
