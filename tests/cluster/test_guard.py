@@ -334,6 +334,8 @@ class Job:
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Of tests under nohup, too: a shell cannot trap what it has been told to ignore.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     def processes(self, words: str = "") -> list[int]:

@@ -47,6 +47,8 @@ class Launch:
                     **variables,
                 }
             ),
+            # Of tests under nohup, too: a shell cannot trap what it has been told to ignore.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             stdout=self.path.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -104,8 +106,7 @@ def test_started_twice_killed_and_hung_up(hosts, reference, tmp_path):
     assert first.process.poll() is None and hosts.processes("host1", "cluster.rank")
 
     first.process.kill()
-    # Longer steps: the run must not end before it is hung up, on a busy machine either.
-    third = Launch(hosts, run, PREFLIGHT="0", STEP_TIME="3")
+    third = Launch(hosts, run, PREFLIGHT="0", STEP_TIME="1")
     until("the ranks to be taken back", lambda: count(run, "stopped") == 2, timeout=60)
     assert f"(process {first.process.pid}) has left on the hosts" in third.log
     saved = latest(run)

@@ -414,7 +414,8 @@ def test_data_without_end(tmp_path, lengths, flags, message):
 def test_a_path_that_another_flag_takes(tmp_path, command, flag, path, message):
     write_prepared(tmp_path / "data", ["a"])
     (tmp_path / "elsewhere").mkdir()
-    args = [*TINY_LLAMA, "--eval-iters", "0", flag, f"{tmp_path}/{path}", "--split", "1,0,0"]
+    args = [word for word in TINY_LLAMA if word != "--mock-data"]
+    args += ["--eval-iters", "0", flag, f"{tmp_path}/{path}", "--split", "1,0,0"]
     if command == "entry":
         with pytest.raises(ValueError) as error:
             run_checks.check_files(parse(args))
