@@ -92,8 +92,8 @@ def blend(output: Path, words: Sequence[str], train_tokens: float | None) -> str
     manifest_text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if folders_of(output) and (output / manifests.NAME).read_text() != manifest_text:
         raise DataError(
-            f"--output {output}: by its {manifests.NAME} it is a blend of other folders, weights or "
-            "data, and a run on it would go on with other samples; choose another --output"
+            f"--output {output}: by its {manifests.NAME} it is a blend of other folders, weights "
+            "or data, and a run on it would go on with other samples; choose another --output"
         )
     _keep_tokenizer(given[0][1], output)
     for name, content in manifests.data_args(output, shards).items():
