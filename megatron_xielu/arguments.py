@@ -413,7 +413,7 @@ def refuse_another_activation(args: Namespace, saved: Namespace, folder: str) ->
         )
     if asked in catalog.TRAINABLE:
         _refuse_another_beta(_setting(args, "xielu_beta"), saved, folder)
-    _refuse_other_alphas(args, saved, folder)
+    _refuse_other_groups(args, saved, folder)
 
 
 def _refuse_another_beta(beta: float, saved: Namespace, folder: str) -> None:
@@ -424,8 +424,8 @@ def _refuse_another_beta(beta: float, saved: Namespace, folder: str) -> None:
         )
 
 
-def _refuse_other_alphas(args: Namespace, saved: Namespace, folder: str) -> None:
-    """Refuse an optimizer state of other alphas than those that this run trains."""
+def _refuse_other_groups(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Refuse an optimizer state of other parameters, or of other groups, than this run's."""
     starts_anew = optimizer_format.starts_anew(args, folder)
     for argument, flag in _PARAMETER_GROUPS.items():
         now, then = (getattr(a, argument, False) for a in (args, saved))

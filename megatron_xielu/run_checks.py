@@ -64,9 +64,8 @@ def check_run(args: Namespace) -> None:
 
 def _check_fp8(args: Namespace) -> None:
     """Refuse FP8 on a GPU, with a Transformer Engine or at sizes that do not have it."""
-    recipe, kv_channels = str(args.fp8_recipe), args.kv_channels
+    recipe = str(args.fp8_recipe)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    queries = args.num_attention_heads * kv_channels
     if args.transformer_impl == "local":
         raise ValueError(fp8.LOCAL)
     engine = fp8.engine_fault(recipe, fp8.installed_engine())
@@ -78,12 +77,10 @@ def _check_fp8(args: Namespace) -> None:
         raise ValueError(gpu)
     for fault in fp8.size_faults(
         recipe,
-        widths={
-            "--hidden-size": args.hidden_size,
-            "--ffn-hidden-size": args.ffn_hidden_size,
-            "--num-attention-heads": queries,
-            "--num-query-groups": queries + 2 * groups * kv_channels,
-        },
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        queries=args.num_attention_heads * args.kv_channels,
+        keys=groups * args.kv_channels,
         tokens=args.micro_batch_size * args.seq_length // args.context_parallel_size,
         tensor=args.tensor_model_parallel_size,
         split_tokens=args.sequence_parallel,

@@ -109,21 +109,34 @@ def installed_engine() -> str | None:
 
 
 def size_faults(
-    recipe: str, *, widths: dict[str, int], tokens: int, tensor: int, split_tokens: bool
+    recipe: str,
+    *,
+    hidden: int,
+    ffn: int,
+    queries: int,
+    keys: int,
+    tokens: int,
+    tensor: int,
+    split_tokens: bool,
 ) -> Iterator[str]:
     """One line for widths, and one for tokens, that FP8 matrices cannot have on a rank.
 
     Args:
         recipe: of `RECIPES`.
-        widths: by flag, those that tensor parallelism divides, and the hidden size.
+        hidden, ffn: widths of the model.
+        queries, keys: widths of all query heads, and of all key heads.
         tokens: of a micro-batch, on a context-parallel rank.
         tensor: the tensor-parallel size.
         split_tokens: it divides the tokens, too (sequence parallelism).
     """
     multiple = RECIPES[recipe].multiple if recipe in RECIPES else 16
     needs = f"--fp8-recipe={recipe} needs multiples of {multiple}"
-    for flag, width in widths.items():
-        part = width if flag == "--hidden-size" else width // tensor
+    for flag, part in (
+        ("--hidden-size", hidden),
+        ("--ffn-hidden-size", ffn // tensor),
+        ("--num-attention-heads", queries // tensor),
+        ("--num-query-groups", (queries + 2 * keys) // tensor),
+    ):
         if part % multiple:
             yield (
                 f"{needs} as widths on a tensor-parallel rank, and {flag} makes {part}; change it, "

@@ -184,6 +184,10 @@ def _blend(options: argparse.Namespace) -> None:
 
     output = _output(options)
     print(blending.blend(output, options.blend, options.train_tokens))
+    _say_how_to_train(output)
+
+
+def _say_how_to_train(output: Path) -> None:
     print(f"DATA_ARGS={quote(str(output))} examples/pretrain.sh   (tokenizer and vocabulary, too)")
 
 
@@ -497,4 +501,4 @@ def _report(result: dict, output: Path) -> None:
             "examples/pretrain.sh validates: choose a larger --valid-fraction, and another --output"
         )
         return
-    print(f"DATA_ARGS={quote(str(output))} examples/pretrain.sh   (tokenizer and vocabulary, too)")
+    _say_how_to_train(output)

@@ -15,13 +15,13 @@ other steps cost nothing.
 from __future__ import annotations
 
 import functools
-import inspect
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_xielu.features.after_log import call_after_training_log
 from megatron_xielu.features.layer_names import layer_label
 from megatron_xielu.kernels import reference
 from megatron_xielu.megatron_activations import MegatronActivation
@@ -42,31 +42,25 @@ def install_if_asked(args: Namespace) -> None:
 def install() -> None:
     """Have Megatron's training loop write the alphas of the model that it trains.
 
-    Megatron (0.17 to 0.19) offers no callback there, so two functions of
-    ``megatron.training.training`` are wrapped in this process: ``train``, which has the model, and
-    ``training_log``, which has the step. Its ``pretrain`` looks both up when it comes to them:
-    whoever builds the model is in time.
+    ``megatron.training.training.train``, which has the model, is wrapped in this process, and so is
+    what has the step (`after_log`). Its ``pretrain`` looks it up when it comes to it: whoever
+    builds the model is in time.
     """
     from megatron.training import get_args, training
 
-    train, training_log = training.train, training.training_log
+    train = training.train
     trained: list[AlphaTable] = []
 
     def train_and_log(forward_step_func: Any, model: Any, *rest: Any, **named: Any) -> Any:
         trained[:] = [AlphaTable(model)]
         return train(forward_step_func, model, *rest, **named)
 
-    place = list(inspect.signature(training_log).parameters).index("iteration")
-
-    @functools.wraps(training_log)  # others look for the place of an argument, too
-    def log_with_alphas(*given: Any, **named: Any) -> Any:
-        result = training_log(*given, **named)
-        iteration = given[place]
+    def write_if_due(iteration: int) -> None:
         if iteration % get_args().tensorboard_log_interval == 0:
             write(trained[0], iteration)
-        return result
 
-    training.train, training.training_log = train_and_log, log_with_alphas
+    training.train = train_and_log
+    call_after_training_log(write_if_due)
 
 
 def write(table: AlphaTable, iteration: int) -> None:

@@ -12,7 +12,6 @@ listens on a port; this package's entry does not serve it.
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_xielu.common import event_log
+from megatron_xielu.features.after_log import call_after_training_log
 
 FLAG = "--straggler-ratio"
 _TOLD_AGAIN_AFTER = 600.0  # seconds
@@ -31,18 +31,17 @@ _MOST_TOLD = 8  # ranks at a time, the slowest: a node's
 def watched(args: Namespace, forward_step: Callable[..., Any]) -> Callable[..., Any]:
     """The forward step, timed where that is asked for; before Megatron's ``pretrain``.
 
-    Megatron offers no callback in its loop: where gradients are made whole, and where the loss is
-    logged, functions of ``megatron.training.training`` are wrapped in this process.
+    Where gradients are made whole ``megatron.training.training`` has a function that is wrapped in
+    this process.
     """
     # An event in a graph of a whole iteration would be part of the graph.
     if not args.straggler_ratio or args.cuda_graph_impl == "full_iteration":
         return forward_step
     from megatron.training import training
 
-    finalize, training_log = training.finalize_model_grads, training.training_log
+    finalize = training.finalize_model_grads
     work = OwnWork(args.straggler_ratio)
     forward_only = args.pipeline_model_parallel_size > 1
-    place = list(inspect.signature(training_log).parameters).index("iteration")
 
     @functools.wraps(forward_step)
     def timed_step(*given: Any, **named: Any) -> Any:
@@ -61,14 +60,12 @@ def watched(args: Namespace, forward_step: Callable[..., Any]) -> Callable[..., 
         work.keep()
         return finalize(*given, **named)
 
-    @functools.wraps(training_log)
-    def log_and_compare(*given: Any, **named: Any) -> Any:
-        result = training_log(*given, **named)
-        if given[place] % args.log_interval == 0:
+    def compare_if_due(iteration: int) -> None:
+        if iteration % args.log_interval == 0:
             work.compare()
-        return result
 
-    training.finalize_model_grads, training.training_log = finalize_and_keep, log_and_compare
+    training.finalize_model_grads = finalize_and_keep
+    call_after_training_log(compare_if_due)
     return timed_step
 
 

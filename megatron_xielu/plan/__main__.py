@@ -415,7 +415,7 @@ def _memory(plan: Plan) -> _Rows:
     what = "micro-batch" if plan.virtual == 1 else "chunks of micro-batches"
     notes = {
         "weights": f"{plan.parameters_on(memory.stage):,.0f} parameters",
-        "gradients": "16 bits" if plan.half and plan.args.grad_reduce_in_bf16 else "fp32",
+        "gradients": "16 bits" if plan.gradient == 2 else "fp32",
         "optimizer": f"shared by {plan.optimizer_shards()}",
         "activations": f"{chunks} {what} in flight",
         "logits": "of one micro-batch, with the loss",

@@ -258,12 +258,10 @@ def _layout(plan: Plan) -> Iterator[str]:
     if args.fp8_format:
         yield from fp8.size_faults(
             args.fp8_recipe,
-            widths={
-                "--hidden-size": m.hidden,
-                "--ffn-hidden-size": m.ffn,
-                "--num-attention-heads": m.query_width,
-                "--num-query-groups": m.query_width + 2 * m.key_width,
-            },
+            hidden=m.hidden,
+            ffn=m.ffn,
+            queries=m.query_width,
+            keys=m.key_width,
             tokens=plan.micro_batch * m.sequence // plan.context,
             tensor=tensor,
             split_tokens=plan.sequence_parallel,

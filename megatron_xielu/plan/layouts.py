@@ -82,14 +82,12 @@ def seconds(plan: Plan) -> Seconds:
         nvlink = cluster.gpu.nvlink
         return 1e9 * (nvlink if on_node == group else min(nvlink, share))
 
-    element = 2 if plan.half else 4
-    size = element * plan.micro_batch * m.sequence / plan.context * m.hidden
+    size = plan.element * plan.micro_batch * m.sequence / plan.context * m.hidden
     passes = (10 if plan.sequence_parallel else 8) * (1 - 1 / plan.tensor)
     tensor = plan.accumulation * m.layers / plan.pipeline * passes * size / rate(plan.tensor)
 
     group = plan.data * plan.context
-    gradient = 2 if plan.half and args.grad_reduce_in_bf16 else 4
-    sent = (gradient + element) * max(map(plan.parameters_on, {0, plan.pipeline - 1}))
+    sent = (plan.gradient + plan.element) * plan.parameters_on(plan.largest_stage())
     data = sent * (1 - 1 / group) / rate(group, apart=plan.tensor)
     if args.overlap_grad_reduce and args.overlap_param_gather:
         data = max(0.0, data - compute / plan.accumulation)

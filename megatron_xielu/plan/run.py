@@ -122,6 +122,7 @@ class Plan:
         expert, expert_tensor: parallel sizes of experts.
         micro_batch, global_batch: samples.
         accumulation: micro-batches a data-parallel rank and step.
+        element, gradient: bytes of a number of weights and activations, and of a gradient's.
     """
 
     def __init__(
@@ -167,6 +168,8 @@ class Plan:
         self.accumulation = -(-self.global_batch // (self.micro_batch * self.data))
         self.half: bool = args.bf16 or args.fp16
         self.sequence_parallel: bool = args.sequence_parallel and self.tensor > 1
+        self.element = 2 if self.half else 4
+        self.gradient = 2 if self.half and args.grad_reduce_in_bf16 else 4
 
     def with_(self, flags: str) -> Plan:
         """This plan with flags added to its command."""
@@ -230,10 +233,9 @@ class Plan:
         Its activation's input and output; docs/memory.md has it measured, with the input. In FP8
         fc2 keeps a byte of the output (docs/training.md).
         """
-        element = 2 if self.half else 4
         tensors = (3 if self.model.gated else 2) - self.args.xielu_recompute_output
         width = self.model.ffn if ffn is None else ffn
-        return width * (element * tensors - (element - 1) * self.fp8_share)
+        return width * (self.element * tensors - (self.element - 1) * self.fp8_share)
 
     @property
     def fp8_share(self) -> float:
@@ -255,7 +257,7 @@ class Plan:
         it). The router's logits and probabilities are fp32. Not counted: the buffers of the
         all-to-all, padding, and what an uneven router sends to one rank.
         """
-        e, element = self.model.experts, 2 if self.half else 4
+        e, element = self.model.experts, self.element
         if not e:
             return 0.0
         inputs = element * self.model.hidden * self.expert_tensor
@@ -272,8 +274,7 @@ class Plan:
         beside queries and keys that rope or a norm made anew. test_plan.py counts it in
         a real layer. Attention that is not fused keeps scores too.
         """
-        args, m = self.args, self.model
-        element = 2 if self.half else 4
+        args, m, element = self.args, self.model, self.element
         modules = args.recompute_modules
         selective = args.recompute_activations or args.recompute_granularity == "selective"
         # The inputs of both norms and their outputs, and a byte of mask for each dropout.
@@ -313,7 +314,7 @@ class Plan:
         if args.recompute_granularity != "full":
             return layers * layer, 0.0
         shared = self.sequence_parallel or args.distribute_saved_activations
-        residual = (2 if self.half else 4) * self.model.hidden / (self.tensor if shared else 1)
+        residual = self.element * self.model.hidden / (self.tensor if shared else 1)
         number = min(args.recompute_num_layers or 1, layers)
         if args.recompute_method == "block":  # that many layers one by one, and no other
             return number * residual + (layers - number) * layer, largest
@@ -326,7 +327,7 @@ class Plan:
         """
         split = self.tensor if self.sequence_parallel else 1
         layer = self.layer_bytes_per_token(experts=self.model.prediction_moe_layers > 0)
-        return layer + 6 * (2 if self.half else 4) * self.model.hidden / split
+        return layer + 6 * self.element * self.model.hidden / split
 
     def chunks_in_flight(self, stage: int) -> int:
         """Micro-batches × model chunks whose activations a pipeline stage holds at once.
@@ -387,9 +388,12 @@ class Plan:
 
     def optimizer_shards(self) -> int:
         """GPUs that share the optimizer state of a parameter which is no expert's."""
+        return self._shards(self.data * self.context)
+
+    def _shards(self, copies: int) -> int:
         if not self.args.use_distributed_optimizer:
             return 1
-        return max(1, self.data * self.context // self.args.num_distributed_optimizer_instances)
+        return max(1, copies // self.args.num_distributed_optimizer_instances)
 
     @property
     def expert_data(self) -> int:
@@ -399,9 +403,7 @@ class Plan:
 
     def expert_optimizer_shards(self) -> int:
         """GPUs that share the optimizer state of an expert."""
-        if not self.args.use_distributed_optimizer:
-            return 1
-        return max(1, self.expert_data // self.args.num_distributed_optimizer_instances)
+        return self._shards(self.expert_data)
 
     def memory(self, stage: int | None = None) -> Memory:
         """Bytes on one GPU of a pipeline stage, or of the stage that holds most.
@@ -414,11 +416,10 @@ class Plan:
         """
         if stage is None:
             return max((self.memory(i) for i in self._stages()), key=lambda m: m.total)
-        args, m, element = self.args, self.model, 2 if self.half else 4
+        args, m, element, gradient = self.args, self.model, self.element, self.gradient
         parameters, experts = self.parameters_on(stage), self.expert_parameters_on(stage)
         owned = (parameters - experts) / self.optimizer_shards()
         owned += experts / self.expert_optimizer_shards()
-        gradient = 2 if self.half and args.grad_reduce_in_bf16 else 4
         state = 4 * _MOMENTS.get(args.optimizer, 2)
         if self.half:
             state += 4 + (4 if gradient == 2 else 0)  # fp32 weights; an fp32 copy of gradients
@@ -446,12 +447,11 @@ class Plan:
 
     def _logit_bytes(self) -> int:
         """Of one logit, from the forward to the backward pass of the loss."""
-        element = 2 if self.half else 4
-        whole = 6 if self.half else element
+        whole = 6 if self.half else self.element
         if not self.args.cross_entropy_loss_fusion:
             return whole
         # Megatron's own, as PyTorch compiles it, does not go backward in place.
-        return element if self.args.cross_entropy_fusion_impl == "te" else whole + 4
+        return self.element if self.args.cross_entropy_fusion_impl == "te" else whole + 4
 
     # Checkpoints
 
@@ -479,7 +479,7 @@ class Plan:
         """(of weights, of optimizer state) a parameter in a checkpoint."""
         optimizer = 4 * _MOMENTS.get(self.args.optimizer, 2)
         optimizer += 4 * (self.half or self.args.use_distributed_optimizer)
-        return 2 if self.half else 4, 0 if self.args.no_save_optim else optimizer
+        return self.element, 0 if self.args.no_save_optim else optimizer
 
     @property
     def optimizer_format(self) -> str | None:
@@ -496,7 +496,7 @@ class Plan:
         """What a save costs a rank of the stage that holds most, in either optimizer format."""
         weights, state = self._saved_bytes()
         parts = []
-        for numel, ranks, slices in self._parts([self._largest_stage()]):
+        for numel, ranks, slices in self._parts([self.largest_stage()]):
             # Tensor-parallel ranks are neighbours, and a node has those of one pipeline stage.
             slices = min(slices, self.cluster.gpus_per_node)
             on_node = min(ranks, self.cluster.gpus_per_node // slices)
@@ -523,7 +523,7 @@ class Plan:
 
     def load(self, kind: str, *, parallel: bool) -> Load:
         """What a load costs a rank of the stage that holds most, at an unchanged layout."""
-        return self._load(kind, [self._largest_stage()], parallel=parallel)
+        return self._load(kind, [self.largest_stage()], parallel=parallel)
 
     def _load(self, kind: str, stages: Iterable[int], *, parallel: bool) -> Load:
         """The sum over these stages, of each of which one rank loads."""
@@ -541,7 +541,7 @@ class Plan:
         ranks = self.tensor * self.data * self.context
         return ranks * self._load(kind, range(self.pipeline), parallel=parallel).read
 
-    def _largest_stage(self) -> int:
+    def largest_stage(self) -> int:
         """The pipeline stage whose ranks have most parameters."""
         return max(self._stages(), key=self.parameters_on)
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+from megatron_xielu.catalog import NUMBERS
 from megatron_xielu.common.flags import argument_of
 from megatron_xielu.common.text import first_line, ready_output
 from megatron_xielu.plan import gpus
@@ -117,7 +118,8 @@ def _positive(value: str) -> str:
 def _ratio(value: str) -> str:
     if fault := _number(value):
         return fault
-    return "" if float(value) == 0 or float(value) > 1 else " must be above 1, or 0"
+    fault = NUMBERS["--straggler-ratio"].fault(float(value))
+    return f" {fault}" if fault else ""
 
 
 def _port(value: str) -> str:
