@@ -27,17 +27,20 @@ from megatron_xielu.checkpoints.saved_arguments import check_spec
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
 from megatron_xielu.common.versions import made_with
-from megatron_xielu.features import norm_decay, recompute, shared_alphas, stragglers
+from megatron_xielu.features import alpha_group, norm_decay, recompute, shared_alphas, stragglers
 from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import checkpoint_arguments, releases
 
 _FROZEN_FLAG = "--xielu-frozen-alphas"
 
-# Which alphas there are to be trained, and to have an optimizer state: argument: flag. Restored
-# too, unless given.
-_TRAINED_ALPHAS = {"xielu_frozen_alphas": _FROZEN_FLAG, "xielu_shared_alphas": shared_alphas.FLAG}
-# Which parameters are in which group of the optimizer: a state is of one choice of them.
-_PARAMETER_GROUPS = {**_TRAINED_ALPHAS, norm_decay.ARGUMENT: norm_decay.FLAG}
+# Which alphas there are to be trained, and to have an optimizer state.
+_TRAINED_ALPHAS = ("xielu_frozen_alphas", "xielu_shared_alphas")
+# What makes the optimizer's parameter groups, and its default: a state is of one choice of them.
+# Restored too, unless given.
+_PARAMETER_GROUPS: dict[str, float] = {
+    **dict.fromkeys((*_TRAINED_ALPHAS, norm_decay.ARGUMENT), False),
+    **catalog.ALPHA_GROUP,
+}
 
 
 def add_activation_arguments(parser: ArgumentParser) -> Any:
@@ -84,6 +87,19 @@ def add_activation_arguments(parser: ArgumentParser) -> Any:
         action="store_true",
         help="An ablation: all MLPs of the model share one pair of alphas. Not with pipeline "
         "parallelism.",
+    )
+    group.add_argument(
+        flag_of(alpha_group.LR_MULT),
+        type=float,
+        metavar="M",
+        help="The alphas' learning rate in those of the model: M times --lr and --min-lr, on the "
+        "same schedule (1).",
+    )
+    group.add_argument(
+        flag_of(alpha_group.WEIGHT_DECAY),
+        type=float,
+        metavar="W",
+        help="Weight decay of the raw alphas, whatever --weight-decay is (0).",
     )
     return group
 
@@ -173,7 +189,7 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
 def _setting(args: Namespace, argument: str) -> float:
     """Its value; the default where it was not given, or where a script has no such flag."""
     value = getattr(args, argument, None)
-    return catalog.SETTINGS[argument] if value is None else value
+    return {**catalog.SETTINGS, **_PARAMETER_GROUPS}[argument] if value is None else value
 
 
 def validate(args: Namespace) -> None:
@@ -188,12 +204,13 @@ def validate(args: Namespace) -> None:
     builder = activation_builder(args)
     for problem in (*catalog.out_of_range(args), *catalog.contradictions(args)):
         raise ValueError(problem)
+    numbers = (*catalog.SETTINGS, *catalog.ALPHA_GROUP)
     if builder is None:
         switches = ("xielu_recompute_output", "xielu_check_tp_sync", *_TRAINED_ALPHAS)
-        for argument in (*switches, *catalog.SETTINGS):
+        for argument in (*switches, *numbers):
             if getattr(args, argument) not in (None, 0):
                 raise ValueError(catalog.needs_ours(flag_of(argument)))
-    for argument in catalog.SETTINGS:  # as checkpoints keep them, with any activation
+    for argument in numbers:  # as checkpoints keep them, with any activation
         setattr(args, argument, _setting(args, argument))
     if builder is None:
         return
@@ -427,17 +444,22 @@ def _refuse_another_beta(beta: float, saved: Namespace, folder: str) -> None:
 def _refuse_other_groups(args: Namespace, saved: Namespace, folder: str) -> None:
     """Refuse an optimizer state of other parameters, or of other groups, than this run's."""
     starts_anew = optimizer_format.starts_anew(args, folder)
-    for argument, flag in _PARAMETER_GROUPS.items():
-        now, then = (getattr(a, argument, False) for a in (args, saved))
+    for argument in _PARAMETER_GROUPS:
+        flag = flag_of(argument)
+        now, then = (_setting(a, argument) for a in (args, saved))
         if now and not then and argument == "xielu_shared_alphas":
             raise ValueError(
                 f"the checkpoint in {folder} has a pair of alphas for each layer; drop {flag}"
             )
         if now != then and not starts_anew:
+            if argument in catalog.ALPHA_GROUP:
+                how, fix = f"with {flag} {then:g}, not {now:g}", "give"
+            else:
+                how, fix = f"with{'' if then else 'out'} {flag}", "add" if then else "drop"
             raise ValueError(
-                f"the checkpoint in {folder} was trained with{'' if then else 'out'} {flag}, and "
-                f"so was its optimizer state; {'add' if then else 'drop'} it, or add "
-                "--no-load-optim (optimizer and learning rate schedule start anew)"
+                f"the checkpoint in {folder} was trained {how}, and so was its optimizer state; "
+                f"{fix} it, or add --no-load-optim (optimizer and learning rate schedule start "
+                "anew)"
             )
 
 
@@ -466,9 +488,10 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
     """
     check_spec(saved, args.spec, folder)
     found = activation_name(saved)
-    for name in _PARAMETER_GROUPS:
-        if hasattr(args, name):  # not every script has each
-            setattr(args, name, getattr(args, name) or getattr(saved, name, False))
+    for name, default in _PARAMETER_GROUPS.items():
+        now, then = getattr(args, name, "no such flag"), _setting(saved, name)
+        if then != default and (now is None or now is False):  # 0 is given
+            setattr(args, name, then)
     # A flag that contradicts the checkpoint is an error, not a choice.
     if found and args.xielu_beta is None:
         args.xielu_beta = _setting(saved, "xielu_beta")

@@ -27,6 +27,10 @@ SETTINGS = {
     "xielu_beta": DEFAULT_BETA,
 }
 
+# What the optimizer does with alphas alone: their learning rate, as a multiple of the model's, and
+# their weight decay. With these values they have no parameter group of their own.
+ALPHA_GROUP = {"xielu_alpha_lr_mult": 1.0, "xielu_alpha_weight_decay": 0.0}
+
 SPEC_MODULE = "megatron_xielu.layer_specs"
 
 
@@ -153,7 +157,7 @@ NUMBERS = {
     **dict.fromkeys(
         (
             "--lr --min-lr --lr-warmup-init --weight-decay --adam-eps --init-method-std "
-            "--loss-scale"
+            "--loss-scale --xielu-alpha-weight-decay"
         ).split(),
         _FROM_0,
     ),
@@ -169,6 +173,7 @@ NUMBERS = {
     ),
     **dict.fromkeys(("--hidden-dropout", "--attention-dropout"), _SHARE),
     **dict.fromkeys(map(flag_of, SETTINGS), _ALPHA),
+    "--xielu-alpha-lr-mult": Limits(0, 1e6, whole=False, above=True),
 }
 
 
@@ -447,6 +452,18 @@ def contradictions(arguments: Any) -> Iterator[str]:
                     f"--deterministic-mode does not go with {flag_of(name)}; drop one of them"
                     + variable
                 )
+    for name, default in ALPHA_GROUP.items():
+        if given("xielu_frozen_alphas") and given(name) not in (None, default):
+            yield (
+                f"{flag_of(name)} {given(name):g} with --xielu-frozen-alphas: nothing trains them; "
+                f"drop --xielu-frozen-alphas, or give {flag_of(name)} {default:g}"
+            )
+    scales = given("xielu_alpha_lr_mult") not in (None, ALPHA_GROUP["xielu_alpha_lr_mult"])
+    if scales and given("use_mup") and given("optimizer") == "sgd":
+        yield (
+            "--xielu-alpha-lr-mult does not go with --use-mup and --optimizer sgd, where μP scales "
+            "the learning rate of the alphas; drop one of them"
+        )
     sources = [name for name in ("mock_data", "data_path") if given(name)]
     sources += [name for name in _SPLIT_PATHS if given(name)][:1]
     if len(sources) > 1:

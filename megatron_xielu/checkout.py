@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_xielu import arguments, workarounds
-from megatron_xielu.features import shared_alphas
+from megatron_xielu import arguments, catalog, workarounds
+from megatron_xielu.common.flags import flag_of
+from megatron_xielu.features import alpha_group, shared_alphas
 from megatron_xielu.megatron_activations import ActivationBuilder
 from megatron_xielu.workarounds import rope_scaling
 
@@ -62,6 +63,12 @@ def validate(args: Namespace) -> None:
             raise ValueError(
                 f"{shared_alphas.FLAG} needs python -m megatron_xielu.pretrain_gpt: a patched "
                 "checkout cannot share alphas"
+            )
+        if alpha_group.is_asked(args):  # not all of those releases have the overrides for it
+            raise ValueError(
+                f"{' and '.join(map(flag_of, catalog.ALPHA_GROUP))} need python -m "
+                "megatron_xielu.pretrain_gpt: a patched checkout has the alphas in Megatron's "
+                "parameter groups"
             )
         _builder = arguments.activation_builder(args)
         if _builder is not None:

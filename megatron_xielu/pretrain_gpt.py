@@ -47,7 +47,12 @@ def _train(args: Namespace) -> None:
 
     from megatron_xielu import layer_specs, training_step
     from megatron_xielu.arguments import activation_name, megatrons_checks
-    from megatron_xielu.features import activation_summary, alpha_logging, norm_decay, stragglers
+    from megatron_xielu.features import (
+        activation_summary,
+        alpha_logging,
+        parameter_groups,
+        stragglers,
+    )
 
     with _errors_in_one_line(), megatrons_checks():
         model = layer_specs.model_config(args)
@@ -55,7 +60,7 @@ def _train(args: Namespace) -> None:
         config = pretrain_cfg_container_from_args(args, model)
     if activation_name(args):
         alpha_logging.install_if_asked(args)
-    norm_decay.install_if_asked(args)
+    parameter_groups.install_if_asked(args)
     # Megatron then builds the data sets on the ranks that need them, not on rank 0 alone.
     data_sets = training_step.train_valid_test_datasets
     data_sets.is_distributed = True  # type: ignore[attr-defined]

@@ -61,7 +61,9 @@ How it works, and what works together with it: [memory.md](memory.md).
 
 {_table(catalog.WITH_SHARED_ALPHAS)}
 
-It, `--xielu-frozen-alphas` and `--xielu-recompute-output` need `--xielu` or `--xiprelu`.
+It, `--xielu-frozen-alphas` and `--xielu-recompute-output` need `--xielu` or `--xiprelu`, as do
+`--xielu-alpha-lr-mult` and `--xielu-alpha-weight-decay`, which do not go with frozen alphas, nor
+the first with `--use-mup` and `--optimizer sgd`.
 
 ## With `{catalog.DOCUMENTS_FLAG}`
 

@@ -361,9 +361,9 @@ def _optimizers(args: Namespace, model: list[Any]) -> list[Any]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.training import training
 
-    from megatron_xielu.features import norm_decay
+    from megatron_xielu.features import parameter_groups
 
-    norm_decay.install_if_asked(args)
+    parameter_groups.install_if_asked(args)
     config, overrides = training.get_megatron_optimizer_config(args)
     chain = get_megatron_optimizer(
         config,

@@ -36,7 +36,10 @@ _COUNTS_OR_NONE = (
     *("start_eval_at_iter", "consumed_valid_samples", "vocab_extra_ids"),
     *("tiktoken_num_special_tokens", "num_dataset_builder_threads"),
 )
-_NUMBERS = ("xielu_beta", "xielu_alpha_p_init", "xielu_alpha_n_init", "glu_linear_offset")
+_NUMBERS = (
+    *("xielu_beta", "xielu_alpha_p_init", "xielu_alpha_n_init", "glu_linear_offset"),
+    *("xielu_alpha_lr_mult", "xielu_alpha_weight_decay"),
+)
 _NUMBERS_OR_NONE = (
     *("softmax_scale", "activation_func_clamp_value", "rotary_seq_len_interpolation_factor"),
     "mid_level_dataset_surplus",

@@ -7,7 +7,6 @@ stay without. Megatron's own ``--apply-wd-to-qk-layernorm`` does it for queries 
 
 from __future__ import annotations
 
-import functools
 from argparse import Namespace
 from typing import Any
 
@@ -20,29 +19,9 @@ ARGUMENT = "apply_wd_to_norms"
 _GAINS = ("norm.weight", "layer_norm_weight")
 
 
-def install_if_asked(args: Namespace) -> None:
-    """`install`, where the flag is given."""
-    if getattr(args, ARGUMENT, False):
-        install()
-
-
-@functools.cache
-def install() -> None:
-    """Have Megatron's training loop make its parameter groups so, for arguments that ask for it.
-
-    Megatron 0.19 has overrides of parameter groups, and no flag or callback to add one: the
-    function of ``megatron.training.training`` that chooses them is wrapped in this process.
-    """
-    from megatron.training import training
-
-    choose = training.get_megatron_optimizer_config
-
-    @functools.wraps(choose)
-    def with_norms(args: Namespace) -> tuple[Any, Any]:
-        config, overrides = choose(args)
-        return config, decaying_norms(overrides) if getattr(args, ARGUMENT, False) else overrides
-
-    training.get_megatron_optimizer_config = with_norms
+def is_asked(args: Namespace) -> bool:
+    """Whether the flag is given."""
+    return getattr(args, ARGUMENT, False)
 
 
 def decaying_norms(overrides: dict[Any, Any]) -> dict[Any, Any]:

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_xielu.catalog import NUMBERS, SETTINGS, out_of_range
+from megatron_xielu.catalog import ALPHA_GROUP, NUMBERS, SETTINGS, out_of_range
 from megatron_xielu.common.flags import unknown_flag
 
 # The names of all flags of the Megatron releases that docs/versions.md has, and ours: `make docs`.
@@ -35,6 +35,7 @@ _DEFAULTS = {
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     **SETTINGS,
+    **ALPHA_GROUP,
 }
 _SWITCHES = (
     "xielu xiprelu xielu-recompute-output xielu-frozen-alphas xielu-shared-alphas "

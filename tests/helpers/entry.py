@@ -19,10 +19,11 @@ def main() -> None:
     chunks: list = []
     calls = {"alphas": 0, "formula": 0, "fused_biases": 0, "empty": 0}
     decay: dict[str, float] = {}  # of every parameter, as a multiple of --weight-decay
+    groups_of_steps: list[list[dict]] = []  # of this rank's optimizers, as each step used them
 
     def observe() -> None:
         import torch
-        from megatron.core import mpu, optimizer
+        from megatron.core import mpu, optimizer, optimizer_param_scheduler
 
         from megatron_xielu import activations, layer_specs, megatron_activations
 
@@ -42,6 +43,21 @@ def main() -> None:
             return groups
 
         optimizer._get_param_groups = groups_and_remember
+        scheduler = optimizer_param_scheduler.OptimizerParamScheduler
+        next_rates = scheduler.step
+
+        def remember_and_step(self, increment):
+            if increment:
+                groups_of_steps.append(
+                    [
+                        {key: value for key, value in group.items() if key != "params"}
+                        | {"numel": sum(p.numel() for p in group["params"])}
+                        for group in self.optimizer.param_groups
+                    ]
+                )
+            next_rates(self, increment)
+
+        scheduler.step = remember_and_step
         all_reduce = torch.distributed.all_reduce
 
         def count(tensor, *args, **kwargs):
@@ -96,6 +112,7 @@ def main() -> None:
             name: p.main_grad.double().tolist() for name, p in parameters.items() if p.requires_grad
         },
         "decay": {name.replace("module.", ""): times for name, times in decay.items()},
+        "groups": groups_of_steps,
         "alpha_collectives": calls["alphas"],
         # How often the activation was computed: in forward, in evaluation, in recomputation.
         "formula_calls": calls["formula"],

@@ -75,6 +75,8 @@ class TestVariants:
                 (0.4, 1.2),
             ),
             ("xielu-beta-0.3", "--xielu --xielu-beta 0.3", (0.8, 0.8)),
+            ("xielu-lr-0.3", "--xielu --xielu-alpha-lr-mult 0.3", (0.8, 0.8)),
+            ("xiprelu-decay-0.1", "--xiprelu --xielu-alpha-weight-decay 0.1", (0.8, 0.8)),
             ("xielu-recompute", "--xielu --xielu-recompute-output", (0.8, 0.8)),
         ],
     )
@@ -86,7 +88,7 @@ class TestVariants:
     @pytest.mark.parametrize(
         "name",
         "relu gelu-frozen relu2-recompute xielu- xielu-frosen xielu-init xielu-beta-x "
-        "xielu-init-0.4-0.5".split(),
+        "xielu-init-0.4-0.5 xielu-lr xielu-lr-0 xielu-decay-0.1-0.2".split(),
     )
     def test_what_is_none_is_refused(self, name: str) -> None:
         with pytest.raises(ValueError, match=re.escape(name.partition("-")[0])):

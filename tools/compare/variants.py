@@ -6,6 +6,8 @@
     xielu-init-0.4          αp starts at 0.4 (0.8 is the default), αn as ever
     xielu-init-0.4-1.2      αp starts at 0.4, αn at 1.2
     xielu-beta-0.3          β is 0.3 (0.5 is the default)
+    xielu-lr-10             the alphas' learning rate is 10 times the model's
+    xielu-decay-0.1         raw alphas have a weight decay of 0.1 (none is the default)
     xielu-recompute         computed twice, to keep one tensor of the MLP's width less: the same
                             losses with less memory
 
@@ -31,7 +33,13 @@ _SWITCHES = {
     "shared": ("one pair for all layers", "--xielu-shared-alphas"),
     "recompute": ("output recomputed", "--xielu-recompute-output"),
 }
-_LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas
+# Those with one: what they are called, and the flag.
+_NUMBERED = {
+    "beta": ("β", "--xielu-beta"),
+    "lr": ("learning rate of alphas ×", "--xielu-alpha-lr-mult"),
+    "decay": ("weight decay of alphas", "--xielu-alpha-weight-decay"),
+}
+_LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas; within those of the others
 
 
 @dataclass(frozen=True)
@@ -72,15 +80,17 @@ def parse(name: str) -> Variant:
             said, flag = _SWITCHES[what]
             return Variant(name, f"{label}, {said}", activation, (*flags, flag))
         numbers = _numbers(values)
-        if what == "beta" and len(numbers) == 1:
-            flags = (*flags, "--xielu-beta", values[0])
-            return Variant(name, f"{label}, β {values[0]}", activation, flags)
+        if what in _NUMBERED and len(numbers) == 1:
+            said, flag = _NUMBERED[what]
+            return Variant(
+                name, f"{label}, {said} {values[0]}", activation, (*flags, flag, *values)
+            )
         if what == "init" and len(numbers) in (1, 2):
             return _with_inits(name, activation, flags, numbers)
     raise ValueError(
         f"{name!r} is not a variant; of xielu and xiprelu there are -frozen, -shared, "
-        "-recompute, -init-P, -init-P-N and -beta-B with numbers above 0, at most "
-        f"{_LIMITS.most}, for P, N and B: xielu-init-0.4"
+        "-recompute, -init-P, -init-P-N, -beta-B, -lr-M and -decay-W with numbers above 0, at most "
+        f"{_LIMITS.most}, for P, N, B, M and W: xielu-init-0.4"
     )
 
 
