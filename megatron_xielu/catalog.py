@@ -31,6 +31,7 @@ SETTINGS = {
 # their weight decay. With these values they have no parameter group of their own.
 ALPHA_GROUP = {"xielu_alpha_lr_mult": 1.0, "xielu_alpha_weight_decay": 0.0}
 
+
 SPEC_MODULE = "megatron_xielu.layer_specs"
 
 
@@ -92,6 +93,13 @@ def activations_of(arguments: Any) -> list[str]:
 def activation_of(arguments: Any) -> str:
     """The activation that arguments mean; GELU, Megatron's default, where they ask for none."""
     return (*activations_of(arguments), "gelu")[0]
+
+
+def alpha_group_of(arguments: Any) -> list[str]:
+    """What arguments ask for of `ALPHA_GROUP`, in words."""
+    lr_mult, decay = (getattr(arguments, name, None) for name in ALPHA_GROUP)
+    words = [] if lr_mult in (None, 1) else [f"learning rate × {lr_mult:g}"]
+    return words + ([f"weight decay {decay:g}"] if decay else [])
 
 
 def needs_ours(flag: str) -> str:

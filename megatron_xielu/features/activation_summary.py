@@ -72,6 +72,7 @@ def found_in(activation: Any, args: Namespace) -> Found:
     trained = activation.alpha_p.requires_grad
     alphas += [] if trained else ["frozen"]
     alphas += ["one pair for all MLPs"] if getattr(args, "xielu_shared_alphas", False) else []
+    alphas += catalog.alpha_group_of(args)
     loads = getattr(args, "load", None) or getattr(args, "pretrained_checkpoint", None)
     return Found(
         catalog.ACTIVATIONS[activation.name].label,

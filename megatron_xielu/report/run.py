@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xielu.catalog import ACTIVATIONS
+from megatron_xielu.catalog import ACTIVATIONS, alpha_group_of
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report.evaluation import Evaluation, MeasuredLayer
 from megatron_xielu.report.events import Series
@@ -90,7 +90,7 @@ class Run:
         for argument, word in (("frozen_alphas", "frozen"), ("shared_alphas", "shared")):
             if getattr(self.arguments, f"xielu_{argument}", False):
                 label += f", {word} alphas"
-        return label
+        return label + "".join(f", alphas' {what}" for what in alpha_group_of(self.arguments))
 
     @property
     def train(self) -> Series | None:

@@ -1,7 +1,7 @@
 """Native fp32 parameters (the alphas) in a bf16 or fp16 model, as Megatron's optimizers save them.
 
 Megatron trains such a model correctly and writes wrong checkpoints of it, in 0.17.1, 0.18.2 and
-0.19.2. `install` mends three faults; where all parameters have 16 bits it changes nothing.
+0.19.2. `install` mends four faults; where all parameters have 16 bits it changes nothing.
 
 **Order** (`DistributedOptimizer`; also main of 2026-08-22). It keeps two orders of a parameter
 group: the one it looks state up by follows the gradient buffers, of which the 16-bit one may come
@@ -16,6 +16,11 @@ without autograd. No upstream change is known.
 others with it). It numbers only 16-bit parameters, so that an fp32 one shifts the state of all that
 follow: "Optimizer shape … does not match model shape", "Param id … does not match". Ended by
 NVIDIA/Megatron-LM #5929 (86e928a97f, main of 2026-08-11), whose checkpoints this writes too.
+
+**Groups** (`Float16OptimizerWithFloat16Params`). The master weights are saved as a list for each
+parameter group. One that has none, as that of the alphas (`features.alpha_group`), has an empty
+list, with which loading ends: "Cannot merge two lists with different lengths". This leaves it out
+of checkpoints, and puts it back as it loads. No upstream change is known.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ import functools
 from typing import Any
 
 import torch
+
+_MASTERS = "fp32_from_fp16_params"
 
 
 def install() -> None:
@@ -40,6 +47,13 @@ def install() -> None:
     if _misnumbers():
         Float16OptimizerWithFloat16Params.sharded_state_dict = _all_numbered(
             Float16OptimizerWithFloat16Params.sharded_state_dict
+        )
+    if not hasattr(Float16OptimizerWithFloat16Params.load_state_dict, "__wrapped__"):
+        Float16OptimizerWithFloat16Params.sharded_state_dict = _without_empty_groups(
+            Float16OptimizerWithFloat16Params.sharded_state_dict
+        )
+        Float16OptimizerWithFloat16Params.load_state_dict = _with_empty_groups(
+            Float16OptimizerWithFloat16Params.load_state_dict
         )
 
 
@@ -83,6 +97,31 @@ def _all_numbered(sharded_state_dict: Any) -> Any:
             for tensors, group in zip(state["fp32_from_fp16_params"], inner, strict=True)
         ]
         return state
+
+    return mended
+
+
+def _without_empty_groups(sharded_state_dict: Any) -> Any:
+    @functools.wraps(sharded_state_dict)
+    def mended(self: Any, *args: Any, **kwargs: Any) -> dict:
+        state = sharded_state_dict(self, *args, **kwargs)
+        if _MASTERS in state:
+            state[_MASTERS] = [group for group in state[_MASTERS] if group]
+        return state
+
+    return mended
+
+
+def _with_empty_groups(load_state_dict: Any) -> Any:
+    @functools.wraps(load_state_dict)
+    def mended(self: Any, state_dict: dict) -> None:
+        saved = [group for group in state_dict.get(_MASTERS, ()) if group]
+        if saved:
+            groups = iter(saved)
+            state_dict[_MASTERS] = [
+                next(groups, []) if group else [] for group in self.fp32_from_float16_groups
+            ]
+        load_state_dict(self, state_dict)
 
     return mended
 

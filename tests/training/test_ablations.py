@@ -234,6 +234,19 @@ def parse(monkeypatch):
     [
         ("--squared-relu --xielu-frozen-alphas", "--xielu-frozen-alphas needs --xielu or"),
         ("--squared-relu --xielu-shared-alphas", "--xielu-shared-alphas needs --xielu or"),
+        ("--swiglu --xielu-alpha-lr-mult 3", "--xielu-alpha-lr-mult needs --xielu or --xiprelu"),
+        (
+            "--xielu --xielu-frozen-alphas --xielu-alpha-lr-mult 3",
+            "--xielu-alpha-lr-mult 3 with --xielu-frozen-alphas: .* or give .* 1$",
+        ),
+        (
+            "--xielu --xielu-frozen-alphas --xielu-alpha-weight-decay 0.1",
+            "--xielu-alpha-weight-decay 0.1 with --xielu-frozen-alphas: .* or give .* 0$",
+        ),
+        (
+            "--xielu --xielu-alpha-lr-mult 3 --use-mup --optimizer sgd",
+            "--xielu-alpha-lr-mult does not go with --use-mup and --optimizer sgd",
+        ),
         (
             "--xielu --xielu-shared-alphas --pipeline-model-parallel-size 2",
             "--xielu-shared-alphas does not work with --pipeline-model-parallel-size above 1",
@@ -245,15 +258,20 @@ def parse(monkeypatch):
 def test_refused(parse, flags, message):
     with pytest.raises(ValueError, match=message):
         arguments.validate(parse(flags))
-    if "--num-experts" in flags or "--mtp" in flags:  # which the plan does not know
+    if any(flag in flags for flag in ("--num-experts", "--mtp", "mup")):  # the plan knows none
         return
     problems = plan_checks.problems(Plan([*TINY_LLAMA, *flags.split()]), environment={})
     assert any(re.search(message, problem) for problem in problems), problems
 
 
-def test_a_patched_checkout_cannot_share(parse):
-    with pytest.raises(SystemExit, match=r"--xielu-shared-alphas needs python -m megatron_xielu\."):
-        checkout.validate(parse("--xielu --xielu-shared-alphas"))
+@pytest.mark.parametrize(
+    "flag",
+    ["--xielu-shared-alphas", "--xielu-alpha-lr-mult 3", "--xielu-alpha-weight-decay 0.1"],
+)
+def test_a_patched_checkout_has_not(flag, parse):
+    message = rf"{flag.split()[0]} .*needs? python -m megatron_xielu\."
+    with pytest.raises(SystemExit, match=message):
+        checkout.validate(parse(f"--xielu {flag}"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ def test_ours():
     assert line(*ours) == said
     shared = line(*ours, args=Namespace(xielu_shared_alphas=True))
     assert shared == f"{said}, one pair for all MLPs"
+    group = Namespace(xielu_alpha_lr_mult=3.0, xielu_alpha_weight_decay=0.1)
+    assert line(*ours, args=group) == f"{said}, learning rate × 3, weight decay 0.1"
+    assert line(*ours, args=Namespace(xielu_alpha_lr_mult=1.0, xielu_alpha_weight_decay=0)) == said
     assert line(MegatronXIPReLU(frozen_alphas=True), args=Namespace(load="there")) == (
         "xIPReLU in 1 MLP, αp 0.8, αn 0.8 (or as loaded from a checkpoint), β 0.5; "
         "alphas fp32, frozen"

@@ -20,6 +20,8 @@ BUCKETS = "--bf16 --overlap-grad-reduce --ddp-bucket-size 10000"
 DEFAULT = f"{BUCKETS} --use-distributed-optimizer"
 FULL = f"{DEFAULT} --dist-ckpt-optim-fully-reshardable"
 EXPERTS = "--num-experts 2 --expert-model-parallel-size 2"
+# The alphas, fp32 in a model of 16 bits, alone in a parameter group.
+GROUP = "--xielu-alpha-lr-mult 3 --xielu-alpha-weight-decay 0.1"
 
 # What is trained, and its ranks.
 CASES = {
@@ -34,23 +36,23 @@ CASES = {
     "dropout-gelu": (f"{DEFAULT} --hidden-dropout 0.1 --attention-dropout 0.1", 2),
     "not-distributed": (f"--xielu {BUCKETS}", 2),
     "not-distributed-fp16": (
-        f"--xiprelu {BUCKETS.replace('--bf16', '--fp16 --initial-loss-scale 1024')}",
+        f"--xiprelu {GROUP} {BUCKETS.replace('--bf16', '--fp16 --initial-loss-scale 1024')}",
         2,
     ),
     # Ranks that own a part of some buckets of a buffer, and nothing of others before them.
-    "default-many-buckets": (f"--xielu {DEFAULT.replace('10000', '1')}", 3),
+    "default-many-buckets": (f"--xielu {GROUP} {DEFAULT.replace('10000', '1')}", 3),
     "default-tied-pp2": (f"--xielu {DEFAULT} --pipeline-model-parallel-size 2", 4),
     "default-virtual-pp2": (
-        f"--xielu {DEFAULT} --pipeline-model-parallel-size 2 "
+        f"--xielu {GROUP} {DEFAULT} --pipeline-model-parallel-size 2 "
         "--num-layers-per-virtual-pipeline-stage 1",
         4,
     ),
-    "muon": (f"--xielu {BUCKETS} --optimizer muon", 2),
+    "muon": (f"--xielu {GROUP} {BUCKETS} --optimizer muon", 2),
     "muon-distributed": (f"--xielu {DEFAULT} --optimizer muon", 3),
     "muon-lion": (f"--xielu {DEFAULT} --optimizer muon --muon-scalar-optimizer lion", 2),
     "lion": (f"--xiprelu {BUCKETS} --optimizer lion", 2),
     "experts": (f"--xielu {DEFAULT} {EXPERTS}", 4),
-    "experts-full": (f"--xielu {FULL} {EXPERTS}", 4),
+    "experts-full": (f"--xielu {GROUP} {FULL} {EXPERTS}", 4),
     "experts-muon": (f"--xielu {BUCKETS} {EXPERTS} --optimizer muon", 2),
 }
 
