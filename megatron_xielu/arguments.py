@@ -24,6 +24,7 @@ from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA
 from megatron_xielu.checkpoints import before_load, missing, optimizer_format, resume
 from megatron_xielu.checkpoints.folder import TRACKER
 from megatron_xielu.checkpoints.saved_arguments import check_spec
+from megatron_xielu.common import per_layer
 from megatron_xielu.common.flags import flag_of, unknown_flag
 from megatron_xielu.common.text import one_line
 from megatron_xielu.common.versions import made_with
@@ -52,13 +53,14 @@ def add_activation_arguments(parser: ArgumentParser) -> Any:
     )
     group.add_argument(
         "--xielu-alpha-p-init",
-        type=float,  # None: not given; `validate` puts the default there
+        metavar="ALPHA",  # None: not given; `validate` puts the default there, and reads files
         help="Initial effective (after softplus) alpha for positive inputs "
-        f"({DEFAULT_ALPHA_INIT}).",
+        f"({DEFAULT_ALPHA_INIT}): one number, one for each layer (0.8,1.2), or a file that "
+        "python -m megatron_xielu.convert alphas has written.",
     )
     group.add_argument(
         "--xielu-alpha-n-init",
-        type=float,
+        metavar="ALPHA",
         help=f"The same for negative inputs ({DEFAULT_ALPHA_INIT}); above beta for xIELU.",
     )
     group.add_argument("--xielu-beta", type=float, help=f"Slope at 0, a constant ({DEFAULT_BETA}).")
@@ -172,13 +174,21 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
     name = activation_name(args)
     if name is None:
         return None
-    settings: dict[str, Any] = {
-        argument.removeprefix("xielu_"): _setting(args, argument) for argument in catalog.SETTINGS
-    }
+    frozen = getattr(args, "xielu_frozen_alphas", False)
+
+    def of_layer(label: str) -> ActivationBuilder:
+        settings: dict[str, Any] = {
+            argument.removeprefix("xielu_"): per_layer.of_layer(_setting(args, argument), label)
+            for argument in catalog.SETTINGS
+        }
+        return ActivationBuilder(ACTIVATIONS[name], frozen_alphas=frozen, **settings)
+
+    starts = [_setting(args, argument) for argument in catalog.PER_LAYER]
+    layers = max(len(start) if isinstance(start, list) else 1 for start in starts)
     try:
-        return ActivationBuilder(
-            ACTIVATIONS[name], frozen_alphas=getattr(args, "xielu_frozen_alphas", False), **settings
-        )
+        # Where each has its own (`features.alpha_init`), all are checked here.
+        first, *_ = [of_layer(f"layer_{layer}") for layer in range(layers)]
+        return first
     except ValueError as error:
         message = re.sub(
             r"^\w+", lambda setting: f"--xielu-{setting[0].replace('_', '-')}", str(error)
@@ -186,7 +196,7 @@ def activation_builder(args: Namespace) -> ActivationBuilder | None:
         raise ValueError(message) from None
 
 
-def _setting(args: Namespace, argument: str) -> float:
+def _setting(args: Namespace, argument: str) -> Any:
     """Its value; the default where it was not given, or where a script has no such flag."""
     value = getattr(args, argument, None)
     return {**catalog.SETTINGS, **_PARAMETER_GROUPS}[argument] if value is None else value
@@ -201,6 +211,7 @@ def validate(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag to change.
     """
+    catalog.read_per_layer(args)
     builder = activation_builder(args)
     for problem in (*catalog.out_of_range(args), *catalog.contradictions(args)):
         raise ValueError(problem)

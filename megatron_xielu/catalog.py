@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_xielu.common import per_layer
 from megatron_xielu.common.flags import COUNT, POSITIVE, Limits, argument_of, flag_of
 
 DEFAULT_ALPHA_INIT = 0.8  # effective, of both sides
@@ -26,6 +27,8 @@ SETTINGS = {
     "xielu_alpha_n_init": DEFAULT_ALPHA_INIT,
     "xielu_beta": DEFAULT_BETA,
 }
+# Those of which each layer may have its own, and what a file calls them.
+PER_LAYER = {"xielu_alpha_p_init": "alpha_p", "xielu_alpha_n_init": "alpha_n"}
 
 # What the optimizer does with alphas alone: their learning rate, as a multiple of the model's, and
 # their weight decay. With these values they have no parameter group of their own.
@@ -105,6 +108,18 @@ def alpha_group_of(arguments: Any) -> list[str]:
 def needs_ours(flag: str) -> str:
     """The error where ``flag`` is given for an activation that is not there."""
     return f"{flag} needs --xielu or --xiprelu"
+
+
+def read_per_layer(arguments: Any) -> None:
+    """Replace what `PER_LAYER` flags were given, a list or a file, by its numbers.
+
+    Raises:
+        ValueError: it cannot be read, or is of another number of layers; names the flag.
+    """
+    layers = getattr(arguments, "num_layers", None)
+    for name, side in PER_LAYER.items():
+        value = per_layer.read(getattr(arguments, name, None), flag_of(name), side, layers)
+        setattr(arguments, name, value)
 
 
 def alpha_n_floor(name: str, beta: float) -> float:
@@ -196,7 +211,9 @@ def out_of_range(arguments: Any) -> list[str]:
             if isinstance(value, int) and abs(value) > COUNT.most:
                 fault = f"must be at most {COUNT.most}"
         else:
-            fault = "" if value is None else limits.fault(value)
+            values = value if isinstance(value, list) and name in PER_LAYER else [value]
+            faults = (limits.fault(one) for one in values if one is not None)
+            fault = next(filter(None, faults), "")
         if fault:
             found.append(f"{flag_of(name)} {fault}, not {ascii(value)[:40]}")
     return found
@@ -472,6 +489,9 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--xielu-alpha-lr-mult does not go with --use-mup and --optimizer sgd, where μP scales "
             "the learning rate of the alphas; drop one of them"
         )
+    for name in PER_LAYER:
+        if given("xielu_shared_alphas") and isinstance(given(name), list):
+            yield f"--xielu-shared-alphas: all layers have one pair; give {flag_of(name)} a number"
     sources = [name for name in ("mock_data", "data_path") if given(name)]
     sources += [name for name in _SPLIT_PATHS if given(name)][:1]
     if len(sources) > 1:

@@ -19,6 +19,7 @@ from megatron_xielu.catalog import BY_ENTRY, WITH_OURS
 from megatron_xielu.checkpoints import optimizer_format
 from megatron_xielu.features import (
     activation_summary,
+    alpha_init,
     alpha_logging,
     bias_fusion,
     recompute,
@@ -62,6 +63,8 @@ def model_hooks(args: Namespace, builder: ActivationBuilder) -> list[Callable[[l
         Functions of the model chunks of this rank, as Megatron's ``pre_wrap_hooks`` are.
     """
     hooks = [_audit_hook(builder)]
+    if alpha_init.is_asked(args):
+        hooks.append(partial(alpha_init.install, args))
     if args.xielu_fuse_bias:
         hooks.append(bias_fusion.install)
     if args.xielu_recompute_output:

@@ -63,7 +63,8 @@ How it works, and what works together with it: [memory.md](memory.md).
 
 It, `--xielu-frozen-alphas` and `--xielu-recompute-output` need `--xielu` or `--xiprelu`, as do
 `--xielu-alpha-lr-mult` and `--xielu-alpha-weight-decay`, which do not go with frozen alphas, nor
-the first with `--use-mup` and `--optimizer sgd`.
+the first with `--use-mup` and `--optimizer sgd`. Shared alphas start from one pair, not from one of
+each layer.
 
 ## With `{catalog.DOCUMENTS_FLAG}`
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, alpha_n_floor
+from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, PER_LAYER, alpha_n_floor
 from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
+from megatron_xielu.common.per_layer import of_layer
 from megatron_xielu.kernels.reference import softplus
 
 # Of alphas in a checkpoint. Megatron stacks layers that are all alike, and routed experts: the
@@ -72,9 +73,9 @@ def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
             names = sorted(named)
             history[side].append([named[row] for row in names])
         if len(history["p"]) == 1:
-            initial = initial_alphas(source.arguments)
+            initial = initial_alphas(source.arguments, names)
     for values, start in zip(history.values(), initial, strict=True):
-        values.insert(0, [start] * len(names))
+        values.insert(0, start)
     return Alphas([0, *checkpoints], history["p"], history["n"], names)
 
 
@@ -90,14 +91,17 @@ def _effective(source: Source, side: str, floor: float) -> Iterator[tuple[str, f
         values = (softplus(source.read(key)) + floor).squeeze(-1)  # [layers?, experts?]
         if match["layer"] is not None:
             values = values.unsqueeze(0)
-        for row, of_layer in enumerate(values):
+        for row, values_of_layer in enumerate(values):
             layer = row if match["layer"] is None else int(match["layer"])
             label = f"mtp_{layer}" if match["stack"] == "mtp" else f"layer_{layer:02d}"
             if match["experts"]:
-                for expert, value in enumerate(of_layer.tolist()):
+                for expert, value in enumerate(values_of_layer.tolist()):
                     yield f"{label}.experts.{expert:03d}", value
             else:
-                yield f"{label}.shared_experts" if match["shared"] else label, of_layer.item()
+                yield (
+                    f"{label}.shared_experts" if match["shared"] else label,
+                    values_of_layer.item(),
+                )
 
 
 def beta(arguments: Namespace | None) -> float:
@@ -105,9 +109,12 @@ def beta(arguments: Namespace | None) -> float:
     return float(getattr(arguments, "xielu_beta", DEFAULT_BETA))
 
 
-def initial_alphas(arguments: Namespace | None) -> tuple[float, float]:
-    """Effective (αp, αn) of a new model with these arguments."""
-    return (
-        float(getattr(arguments, "xielu_alpha_p_init", DEFAULT_ALPHA_INIT)),
-        float(getattr(arguments, "xielu_alpha_n_init", DEFAULT_ALPHA_INIT)),
+def initial_alphas(
+    arguments: Namespace | None, names: Sequence[str]
+) -> tuple[list[float], list[float]]:
+    """Effective (αp, αn) of a new model with these arguments, each in the order of ``names``."""
+    positive, negative = (
+        [of_layer(getattr(arguments, argument, DEFAULT_ALPHA_INIT), name) for name in names]
+        for argument in PER_LAYER
     )
+    return positive, negative

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from typing import Annotated, Any
 
+from megatron_xielu.catalog import PER_LAYER
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import schema
 from megatron_xielu.common.flags import Limits
@@ -37,8 +38,7 @@ _COUNTS_OR_NONE = (
     *("tiktoken_num_special_tokens", "num_dataset_builder_threads"),
 )
 _NUMBERS = (
-    *("xielu_beta", "xielu_alpha_p_init", "xielu_alpha_n_init", "glu_linear_offset"),
-    *("xielu_alpha_lr_mult", "xielu_alpha_weight_decay"),
+    *("xielu_beta", "glu_linear_offset", "xielu_alpha_lr_mult", "xielu_alpha_weight_decay"),
 )
 _NUMBERS_OR_NONE = (
     *("softmax_scale", "activation_func_clamp_value", "rotary_seq_len_interpolation_factor"),
@@ -81,6 +81,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(_TEXTS_OR_NONE, str | None),
     **dict.fromkeys(_LISTS_OR_NONE, list[str] | None),
+    **dict.fromkeys(PER_LAYER, float | list[float]),
     "spec": list[str] | None,
     "norm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
     "layernorm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
@@ -117,6 +118,11 @@ def check(arguments: Namespace, where: str) -> Namespace:
         schema.check(_Saved, vars(arguments), where)
     except Malformed as error:
         raise Refused(str(error)) from None
+    layers = getattr(arguments, "num_layers", None)
+    for name in PER_LAYER:
+        value = getattr(arguments, name, None)
+        if isinstance(value, list) and len(value) != layers:
+            raise Refused(f"{where}: {name} has {len(value)} layers, and num_layers is {layers}")
     return arguments
 
 

@@ -4,6 +4,7 @@
 
 to-hf RUN OUT            Megatron → Hugging Face
 from-hf MODEL OUT        Hugging Face → Megatron
+alphas MODEL OUT.json    of either, for --xielu-alpha-p-init and --xielu-alpha-n-init
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_xielu.checkpoints.source import Refused
-from megatron_xielu.common.flags import Limits
+from megatron_xielu.common.flags import Limits, output_file
 from megatron_xielu.common.text import ready_output, reason
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m megatron_xielu.convert",
         description="Convert checkpoints between Megatron (torch_dist) and Hugging Face.",
     )
-    commands = parser.add_subparsers(required=True, metavar="to-hf | from-hf")
+    commands = parser.add_subparsers(required=True, metavar="to-hf | from-hf | alphas")
 
     export = commands.add_parser("to-hf", help="Megatron → Hugging Face")
     export.set_defaults(run=_to_hf)
@@ -96,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pad the vocabulary, so that the tensor-parallel size divides it (default: 1)",
     )
+    alphas = commands.add_parser("alphas", help="the alphas of a model, for another to start from")
+    alphas.set_defaults(run=_alphas)
+    alphas.add_argument("model", type=_path, help="a Hugging Face folder, or a run of Megatron's")
+    alphas.add_argument("out", type=output_file, help="the JSON file to write")
     for command in (export, back):
         command.add_argument(
             "--dtype", choices=_DTYPES, help="of the weights (default: as stored); alphas are fp32"
@@ -151,6 +156,13 @@ def _from_hf(args: argparse.Namespace) -> None:
         except Exception as error:  # of the name, the network or the hub
             raise Refused(f"{args.model} cannot be downloaded: {reason(error)}") from error
     from_hf.convert(folder, args.out.absolute(), options)
+
+
+def _alphas(args: argparse.Namespace) -> None:
+    from megatron_xielu.convert import alphas
+
+    alphas.write(args.model, args.out)
+    print(f"written: {args.out}; --xielu-alpha-p-init and --xielu-alpha-n-init take it")
 
 
 def _size(text: str) -> int:

@@ -62,7 +62,7 @@ def convert(
     output.check(out, folder, force=options.force, content=CONTENT)
     config = hf_config.read(folder)
     reader = Reader(folder)
-    stored = hf_config.architecture_of(config, _beta(reader))
+    stored = hf_config.architecture_of(config, beta(reader))
     _check_tensors(reader, stored)
     rows = -(-stored.vocabulary // options.divisor) * options.divisor
     architecture = replace(stored, vocabulary=rows)
@@ -101,7 +101,7 @@ def convert(
     report("continue pre-training with: " + " ".join([*flags, *tokenizer_flags]))
 
 
-def _beta(reader: Reader) -> float | None:
+def beta(reader: Reader) -> float | None:
     """xIELU's β, which every layer has as a buffer; None if none has."""
     names = [name for name in reader.names if name.endswith(".mlp.act_fn.beta")]
     for name in names:

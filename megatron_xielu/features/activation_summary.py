@@ -76,11 +76,19 @@ def found_in(activation: Any, args: Namespace) -> Found:
     loads = getattr(args, "load", None) or getattr(args, "pretrained_checkpoint", None)
     return Found(
         catalog.ACTIVATIONS[activation.name].label,
-        f", αp {activation.alpha_p_init:g}, αn {activation.alpha_n_init:g}"
+        f", αp {_start(args, activation, 'alpha_p_init')}"
+        f", αn {_start(args, activation, 'alpha_n_init')}"
         + (" (or as loaded from a checkpoint)" if loads else "")
         + f", β {activation.beta:g}; alphas {', '.join(alphas)}",
         activation.tp_group.size() if trained and activation.tp_group is not None else 1,
     )
+
+
+def _start(args: Namespace, activation: MegatronActivation, setting: str) -> str:
+    values = getattr(args, f"xielu_{setting}", None)
+    if isinstance(values, list):
+        return f"{min(values):g} to {max(values):g} by layer"
+    return f"{getattr(activation, setting):g}"
 
 
 def say(mlps: dict[tuple[str, str], Found]) -> None:

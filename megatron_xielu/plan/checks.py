@@ -142,7 +142,9 @@ def _flags(plan: Plan) -> Iterator[str]:
         excluded = [*catalog.WITH_OURS, *catalog.BY_ENTRY]
         yield from catalog.also_not_with_ours(args, name)
         floor = catalog.alpha_n_floor(plan.model.activation, args.xielu_beta)
-        if args.xielu_alpha_n_init - floor < catalog.FLOAT32_LEAST:
+        starts = args.xielu_alpha_n_init
+        least = min(starts) if isinstance(starts, list) else starts
+        if least - floor < catalog.FLOAT32_LEAST:
             yield f"--xielu-alpha-n-init of {name} must be above {floor}"
     else:
         name, excluded = "this entry", [*catalog.BY_ENTRY]

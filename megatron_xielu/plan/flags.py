@@ -11,8 +11,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_xielu.catalog import ALPHA_GROUP, NUMBERS, SETTINGS, out_of_range
-from megatron_xielu.common.flags import unknown_flag
+from megatron_xielu.catalog import (
+    ALPHA_GROUP,
+    NUMBERS,
+    PER_LAYER,
+    SETTINGS,
+    out_of_range,
+    read_per_layer,
+)
+from megatron_xielu.common.flags import argument_of, unknown_flag
 
 # The names of all flags of the Megatron releases that docs/versions.md has, and ours: `make docs`.
 KNOWN = Path(__file__).with_name("megatron_flags.txt")
@@ -123,7 +130,8 @@ class _Parser(ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(allow_abbrev=False, add_help=False)
     for flag, limits in NUMBERS.items():
-        parser.add_argument(flag, type=int if limits.whole else float)
+        per_layer = argument_of(flag) in PER_LAYER
+        parser.add_argument(flag, type=str if per_layer else int if limits.whole else float)
     for flag in _SWITCHES:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--disable-bias-linear", dest="add_bias_linear", action="store_false")
@@ -142,6 +150,10 @@ def parse(argv: Sequence[str]) -> Namespace:
         PlanError: values have the wrong type, or are out of range; names their flags.
     """
     args, _ = _parser().parse_known_args(list(argv))
+    try:
+        read_per_layer(args)
+    except ValueError as error:
+        raise PlanError([str(error)]) from None
     problems = out_of_range(args)
     if problems:
         raise PlanError(problems)

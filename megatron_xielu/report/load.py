@@ -210,13 +210,13 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
         or getattr(run.arguments, "finetune", False)
         or getattr(run.arguments, "pretrained_checkpoint", None)
     )
-    start = initial_alphas(run.arguments) if trained_here else None
+    start = initial_alphas(run.arguments, names) if trained_here else None
     if start is not None:
-        for side, value in zip("pn", start, strict=True):
+        for side, row in zip("pn", start, strict=True):
             old = histories[side]
             histories[side] = History(
                 np.concatenate([[0], old.iterations]),
-                np.concatenate([np.full((1, len(names)), value), old.values]),
+                np.concatenate([[row], old.values]),
             )
     run.alpha_names, run.alpha_p, run.alpha_n = names, histories["p"], histories["n"]
     norms = _rows(run.scalars, "alpha_grad_norm")
@@ -296,7 +296,7 @@ def _merged(written: History, saved: History, notes: list[str], what: str) -> Hi
     return History(iterations[order], np.concatenate([written.values, saved.values[new]])[order])
 
 
-def _layers(run: Run, start: tuple[float, float] | None) -> list[Layer]:
+def _layers(run: Run, start: tuple[list[float], list[float]] | None) -> list[Layer]:
     assert run.alpha_p is not None and run.alpha_n is not None
     normal, beta = Inputs.standard_normal(), beta_of(run.arguments)
     last = getattr(run.arguments, "num_layers", 0)
@@ -311,7 +311,7 @@ def _layers(run: Run, start: tuple[float, float] | None) -> list[Layer]:
                 name=name,
                 depth=depth(name, last),
                 shape=shape,
-                start=start,
+                start=(start[0][column], start[1][column]) if start else None,
                 by_normal=nonlinearity(shape.value, normal),
                 by_measured=None if inputs is None else nonlinearity(shape.value, inputs),
             )

@@ -1,6 +1,7 @@
 """python -m megatron_xielu.convert: real trainings to transformers' models and back."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -22,10 +23,11 @@ from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.convert import __main__ as cli
-from megatron_xielu.convert import from_hf, hf_config, to_hf
+from megatron_xielu.convert import alphas, from_hf, hf_config, to_hf
 from megatron_xielu.convert.megatron_arguments import architecture_of, arguments_of
 from megatron_xielu.convert.safetensors_files import Reader
 from megatron_xielu.convert.tensors import parts
+from megatron_xielu.kernels.reference import softplus
 
 transformers = pytest.importorskip("transformers")
 
@@ -487,3 +489,19 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     used = int(done.stdout.split("KB ")[1]) * 1024
     print(f"{used / 1e6:.0f} MB")
     assert used < size / 3
+
+
+def test_alphas_of_hugging_face(tmp_path):
+    model = write_hf(tmp_path / "xielu", small(activation="xielu", qk_layernorm=True))
+    alphas.write(model, tmp_path / "alphas.json")
+    reader, found = Reader(model), json.loads((tmp_path / "alphas.json").read_text())
+    for side, floor in (("alpha_p", 0), ("alpha_n", 0.5)):
+        raw = [reader.read(f"model.layers.{layer}.mlp.act_fn.{side}") for layer in (0, 1)]
+        assert found[side] == [softplus(one).item() + floor for one in raw]
+    model = write_hf(tmp_path / "relu2", small())
+    with pytest.raises(Refused, match="its activation is relu2, which has no alphas"):
+        alphas.write(model, tmp_path / "alphas.json")
+    lacks = small(activation="xielu", qk_layernorm=True)
+    model = write_hf(tmp_path / "lacks", lacks, num_hidden_layers=3)
+    with pytest.raises(Refused, match=r"no tensor model.layers.2.mlp.act_fn.alpha_p of one number"):
+        alphas.write(model, tmp_path / "alphas.json")
