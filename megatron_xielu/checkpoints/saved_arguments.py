@@ -81,7 +81,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(_TEXTS_OR_NONE, str | None),
     **dict.fromkeys(_LISTS_OR_NONE, list[str] | None),
-    **dict.fromkeys(PER_LAYER, float | list[float]),
+    **dict.fromkeys(PER_LAYER, list[float] | float),
     "spec": list[str] | None,
     "norm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
     "layernorm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
@@ -122,7 +122,7 @@ def check(arguments: Namespace, where: str) -> Namespace:
     for name in PER_LAYER:
         value = getattr(arguments, name, None)
         if isinstance(value, list) and len(value) != layers:
-            raise Refused(f"{where}: {name} has {len(value)} layers, and num_layers is {layers}")
+            raise Refused(f"{where}: {name} is of {len(value)} layers, not {layers}")
     return arguments
 
 

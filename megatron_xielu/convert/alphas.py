@@ -62,10 +62,12 @@ def _of_megatron(model: Path) -> list[list[float]]:
     name = activation_of(source.arguments)
     _check_activation(model, name)
     alphas = read_alphas({1: source.folder}, name)
-    layers = [i for i, label in enumerate(alphas.names) if not label.startswith("mtp_")]
-    if not layers or any("experts" in alphas.names[i] for i in layers):
+    rows = {label: row for row, label in enumerate(alphas.names) if not label.startswith("mtp_")}
+    if not rows or any("experts" in label for label in rows):
         raise Refused(f"{source.folder}: it has not one pair of alphas in each layer")
-    return [[of_side[-1][i] for i in layers] for of_side in (alphas.positive, alphas.negative)]
+    labels = sorted(rows, key=lambda label: int(label.removeprefix("layer_")))  # 100 after 99
+    both = (alphas.positive, alphas.negative)
+    return [[of_side[-1][rows[label]] for label in labels] for of_side in both]
 
 
 def _check_activation(model: Path, name: str) -> None:

@@ -3,8 +3,8 @@
 With ``--xielu-alpha-lr-mult M`` their learning rate goes from M·lr to M·min_lr on the schedule of
 the model, with its warm-up (which begins at ``--lr-warmup-init`` as ever). With
 ``--xielu-alpha-weight-decay W`` their decay is W, whatever ``--weight-decay`` is and however that
-increases. What decays is the raw alpha, as in the runs after Apertus: Adam takes lr·M·W·alpha_p off
-a step, which draws the effective αp towards softplus(0) = 0.69 and not towards 0.
+increases. What decays is the raw alpha: Adam takes lr·M·W·alpha_p off a step, which draws the
+effective αp towards softplus(0) = 0.69 and not towards 0.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ WRONG: list[tuple[str, Any]] = [
     ("train_iters", "many"),
     ("xielu_beta", float("inf")),
     ("xielu_alpha_p_init", "0.8"),
+    ("xielu_alpha_n_init", [0.8, 0.9]),
     ("xielu", "yes"),
     ("rotary_base", 0),
     ("rope_scaling_factor", 0),
@@ -177,7 +178,7 @@ def test_what_is_checked_can_be_relied_on(content):
         saved_arguments.check(arguments, "x")
         activation_of(arguments)
         beta(arguments)
-        initial_alphas(arguments)
+        initial_alphas(arguments, ["layer_00"])
         Model.of(arguments).parameters()
         architecture_of(arguments, 128)
     except PlanError:

@@ -627,4 +627,4 @@ def test_shapes_are_the_activation(name):
     np.testing.assert_allclose(shape.value(at), y.detach().numpy(), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(shape.slope(at), x.grad.numpy(), rtol=1e-6)
     assert beta(None) == DEFAULT_BETA
-    assert initial_alphas(None) == (DEFAULT_ALPHA_INIT,) * 2
+    assert initial_alphas(None, ["layer_00"]) == ([DEFAULT_ALPHA_INIT],) * 2
