@@ -128,6 +128,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Write an event for each rank that twice in a row takes more than so many times the "
         "median of its pipeline stage for its own part of a step (0: none).",
     )
+    group.add_argument(
+        catalog.INPUTS_FLAG,
+        type=int,
+        default=0,
+        metavar="N",
+        help="At iteration 1 and every N iterations, with any activation: write the standard "
+        "deviation of its inputs in every layer to TensorBoard (0: never).",
+    )
     # Megatron 0.19.2 has a help text with a bare "%", at which --help fails.
     for action in parser._actions:
         if "--yaml-cfg" in action.option_strings:

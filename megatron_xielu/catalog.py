@@ -171,6 +171,7 @@ NUMBERS = {
             "--train-iters --train-samples --lr-warmup-iters --lr-warmup-samples --lr-decay-iters "
             "--lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --save-interval "
             "--eval-iters --exit-interval --num-workers --xielu-check-tp-sync --num-experts "
+            "--log-activation-inputs "
             "--moe-router-topk --mtp-num-layers --profile-step-end "
             "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         ).split(),
@@ -496,6 +497,12 @@ def contradictions(arguments: Any) -> Iterator[str]:
     sources += [name for name in _SPLIT_PATHS if given(name)][:1]
     if len(sources) > 1:
         yield f"give one of {' and '.join(map(flag_of, sources))}"
+    if given(argument_of(INPUTS_FLAG)):
+        if not given("tensorboard_dir"):
+            yield f"{INPUTS_FLAG} writes to TensorBoard: give --tensorboard-dir FOLDER, or drop it"
+        for refusal in WITH_INPUTS:
+            if refusal.is_given(arguments):
+                yield refusal.with_(INPUTS_FLAG)
     if given(argument_of(DOCUMENTS_FLAG)):
         for refusal in WITH_DOCUMENTS:
             if refusal.is_given(arguments):
@@ -566,6 +573,19 @@ WITH_SHARED_ALPHAS = (
     ),
     Refusal("--num-experts", _GROUPS),
     Refusal("--mtp-num-layers", _GROUPS),
+)
+
+INPUTS_FLAG = "--log-activation-inputs"
+INPUTS_TAG = "activation_input_std"  # and of which layer: activation_input_std/layer_00
+_NO_HOOKS = "the inputs are read by hooks, which a captured step does not run"
+WITH_INPUTS = (
+    Refusal("--num-experts", "tokens of an expert are not those of a layer; untested"),
+    Refusal(
+        "--use-transformer-engine-op-fuser", "the fused MLP has no inputs of the activation to read"
+    ),
+    Refusal("--cuda-graph-impl", _NO_HOOKS, harmless=("none",)),
+    Refusal("--enable-cuda-graph", _NO_HOOKS),
+    Refusal("--external-cuda-graph", _NO_HOOKS),
 )
 
 # By `--cpu`: they need a GPU.

@@ -48,6 +48,7 @@ def _train(args: Namespace) -> None:
     from megatron_xielu import layer_specs, training_step
     from megatron_xielu.arguments import activation_name, megatrons_checks
     from megatron_xielu.features import (
+        activation_inputs,
         activation_summary,
         alpha_logging,
         parameter_groups,
@@ -57,6 +58,7 @@ def _train(args: Namespace) -> None:
     with _errors_in_one_line(), megatrons_checks():
         model = layer_specs.model_config(args)
         model.pre_wrap_hooks.append(partial(activation_summary.announce, args))
+        model.pre_wrap_hooks.append(partial(activation_inputs.install_if_asked, args))
         config = pretrain_cfg_container_from_args(args, model)
     if activation_name(args):
         alpha_logging.install_if_asked(args)

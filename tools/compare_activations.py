@@ -36,7 +36,7 @@ from typing import Any
 
 from compare import equal_cost, results, resume
 from compare.records import Record, read_record
-from compare.settings import PRESETS, Settings, megatron_flags
+from compare.settings import PAPER_INPUT_STD, PRESETS, Settings, megatron_flags
 from compare.text import Text, write_json
 from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
@@ -265,7 +265,7 @@ def _compare(
     for number, run in enumerate(runs, 1):
         do_run(run, f"[{number}/{len(runs)}]", settings, machine, lock)
     records = finished_records(out, options.variants, options.seeds)
-    setup = _setup(options, settings, machine, text)
+    setup = _setup(options, settings, machine, text, results.other_regime(records))
     shown = results.write(out / "results", records, options.variants, costs, setup)
     print("\n" + results.for_terminal(shown))
     return records, setup.notes
@@ -499,6 +499,13 @@ def do_run(run: Run, place: str, settings: Settings, machine: Machine, lock: int
     record = read_record(
         run.folder, settings, run.variant, run.seed, peak_rss=peak_rss, on_gpu=machine.on_gpu
     )
+    if stds := record.input_std:
+        print(
+            f"{place} {run.label}: its inputs start with a standard deviation of "
+            f"{sum(stds) / len(stds):.2f} ({min(stds):.2f} to {max(stds):.2f} by layer), the "
+            f"paper's with {PAPER_INPUT_STD:.2f}",
+            flush=True,
+        )
     write_json(run.folder / "record.json", record.to_json())
     remove_old_checkpoints(run.folder / "checkpoints")
 
@@ -544,16 +551,23 @@ def _finished(path: Path, variant: Variant, seed: int) -> Record:
 
 
 def _setup(
-    options: argparse.Namespace, settings: Settings, machine: Machine, text: Text
+    options: argparse.Namespace,
+    settings: Settings,
+    machine: Machine,
+    text: Text,
+    notes: Sequence[str],
 ) -> results.Setup:
     return results.Setup(
         preset=options.preset,
         unit=text.unit,
         baseline=options.baseline,
-        notes=results.caveats(
-            tiny=options.preset in ("quick", "tiny"),
-            on_gpu=machine.on_gpu,
-            seeds=len(options.seeds),
+        notes=(
+            *results.caveats(
+                tiny=options.preset in ("quick", "tiny"),
+                on_gpu=machine.on_gpu,
+                seeds=len(options.seeds),
+            ),
+            *notes,
         ),
         context={
             "command": " ".join(["tools/compare_activations.py", *_words(options)]),

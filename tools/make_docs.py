@@ -76,6 +76,10 @@ samples of a micro-batch into one, and its pipeline stages expect them apart | m
 
 What it does: [training.md](training.md#documents).
 
+## With `{catalog.INPUTS_FLAG}`
+
+{_table(catalog.WITH_INPUTS)}
+
 ## Before Megatron 0.19
 
 {_table(catalog.BEFORE_0_19)}
@@ -96,7 +100,7 @@ saved in the format `dp_reshardable` is tied to its layout, these flags among it
 
 ## By the plan (`--dry-run`)
 
-The flags of the first five tables, with `--cpu` those that need a GPU, names that no release of
+The flags of the first six tables, with `--cpu` those that need a GPU, names that no release of
 Megatron in [versions.md](versions.md) knows (abbreviations, too: Megatron takes none), and:
 
 {_listed(refusal.flag for refusal in catalog.BY_PLAN)}: the plan has no

@@ -1,7 +1,6 @@
 """What goes into the activation of every layer's MLP: share of negatives, mean, spread, histogram.
 
-It is read off fc1, before its bias is added: for our activations and Megatron's, fused with the
-bias or not, gated (the half with the activation) or not.
+It is read off fc1, as `features.activation_inputs` does while a model trains.
 
 Dimensions: s sequence, b micro-batch, f local ffn columns (times two with a gate).
 """
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_xielu.evaluate.result import Layer
+from megatron_xielu.features.activation_inputs import activation_inputs, standard_deviation
 
 _BINS, _RANGE = 64, 8.0
-# torch.histc counts in fp32, which is exact up to 2**24.
-_AT_A_TIME = 1 << 22
 _NUMBER, _NEGATIVE, _SUM, _SQUARES, _MOMENTS = range(5)
 
 
@@ -57,14 +55,9 @@ class Statistics:
     def _hook(self, layer: int, gated: bool) -> Any:
         def add(fc1: torch.nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> None:
             output, bias = outputs  # [s, b, f], [f]
-            if gated:
-                output = output.chunk(2, dim=-1)[0]
-                bias = None if bias is None else bias.chunk(2, dim=-1)[0]
             if self.mask is not None:
                 output = output[self.mask.to(output.device)]
-            columns = output.shape[-1]
-            for rows in output.reshape(-1, columns).split(max(_AT_A_TIME // columns, 1)):
-                x = rows.float() if bias is None else rows.float() + bias.float()
+            for x in activation_inputs(output, bias, gated=gated):
                 self._add(layer, x)
 
         return add
@@ -87,13 +80,12 @@ class Statistics:
         layers = []
         for number, sums in enumerate(self.sums.tolist()):
             n = sums[_NUMBER]
-            mean = sums[_SUM] / n
             layers.append(
                 Layer(
                     layer=number,
                     negative_share=sums[_NEGATIVE] / n,
-                    mean=mean,
-                    std=max(sums[_SQUARES] / n - mean * mean, 0.0) ** 0.5,
+                    mean=sums[_SUM] / n,
+                    std=standard_deviation(n, sums[_SUM], sums[_SQUARES]),
                     histogram={"edges": edges, "counts": [int(c) for c in sums[_MOMENTS:]]},
                 )
             )

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_xielu.features import scalars
 from megatron_xielu.features.after_log import call_after_training_log
 from megatron_xielu.features.layer_names import layer_label
 from megatron_xielu.kernels import reference
@@ -57,27 +58,11 @@ def install() -> None:
 
     def write_if_due(iteration: int) -> None:
         if iteration % get_args().tensorboard_log_interval == 0:
-            write(trained[0], iteration)
+            values = trained[0].gather()
+            scalars.write(lambda: trained[0].scalars(values), iteration)
 
     training.train = train_and_log
     call_after_training_log(write_if_due)
-
-
-def write(table: AlphaTable, iteration: int) -> None:
-    """Gather the alphas; on the rank that has Megatron's writers, write them. Collective."""
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
-    values = table.gather()
-    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if writer is not None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = table.scalars(values)
-        # One event with all values: add_scalar() for each takes 20 to 30 times as long.
-        summary = Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in scalars.items()])
-        writer._get_file_writer().add_summary(summary, iteration)
-        if wandb:
-            wandb.log(scalars, iteration)
 
 
 class AlphaTable:

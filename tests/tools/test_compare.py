@@ -267,6 +267,26 @@ class TestResults:
             assert (out / picture).stat().st_size < 150_000
         assert not list(out.glob(".*"))
 
+    @pytest.mark.parametrize(
+        ("layers", "said"),
+        [
+            ([0.9, 1.1], None),
+            ([0.5, 0.3], "standard deviation of 0.40, and in the paper's 1.1B with 0.98"),
+            ([1.5, 1.7], "standard deviation of 1.60, and"),
+            (None, None),
+        ],
+    )
+    def test_another_regime_is_told(
+        self, layers: list[float] | None, said: str | None, tmp_path: Path
+    ) -> None:
+        made = dataclasses.replace(make_record("swiglu"), input_std=layers)
+        found = {"swiglu": {42: made}}
+        notes = results.other_regime(found)
+        assert (said in notes[0]) if said else notes == ()
+        shown = results.write(tmp_path, found, ALL, COSTS, SETUP)
+        by_layer = "  ".join(f"{std:.3f}" for std in layers or ())
+        assert f"- SwiGLU: {by_layer or 'not measured'}" in shown
+
     def test_one_run(self, tmp_path: Path) -> None:
         found = {"swiglu": {42: make_record("swiglu")}}
         results.write(tmp_path, found, ALL, COSTS, SETUP)
@@ -666,6 +686,18 @@ class TestQuick:
             assert history[0] == [0.8] * settings.QUICK.layers != history[-1]
         assert len(set(own.positive[-1])) == settings.QUICK.layers
         assert len(set(shared.positive[-1])) == 1
+
+    def test_inputs_of_activations_start_as_large_as_the_papers(
+        self, comparison: Comparison
+    ) -> None:
+        for name in NAMES:
+            for record in comparison.records[name].values():
+                assert len(record.input_std) == settings.QUICK.layers
+                assert record.input_std == pytest.approx([0.98] * 2, rel=0.05)
+        shown = comparison.second
+        said = r"SwiGLU, seed 42: its inputs start with a standard deviation of 0\.9\d \(0\.9"
+        assert re.search(said, shown)
+        assert "in the paper's 1.1B 0.98:" in shown
 
     def test_results_and_the_page(self, comparison: Comparison) -> None:
         shown = comparison.second

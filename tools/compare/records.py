@@ -15,6 +15,7 @@ from typing import Any
 
 from compare.settings import Settings
 from compare.variants import Variant
+from megatron_xielu.catalog import INPUTS_TAG
 from megatron_xielu.checkpoints.alphas import Alphas, count_parameters
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.common import schema
@@ -36,7 +37,8 @@ _IN_LOG = {
 class Record:
     """One finished training. Losses are in nats per token.
 
-    ``memory``: bytes, of the process that takes most, or of the GPU (``memory_of``).
+    ``memory``: bytes, of the process that takes most, or of the GPU (``memory_of``). ``input_std``
+    is of the initial weights; None of a training that began before it was measured.
     """
 
     variant: str
@@ -50,10 +52,13 @@ class Record:
     train: Curve
     valid: Curve
     alphas: Alphas | None
+    input_std: list[float] | None = None  # by layer, of what the activation gets at first
 
     def __post_init__(self) -> None:
         if not self.train or not self.valid:
             raise ValueError("it has no losses")
+        if self.input_std is not None and not self.input_std:
+            raise ValueError("its input_std is of no layer")
         if (alphas := self.alphas) is not None:
             rows = [len(row) for row in (*alphas.positive, *alphas.negative)]
             if not alphas.iterations or len(rows) != 2 * len(alphas.iterations) or not all(rows):
@@ -133,7 +138,14 @@ def _read(
         train=complete(events, folder / "log.txt", TRAIN),
         valid=complete(events, folder / "log.txt", VALID),
         alphas=read_alphas(events, variant) if variant.has_alphas else None,
+        input_std=_at_first(events, INPUTS_TAG),
     )
+
+
+def _at_first(events: dict[str, Curve], what: str) -> list[float] | None:
+    """By layer, at iteration 1; None where it is not known."""
+    curves = [dict(events[tag]) for tag in sorted(events) if tag.startswith(f"{what}/")]
+    return [curve[1] for curve in curves if 1 in curve] or None
 
 
 def complete(events: dict[str, Curve], log: Path, tag: str) -> Curve:

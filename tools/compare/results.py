@@ -6,6 +6,7 @@ What is written is small enough to be committed: ``results.md``, ``results.json`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from compare import paired
 from compare.equal_cost import Cost
 from compare.paired import Comparison, Spread
 from compare.records import Records
+from compare.settings import PAPER_INPUT_STD
 from compare.text import write_json
 from compare.variants import Variant
 from megatron_xielu.common import files, text
@@ -29,6 +31,7 @@ _CPU_NOTE = (
     "xIPReLU are several PyTorch operations each, and none of this package's kernels runs."
 )
 _ONE_SEED_NOTE = "One seed shows no noise: whether a difference is one cannot be said (--seeds 3)."
+_FAR = 1.5  # times the paper's inputs, or less than 1/1.5 of them: another regime
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,24 @@ class Setup:
     def caption(self) -> str:
         """Under every picture's title."""
         return f"{self.preset}, {self.context['device']}, {self.context['date']}"
+
+
+def other_regime(records: Records) -> tuple[str, ...]:
+    """A note where activations start with inputs of another size than in the paper, else none."""
+    measured = [
+        record.input_std
+        for of_seed in records.values()
+        for record in of_seed.values()
+        if record.input_std
+    ]
+    means = [sum(layers) / len(layers) for layers in measured]
+    apart = max(means, key=lambda mean: abs(math.log(mean / PAPER_INPUT_STD)), default=None)
+    if apart is None or 1 / _FAR < apart / PAPER_INPUT_STD < _FAR:
+        return ()
+    return (
+        f"Inputs of an activation start with a standard deviation of {apart:.2f}, and in the "
+        f"paper's 1.1B with {PAPER_INPUT_STD:.2f}: this compares another part of the functions.",
+    )
 
 
 def caveats(*, tiny: bool, on_gpu: bool, seeds: int) -> tuple[str, ...]:
@@ -174,6 +195,7 @@ def markdown(
         lines += ["", *_comparison_lines(comparisons, labels, setup)]
     lines += ["", "![losses](loss.png)"]
     lines += ["", "![paired differences](differences.png)"] if comparisons else []
+    lines += ["", *_input_lines(records, variants)]
     if any(variant.has_alphas for variant in variants):
         lines += ["", *_alpha_lines(records, variants), "", "![alphas](alphas.png)"]
     return "\n".join(lines) + "\n"
@@ -212,13 +234,31 @@ def _comparison_lines(
     return lines
 
 
+def _input_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
+    lines = [
+        "Inputs of the activation with the initial weights, standard deviation, mean over seeds, "
+        f"layer 0 to the last; in the paper's 1.1B {PAPER_INPUT_STD:.2f}:",
+        "",
+    ]
+    for variant in variants:
+        found = [r.input_std for r in records[variant.name].values() if r.input_std]
+        shown = _by_layer(found) if found else "not measured, by an older version"
+        lines.append(f"- {variant.label}: {shown}")
+    return lines
+
+
+def _by_layer(of_seed: Sequence[Sequence[float]]) -> str:
+    """The mean over seeds of every layer."""
+    layers = zip(*of_seed, strict=True)
+    return "  ".join(f"{sum(layer) / len(layer):.3f}" for layer in layers)
+
+
 def _alpha_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
     lines = ["Effective alphas after the last iteration, mean over seeds, layer 0 to the last:", ""]
     for variant in variants:
         alphas = [record.alphas for record in records[variant.name].values() if record.alphas]
         for symbol, side in (("αp", "positive"), ("αn", "negative")) if alphas else ():
-            by_layer = zip(*(getattr(one, side)[-1] for one in alphas), strict=True)
-            shown = "  ".join(f"{sum(layer) / len(layer):.3f}" for layer in by_layer)
+            shown = _by_layer([getattr(one, side)[-1] for one in alphas])
             lines.append(f"- {variant.label} {symbol}: {shown}")
     return lines
 
@@ -271,6 +311,8 @@ def _run_json(record: Any) -> dict[str, Any]:
         "memory_bytes": record.memory,
         "memory_of": record.memory_of,
     }
+    if record.input_std:
+        found["activation_input_std"] = record.input_std
     if record.alphas:
         found["alpha_p"] = record.alphas.positive[-1]
         found["alpha_n"] = record.alphas.negative[-1]

@@ -12,6 +12,11 @@ from pathlib import Path
 
 from compare.text import Text
 from compare.variants import Variant
+from megatron_xielu.catalog import INPUTS_FLAG
+
+# Behind an RMSNorm a pre-activation starts with the standard deviation std × √hidden: 0.98 in the
+# paper's 1.1B, 1536 wide with weights of 0.025.
+PAPER_INPUT_STD = 0.025 * math.sqrt(1536)
 
 _CHECK_TP_SYNC_EVERY = 50
 
@@ -47,12 +52,11 @@ class Settings:
     def init_std(self) -> float:
         """Of the initial weights, so that activations get inputs as large as the paper's.
 
-        Behind an RMSNorm a pre-activation starts with the standard deviation std × √hidden: 0.98
-        in the paper's 1.1B (0.025, 1536). With 0.025 a narrow model starts where xIELU and GELU are
-        nearly linear (0.28 at 128), and compares something else. Logits start at the same scale,
-        since the embedding is tied and has this std, too.
+        With 0.025 a narrow model starts where xIELU and GELU are nearly linear (0.28 at 128), and
+        compares something else. Logits start at the same scale, since the embedding is tied and has
+        this std, too.
         """
-        return round(0.025 * math.sqrt(1536 / self.hidden), 4)
+        return round(PAPER_INPUT_STD / math.sqrt(self.hidden), 4)
 
     def ffn_of(self, variant: Variant) -> int:
         """Width of the MLP: a gated one has three matrices in place of two."""
@@ -190,6 +194,7 @@ def megatron_flags(
         "eval-interval": settings.validate_every,
         "eval-iters": settings.validation_batches,
         "tensorboard-dir": folder / "events",
+        INPUTS_FLAG.removeprefix("--"): settings.iterations,  # and at the first
         "save": folder / "checkpoints",
         "load": folder / "checkpoints",
         "save-interval": settings.save_every,
