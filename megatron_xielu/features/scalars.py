@@ -1,4 +1,4 @@
-"""Scalars of a step to TensorBoard and Weights & Biases, on the rank that has Megatron's writers."""
+"""Scalars of a step to TensorBoard and Weights & Biases, on the rank that has the writers."""
 
 from __future__ import annotations
 
