@@ -27,18 +27,18 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compare import equal_cost, results, resume
+from compare import equal_cost, results, resume, sweep
 from compare.records import Record, read_record
 from compare.settings import PAPER_INPUT_STD, PRESETS, Settings, megatron_flags
 from compare.text import Text, write_json
-from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
+from compare.training import REPOSITORY, Diverged, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, Variant, parse
 
 from megatron_xielu import __version__
@@ -50,7 +50,7 @@ from megatron_xielu.common.versions import made_with
 from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
-_REPLACED = ("results", "resume", "report", "text", "corpus")  # in OUT
+_REPLACED = ("results", "resume", "report", "text", "corpus", "sweep")  # in OUT
 _DEFAULT_BASELINE = "swiglu"
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
 _FETCHED_TEXT = [name for name, settings in PRESETS.items() if settings.tokenizer == "bpe"]
@@ -164,6 +164,14 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=WIDTH",
         help="another width of the MLP; refused where the cost is no longer equal",
     )
+    parser.add_argument(
+        "--lr-sweep",
+        type=sweep.parse_rates,
+        default=[],
+        metavar="RATES",
+        help="first train each once at every of these learning rates, 1e-3,2e-3,4e-3, with seed "
+        f"{sweep.SEED}; then all seeds at the best one of each [the preset's for all]",
+    )
     parser.add_argument("--text", type=Path, help="folder of text files to use instead")
     parser.add_argument(
         "--tensor-parallel",
@@ -201,6 +209,15 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if options.check_resume and options.preset in _CLUSTER_PRESETS:
         parser.error(f"--check-resume: {options.preset} runs nothing here")
+    if options.lr_sweep and (
+        options.preset in _CLUSTER_PRESETS or options.prepare_text or options.check_resume
+    ):
+        parser.error("--lr-sweep: nothing is compared here; leave it out")
+    if options.lr_sweep and sweep.SEED in options.seeds:
+        parser.error(
+            f"--seeds {sweep.SEED}: --lr-sweep chooses with that seed, which may not be among the "
+            "compared ones"
+        )
     if options.out and not is_utf8(str(options.out)):
         parser.error(f"--out {str(options.out)!a} is not UTF-8")
     if options.text and not options.text.is_dir():
@@ -244,11 +261,14 @@ def _compare(
     """The records, and what to keep in mind with them."""
     settings = PRESETS[options.preset]
     lock = hold_lock(out)
-    finished_records(out, options.variants, options.seeds)  # can be read
+    before = finished_records(out, options.variants, options.seeds)  # can be read
     machine = this_machine(settings, options.tensor_parallel)
     widths = dict(options.ffn)
     # Before the text, which takes longest: neither depends on it.
-    check_settings(out, describe_run(settings, machine, options.text, widths))
+    described = describe_run(settings, machine, options.text, widths)
+    if options.lr_sweep:
+        described["lr_sweep"] = options.lr_sweep
+    check_settings(out, described)
     text = prepare_text(settings, out / "text", options.text)
     runs = plan_runs(options, out, settings, machine, text)
     costs = equal_cost.costs({run.variant.name: run.flags for run in runs})
@@ -262,13 +282,66 @@ def _compare(
         f"run, {len(runs)} runs\n\n{equal_cost.table(costs, labels, options.baseline)}\n",
         flush=True,
     )
+    own = dict.fromkeys(labels, settings)
+    swept = None
+    if options.lr_sweep:
+        said = sweep.cost(options.lr_sweep, options.variants, settings, costs, text.unit)
+        print(f"learning rates first: {said}\n", flush=True)
+        swept = _sweep(options, out, settings, machine, text, lock, said)
+        for name in own:
+            own[name] = replace(settings, learning_rate=swept.best(name))
+        _check_rates(out, before, own)
+        runs = plan_runs(options, out, settings, machine, text, own)
     for number, run in enumerate(runs, 1):
-        do_run(run, f"[{number}/{len(runs)}]", settings, machine, lock)
+        do_run(run, f"[{number}/{len(runs)}]", own[run.variant.name], machine, lock)
     records = finished_records(out, options.variants, options.seeds)
-    setup = _setup(options, settings, machine, text, results.other_regime(records))
+    notes = (*(swept.notes(labels) if swept else ()), *results.other_regime(records))
+    setup = _setup(options, settings, machine, text, described, swept, notes)
     shown = results.write(out / "results", records, options.variants, costs, setup)
+    os.close(lock)
     print("\n" + results.for_terminal(shown))
     return records, setup.notes
+
+
+def _sweep(
+    options: argparse.Namespace,
+    out: Path,
+    settings: Settings,
+    machine: Machine,
+    text: Text,
+    lock: int,
+    cost: str,
+) -> sweep.Sweep:
+    """Train each variant once at every rate, in ``out/sweep/RATE``."""
+    losses: dict[str, dict[float, float | None]] = {one.name: {} for one in options.variants}
+    once = argparse.Namespace(**{**vars(options), "seeds": [sweep.SEED]})
+    for rate in options.lr_sweep:
+        at, folder = replace(settings, learning_rate=rate), out / "sweep" / repr(rate)
+        for run in plan_runs(once, folder, at, machine, text):
+            name, diverged = run.variant.name, run.folder / "diverged.txt"
+            try:
+                if not diverged.exists():
+                    do_run(run, f"[learning rate {rate:g}]", at, machine, lock)
+            except Diverged as error:
+                files.write(diverged, f"{error}\n")
+                print(f"{run.label} diverged at the learning rate {rate:g}", flush=True)
+            found = finished_records(folder, [run.variant], once.seeds).get(name)
+            losses[name][rate] = found[sweep.SEED].valid_loss if found else None
+    return sweep.Sweep(losses, cost)
+
+
+def _check_rates(
+    out: Path, finished: dict[str, dict[int, Record]], own: dict[str, Settings]
+) -> None:
+    """Refuse runs that another choice has trained: on a GPU a sweep that is repeated may differ."""
+    for name, of_seed in finished.items():
+        for seed, record in of_seed.items():
+            if record.learning_rate not in (None, own[name].learning_rate):
+                raise SystemExit(
+                    f"compare: {folder_of(out, name, seed)} was trained at the learning rate "
+                    f"{record.learning_rate:g}, and the sweep now has {own[name].learning_rate:g} "
+                    "as the best; delete it, and the same command makes it again"
+                )
 
 
 def _only_prepare_text(options: argparse.Namespace, out: Path) -> None:
@@ -357,9 +430,17 @@ def prepare_text(settings: Settings, out: Path, folder: Path | None) -> Text:
 
 
 def plan_runs(
-    options: argparse.Namespace, out: Path, settings: Settings, machine: Machine, text: Text
+    options: argparse.Namespace,
+    out: Path,
+    settings: Settings,
+    machine: Machine,
+    text: Text,
+    own: Mapping[str, Settings] | None = None,
 ) -> list[Run]:
-    """All trainings, seed by seed, so that whole comparisons are there early."""
+    """All trainings, seed by seed, so that whole comparisons are there early.
+
+    ``own``: settings by variant, where those are other ones.
+    """
     widths = dict(options.ffn)
     return [
         Run(
@@ -367,7 +448,7 @@ def plan_runs(
             seed,
             folder := folder_of(out, variant.name, seed),
             megatron_flags(
-                settings,
+                (own or {}).get(variant.name, settings),
                 variant,
                 seed=seed,
                 ffn=widths.get(variant.name, settings.ffn_of(variant)),
@@ -555,6 +636,8 @@ def _setup(
     settings: Settings,
     machine: Machine,
     text: Text,
+    described: dict[str, Any],
+    swept: sweep.Sweep | None,
     notes: Sequence[str],
 ) -> results.Setup:
     return results.Setup(
@@ -566,6 +649,7 @@ def _setup(
                 tiny=options.preset in ("quick", "tiny"),
                 on_gpu=machine.on_gpu,
                 seeds=len(options.seeds),
+                swept=bool(options.lr_sweep),
             ),
             *notes,
         ),
@@ -575,8 +659,10 @@ def _setup(
             "run": f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} "
             f"{text.unit}s, {settings.iterations * settings.tokens_per_iteration:,} in all, of "
             f"{text.tokens['train']:,} there are; tensor parallel {machine.tensor_parallel}",
+            **({"learning rates": swept.cost} if swept else {}),
         },
-        settings=describe_run(settings, machine, options.text, dict(options.ffn)),
+        settings=described,
+        sweep=swept,
     )
 
 
@@ -598,6 +684,8 @@ def _words(options: argparse.Namespace) -> list[str]:
     if options.baseline != _DEFAULT_BASELINE:
         words += ["--baseline", options.baseline]
     words += ["--ffn", *(f"{name}={width}" for name, width in options.ffn)] if options.ffn else []
+    if options.lr_sweep:
+        words += ["--lr-sweep", ",".join(f"{rate:g}" for rate in options.lr_sweep)]
     words += ["--text", "FOLDER"] if options.text else []
     if options.tensor_parallel:
         words += ["--tensor-parallel", str(options.tensor_parallel)]

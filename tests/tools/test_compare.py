@@ -32,6 +32,7 @@ from compare import (
     results,
     resume,
     settings,
+    sweep,
     text,
     training,
     variants,
@@ -341,6 +342,11 @@ class TestOptions:
             ("paper-1b --check-resume", "--check-resume: paper-1b runs nothing here"),
             ("tiny --check-resume --prepare-text", "not allowed with argument"),
             ("quick --prepare-text", "--prepare-text is for small and minutes"),
+            ("tiny --lr-sweep 1e-3", "'1e-3' is not two or more learning rates above 0"),
+            ("tiny --lr-sweep 1e-3,nan", "is not two or more learning rates above 0"),
+            ("tiny --lr-sweep 1e-3,0.001", "has a rate twice"),
+            ("tiny --lr-sweep 1e-3,2e-3 --seeds 40,41", "--seeds 41: --lr-sweep chooses with that"),
+            ("paper-1b --lr-sweep 1e-3,2e-3", "--lr-sweep: nothing is compared here"),
         ],
     )
     def test_refusals(self, options: str, message: str, capsys) -> None:
@@ -534,6 +540,67 @@ class TestCheckResume:
             tool.main([*self.OPTIONS, str(tmp_path)])
 
 
+class TestSweep:
+    LABELS = {"xielu": "xIELU", "gelu": "GELU"}  # noqa: RUF012
+
+    def test_the_lowest_loss_chooses_and_edges_are_told(self) -> None:
+        losses = {
+            "xielu": {1e-3: 2.0, 2e-3: 1.0, 4e-3: None},
+            "gelu": {1e-3: 2.0, 2e-3: 3.0, 4e-3: 4.0},
+        }
+        found = sweep.Sweep(losses, "")
+        assert (found.best("xielu"), found.best("gelu")) == (2e-3, 1e-3)
+        assert found.notes(self.LABELS)[1:] == (
+            "xIELU diverged at the learning rate 0.004.",
+            "GELU's best learning rate, 0.001, is the lowest of the sweep: one beyond it may be "
+            "better.",
+        )
+        shown = "\n".join(found.markdown(self.LABELS, "byte"))
+        assert "| xIELU | 2.0000 | 1.0000 | diverged | 0.002 |" in shown
+
+    def test_a_variant_that_always_diverges_is_refused(self) -> None:
+        found = sweep.Sweep({"gelu": {1e-3: None, 2e-3: None}}, "")
+        with pytest.raises(SystemExit, match="gelu diverged at every rate of --lr-sweep"):
+            found.best("gelu")
+
+    def test_runs_that_another_choice_has_trained_are_refused(self, tmp_path: Path) -> None:
+        own = {"swiglu": dataclasses.replace(settings.QUICK, learning_rate=4e-3)}
+        for rate in (None, 4e-3):
+            made = dataclasses.replace(make_record("swiglu"), learning_rate=rate)
+            tool._check_rates(tmp_path, {"swiglu": {42: made}}, own)
+        made = dataclasses.replace(make_record("swiglu"), learning_rate=1e-3)
+        with pytest.raises(SystemExit, match=r"seed_42 was trained at the learning rate 0\.001"):
+            tool._check_rates(tmp_path, {"swiglu": {42: made}}, own)
+
+    def test_trains_at_each_rate_then_all_seeds_at_the_best(self, tmp_path: Path) -> None:
+        """Of the rates the last is so high that the loss is NaN in the third step."""
+        options = ["quick", "--tensor-parallel", "1", "--activations", "swiglu", "--out"]
+        options += [str(tmp_path), "--lr-sweep", "4e-3,1e-3,1e25"]
+        shown = []
+        for _ in range(2):
+            with warm_trainings(), contextlib.redirect_stdout(io.StringIO()) as output:
+                tool.main(options)
+            shown.append(output.getvalue())
+        first, again = shown
+        said = "3 runs with seed 41, at 0.001, 0.004, 1e+25: 46,080 bytes, "
+        assert first.count(said) == 2  # before, and in the results
+        assert "starting" in first and "starting" not in again
+        trained = records.read_events(tool.folder_of(tmp_path, "swiglu", 42) / "events")
+        assert max(rate for _, rate in trained["learning-rate"]) == pytest.approx(4e-3)
+
+        written = json.loads((tmp_path / "results" / "results.json").read_text())
+        losses = written["sweep"]["swiglu"]
+        assert list(losses) == ["0.001", "0.004", "1e+25"]
+        assert losses["0.004"] < losses["0.001"] and losses["1e+25"] is None
+        assert "SwiGLU diverged at the learning rate 1e+25." in written["notes"]
+        assert not any("tuned for none" in note for note in written["notes"])
+        assert re.search(r"SwiGLU +3\.\d+ +2\.\d+ +diverged +0\.004\n", again)
+        assert (tmp_path / "results" / "sweep.png").stat().st_size < 150_000
+
+        with pytest.raises(SystemExit, match=r"lr_sweep: \[0\.001, 0\.004, 1e\+25\] there, None"):
+            tool.main(options[:-2])
+
+
 NAMES, SEEDS = ("xielu", "swiglu", "xielu-shared"), (42, 43)
 
 
@@ -711,8 +778,8 @@ class TestQuick:
         assert f"  {page}: " in shown
         written = comparison.out / "results" / "results.md"
         assert f"  {written}: " in shown
-        caveats = results.caveats(tiny=True, on_gpu=False, seeds=2)
-        assert len(caveats) == 2 and "say nothing of GPUs" in caveats[1]
+        caveats = results.caveats(tiny=True, on_gpu=False, seeds=2, swept=False)
+        assert "tuned for none" in caveats[1] and "say nothing of GPUs" in caveats[2]
         html = page.read_text()
         for said in (shown, written.read_text(), unescape(html)):
             assert all(caveat in said for caveat in caveats)

@@ -8,6 +8,7 @@ from typing import Any
 
 from compare.paired import DIFFERENCE, Comparison, Spread
 from compare.records import Records
+from compare.sweep import SEED, Sweep
 from compare.variants import Variant
 from megatron_xielu.common import files
 from megatron_xielu.report.drawing import Drawing, depth_colour, run_styles
@@ -127,6 +128,31 @@ def plot_alphas(records: Records, variants: Sequence[Variant], path: Path, *, ca
                 _band(axes, over_seeds(curves), color=depth_colour(layer, deepest), marker=marker)
             axes.set_title(f"{variant.label}: {symbol}")
     drawing.depth_bar(deepest)
+    files.write(path, drawing.png())
+
+
+def plot_sweep(
+    sweep: Sweep, variants: Sequence[Variant], path: Path, *, caption: str, unit: str
+) -> None:
+    """Held-out loss by learning rate; the best of each variant is filled."""
+    drawing = Drawing(
+        f"Held-out loss by learning rate\n{caption}",
+        f"learning rate (one run at each, seed {SEED}; filled: the best)",
+        f"held-out loss [nats per {unit}]",
+    )
+    axes, styles = drawing.axes, _styles(variants)
+    for number, variant in enumerate(variants):
+        losses = sweep.losses[variant.name]
+        points = [(rate, loss) for rate, loss in losses.items() if loss is not None]
+        marker, style = _MARKERS[number % len(_MARKERS)], styles[variant.name]
+        best = sweep.best(variant.name)
+        axes.plot(*zip(*points, strict=True), marker=marker, mfc="white", **style)
+        axes.plot(best, losses[best], marker=marker, color=style["color"], label=variant.label)
+    axes.set_xscale("log")
+    axes.set_xticks([*sweep.losses[variants[0].name]], minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    drawing.legend()
     files.write(path, drawing.png())
 
 

@@ -38,7 +38,7 @@ class Record:
     """One finished training. Losses are in nats per token.
 
     ``memory``: bytes, of the process that takes most, or of the GPU (``memory_of``). ``input_std``
-    is of the initial weights; None of a training that began before it was measured.
+    is of the initial weights. It and ``learning_rate`` are None of a training by an older version.
     """
 
     variant: str
@@ -53,6 +53,7 @@ class Record:
     valid: Curve
     alphas: Alphas | None
     input_std: list[float] | None = None  # by layer, of what the activation gets at first
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if not self.train or not self.valid:
@@ -139,6 +140,7 @@ def _read(
         valid=complete(events, folder / "log.txt", VALID),
         alphas=read_alphas(events, variant) if variant.has_alphas else None,
         input_std=_at_first(events, INPUTS_TAG),
+        learning_rate=settings.learning_rate,
     )
 
 

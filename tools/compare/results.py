@@ -17,15 +17,17 @@ from compare.equal_cost import Cost
 from compare.paired import Comparison, Spread
 from compare.records import Records
 from compare.settings import PAPER_INPUT_STD
+from compare.sweep import Sweep
 from compare.text import write_json
 from compare.variants import Variant
 from megatron_xielu.common import files, text
 
 _TINY_NOTE = (
     "These are tiny models on very little text, far from the paper's 1.1B parameters and 125B "
-    "tokens, with one learning rate that is tuned for none: they show that each activation trains, "
-    "and are no evidence for or against the paper's claim."
+    "tokens: they show that each activation trains, and are no evidence for or against the paper's "
+    "claim."
 )
+_ONE_RATE_NOTE = "The learning rate is the same for all and tuned for none (--lr-sweep)."
 _CPU_NOTE = (
     "Times and memory are of a CPU and say nothing of GPUs: in Megatron's CPU mode xIELU and "
     "xIPReLU are several PyTorch operations each, and none of this package's kernels runs."
@@ -47,6 +49,7 @@ class Setup:
     notes: tuple[str, ...]
     context: dict[str, str]
     settings: dict[str, Any]
+    sweep: Sweep | None = None
 
     @property
     def caption(self) -> str:
@@ -72,9 +75,14 @@ def other_regime(records: Records) -> tuple[str, ...]:
     )
 
 
-def caveats(*, tiny: bool, on_gpu: bool, seeds: int) -> tuple[str, ...]:
+def caveats(*, tiny: bool, on_gpu: bool, seeds: int, swept: bool = True) -> tuple[str, ...]:
     """What to keep in mind with the results: in the terminal, in results.md and on the page."""
-    notes = [(_TINY_NOTE, tiny), (_CPU_NOTE, not on_gpu), (_ONE_SEED_NOTE, seeds == 1)]
+    notes = [
+        (_TINY_NOTE, tiny),
+        (_ONE_RATE_NOTE, not swept),
+        (_CPU_NOTE, not on_gpu),
+        (_ONE_SEED_NOTE, seeds == 1),
+    ]
     return tuple(note for note, holds in notes if holds)
 
 
@@ -109,6 +117,10 @@ def write(
             out / "differences.png",
             caption=setup.caption,
             unit=setup.unit,
+        )
+    if setup.sweep:
+        plots.plot_sweep(
+            setup.sweep, variants, out / "sweep.png", caption=setup.caption, unit=setup.unit
         )
     if any(variant.has_alphas for variant in variants):
         plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
@@ -193,6 +205,8 @@ def markdown(
         )
     if comparisons:
         lines += ["", *_comparison_lines(comparisons, labels, setup)]
+    if setup.sweep:
+        lines += ["", *setup.sweep.markdown(labels, setup.unit), "", "![sweep](sweep.png)"]
     lines += ["", "![losses](loss.png)"]
     lines += ["", "![paired differences](differences.png)"] if comparisons else []
     lines += ["", *_input_lines(records, variants)]
@@ -295,6 +309,7 @@ def _json(
             }
             for variant in variants
         },
+        "sweep": setup.sweep and setup.sweep.losses,
         "baseline": setup.baseline,
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }

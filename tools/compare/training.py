@@ -43,6 +43,14 @@ _WITHOUT_TRANSFORMER_ENGINE = [
 _WITHOUT_APEX = ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
 
 
+# What Megatron's check of losses and gradients says, and this package's of a loss.
+_NOT_A_NUMBER = re.compile(r"(NaN|Inf) in (the )?local (loss|grad)")
+
+
+class Diverged(SystemExit):
+    """A training ended because a loss or a gradient was NaN or Inf."""
+
+
 class Stopped(BaseException):
     """The user (or the system) asked to stop: SIGINT or SIGTERM."""
 
@@ -91,6 +99,7 @@ def train(
 
     Raises:
         Stopped: a stop signal came; the child has saved a checkpoint and ended, or was killed.
+        Diverged: a loss or gradient was NaN or Inf.
         SystemExit: the training failed; the message ends with the log's last lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -121,9 +130,14 @@ def train(
         progress.end("failed")
         with log.open(errors="replace") as lines:
             lines.seek(position)
-            tail = last_words(lines.read())
+            gained = lines.read()
+        if found := _NOT_A_NUMBER.search(gained):
+            raise Diverged(
+                f"compare: the training of {label} diverged: {found[0]}; --lr-sweep finds a "
+                f"learning rate at which it does not. Its whole log: {log}"
+            )
         raise SystemExit(
-            f"{tail}\ncompare: the training of {label} failed; its whole log: {log}\n"
+            f"{last_words(gained)}\ncompare: the training of {label} failed; its whole log: {log}\n"
             "Run the same command again to go on from its last checkpoint."
         )
     progress.end("stopped" if stopped else "done")

@@ -1,0 +1,110 @@
+"""``--lr-sweep``: each variant at its own learning rate, best of k at equal cost.
+
+Every variant is trained once at each rate, with a seed that is not compared: the choice would
+flatter one that is. The rate of the lowest held-out loss then trains all seeds. A training whose
+loss becomes NaN or Inf has lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compare.equal_cost import Cost
+from compare.settings import Settings
+from compare.variants import Variant
+from megatron_xielu.catalog import NUMBERS
+
+SEED = 41
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Held-out losses by variant and rate; None where the training diverged."""
+
+    losses: dict[str, dict[float, float | None]]
+    cost: str
+
+    def best(self, variant: str) -> float:
+        """The rate of the lowest loss.
+
+        Raises:
+            SystemExit: there is none.
+        """
+        found = {loss: rate for rate, loss in self.losses[variant].items() if loss is not None}
+        if not found:
+            raise SystemExit(
+                f"compare: {variant} diverged at every rate of --lr-sweep; give lower ones, and "
+                "another folder with --out"
+            )
+        return found[min(found)]
+
+    def notes(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """What to keep in mind: the rates, best ones at an edge, and trainings that diverged."""
+        count = len(next(iter(self.losses.values())))
+        notes = [f"The learning rate of each is the best of {count}, by one run with seed {SEED}."]
+        for name, losses in self.losses.items():
+            best = self.best(name)
+            for edge, what in ((min(losses), "lowest"), (max(losses), "highest")):
+                if best == edge:
+                    notes.append(
+                        f"{labels[name]}'s best learning rate, {best:g}, is the {what} of the "
+                        "sweep: one beyond it may be better."
+                    )
+            diverged = ", ".join(f"{rate:g}" for rate, loss in losses.items() if loss is None)
+            if diverged:
+                notes.append(f"{labels[name]} diverged at the learning rate {diverged}.")
+        return tuple(notes)
+
+    def markdown(self, labels: Mapping[str, str], unit: str) -> list[str]:
+        """A table of loss by rate."""
+        rates = list(next(iter(self.losses.values())))
+        lines = [
+            f"Held-out loss in nats per {unit} by learning rate, of one run at each with seed "
+            f"{SEED}; the seeds above are trained at the best.",
+            "",
+            "| | " + " | ".join(f"{rate:g}" for rate in rates) + " | best |",
+            "|---" * (len(rates) + 2) + "|",
+        ]
+        for name, losses in self.losses.items():
+            cells = ["diverged" if loss is None else f"{loss:.4f}" for loss in losses.values()]
+            lines.append(f"| {labels[name]} | {' | '.join(cells)} | {self.best(name):g} |")
+        return lines
+
+
+def parse_rates(value: str) -> list[float]:
+    """Two rates or more, in order.
+
+    Raises:
+        argparse.ArgumentTypeError: they are none.
+    """
+    try:
+        rates = sorted(float(word) for word in value.split(","))
+    except ValueError:
+        rates = []
+    limits = NUMBERS["--lr"]
+    if len(rates) < 2 or any(limits.fault(rate) or not rate for rate in rates):
+        raise argparse.ArgumentTypeError(
+            f"{value[:40]!r} is not two or more learning rates above 0: 1e-3,2e-3,4e-3"
+        )
+    if len(set(rates)) < len(rates):
+        raise argparse.ArgumentTypeError(f"{value[:40]} has a rate twice")
+    return rates
+
+
+def cost(
+    rates: Sequence[float],
+    variants: Sequence[Variant],
+    settings: Settings,
+    costs: Mapping[str, Cost],
+    unit: str,
+) -> str:
+    """What the sweep takes, beside the runs that are compared."""
+    tokens = len(rates) * settings.iterations * settings.tokens_per_iteration
+    flops = sum(costs[variant.name].flops for variant in variants) * tokens
+    return (
+        f"{len(rates) * len(variants)} runs with seed {SEED}, at "
+        f"{', '.join(f'{rate:g}' for rate in rates)}: {tokens * len(variants):,} {unit}s, "
+        f"{flops:.3g} FLOPs, beside the compared runs"
+    )
