@@ -9,7 +9,8 @@ checkpoint. The settings are kept with the results; a run with others is refused
 
     quick        exercises everything in minutes; its losses mean nothing
     tiny         a small Llama on bytes of Python's standard library, on a CPU (``make demo``)
-    small        50M parameters on 99 MB of prose and code, on one GPU
+    overnight    3.6M parameters on almost all of it once: for a night on a CPU
+    small        50M parameters on pages of FineWeb-Edu, on one GPU
     minutes      the same, a third as long: for a GPU that is rented by the minute
     paper-1b     the paper's models: prints the commands for a cluster, and runs nothing
     paper-3b
@@ -35,6 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from compare import equal_cost, results, resume, sweep
+from compare.hub_text import HubFile
+from compare.package_text import Source
 from compare.records import Record, read_record
 from compare.settings import PAPER_INPUT_STD, PRESETS, Settings, megatron_flags
 from compare.text import Text, write_json
@@ -265,11 +268,12 @@ def _compare(
     machine = this_machine(settings, options.tensor_parallel)
     widths = dict(options.ffn)
     # Before the text, which takes longest: neither depends on it.
-    described = describe_run(settings, machine, options.text, widths)
+    source = choose_text(settings, out / "text", options.text)
+    described = describe_run(settings, machine, source, widths)
     if options.lr_sweep:
         described["lr_sweep"] = options.lr_sweep
     check_settings(out, described)
-    text = prepare_text(settings, out / "text", options.text)
+    text = prepare_text(settings, out / "text", source)
     runs = plan_runs(options, out, settings, machine, text)
     costs = equal_cost.costs({run.variant.name: run.flags for run in runs})
     equal_cost.check(costs, options.baseline)
@@ -347,7 +351,9 @@ def _check_rates(
 def _only_prepare_text(options: argparse.Namespace, out: Path) -> None:
     """Without settings.json, which names the machine: another one is going to train."""
     lock = hold_lock(out)
-    text = prepare_text(PRESETS[options.preset], out / "text", options.text)
+    settings = PRESETS[options.preset]
+    source = choose_text(settings, out / "text", options.text)
+    text = prepare_text(settings, out / "text", source)
     os.close(lock)
     size = sum(path.stat().st_size for path in (out / "text").rglob("*"))
     print(
@@ -364,7 +370,8 @@ def check_resume(options: argparse.Namespace, out: Path) -> resume.Outcome:
     """
     settings, lock = resume.shortened(PRESETS[options.preset]), hold_lock(out)
     machine = this_machine(settings, options.tensor_parallel)
-    text = prepare_text(settings, out / "text", options.text)
+    source = choose_text(settings, out / "text", options.text)
+    text = prepare_text(settings, out / "text", source)
     shutil.rmtree(out / "resume", ignore_errors=True)
     folders = [out / "resume" / name for name in ("whole", "stopped")]
     whole, stopped = (plan_runs(options, at, settings, machine, text)[0] for at in folders)
@@ -416,14 +423,24 @@ def this_machine(settings: Settings, ranks: int | None) -> Machine:
     return Machine(torch.cuda.get_device_name(0), min(wanted, there))
 
 
-def prepare_text(settings: Settings, out: Path, folder: Path | None) -> Text:
-    """The text of the preset, or of ``folder``, as the preset tokenises it."""
+def choose_text(settings: Settings, out: Path, folder: Path | None) -> Source:
+    """Whose text: the user's folder's, or the preset's; ``out`` is where it is, or will be."""
+    if folder or settings.tokenizer != "bpe":
+        return folder
+    from compare import bpe_text
+
+    return bpe_text.choose(out)
+
+
+def prepare_text(settings: Settings, out: Path, folder: Source) -> Text:
+    """The text that `choose_text` has chosen, as the preset tokenises it."""
     if settings.tokenizer == "bpe":
         from compare import bpe_text
 
         return bpe_text.prepare(folder, out)
     from compare import byte_text
 
+    assert not isinstance(folder, HubFile)
     what = folder or "this Python's standard library"
     print(f"preparing the text: {what}, tokenised by bytes", flush=True)
     return byte_text.prepare(folder or byte_text.stdlib_folder(), out)
@@ -501,7 +518,7 @@ def hold_lock(out: Path) -> int:
 
 
 def describe_run(
-    settings: Settings, machine: Machine, folder: Path | None, widths: dict[str, int]
+    settings: Settings, machine: Machine, folder: Source, widths: dict[str, int]
 ) -> dict[str, Any]:
     """Everything that results must have in common to be shown together."""
     from compare import byte_text, package_text
@@ -509,6 +526,7 @@ def describe_run(
     if settings.tokenizer == "bpe":
         text = package_text.describe(folder)
     else:
+        assert not isinstance(folder, HubFile)
         text = byte_text.describe(folder or byte_text.stdlib_folder()).to_json()
     return {
         "settings": {**asdict(settings), "init_std": settings.init_std},
@@ -646,7 +664,7 @@ def _setup(
         baseline=options.baseline,
         notes=(
             *results.caveats(
-                tiny=options.preset in ("quick", "tiny"),
+                tiny=options.preset in ("quick", "tiny", "overnight"),
                 on_gpu=machine.on_gpu,
                 seeds=len(options.seeds),
                 swept=bool(options.lr_sweep),

@@ -7,13 +7,20 @@ import functools
 import json
 import re
 import shutil
+import socket
 import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import compare_activations as tool
+import hub_server
+import pyarrow.parquet
 import pytest
-from compare import bpe_text, byte_text, package_text, settings, text
+from compare import bpe_text, byte_text, hub_text, package_text, settings, text
+
+from megatron_xielu.common import files
 
 
 def read_split(out: Path, split: str) -> list[list[int]]:
@@ -78,11 +85,11 @@ class TestByteText:
 
     def test_the_running_pythons_library_has_enough(self) -> None:
         manifest = byte_text.describe(byte_text.stdlib_folder())
-        tiny = settings.TINY
-        assert manifest.tokens["train"] > tiny.iterations * tiny.tokens_per_iteration
-        validations = tiny.iterations // tiny.validate_every + 1
-        held_out = validations * tiny.validation_batches * tiny.tokens_per_iteration
-        assert manifest.tokens["valid"] > held_out
+        for chosen in (settings.TINY, settings.OVERNIGHT):
+            assert manifest.tokens["train"] > chosen.iterations * chosen.tokens_per_iteration
+            validations = chosen.iterations // chosen.validate_every + 1
+            held_out = validations * chosen.validation_batches * chosen.tokens_per_iteration
+            assert manifest.tokens["valid"] > held_out
 
 
 class TestBpeText:
@@ -96,6 +103,7 @@ class TestBpeText:
         monkeypatch.setattr(
             package_text, "_read_packages", lambda _: package_text._read_folder(library)
         )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         here, there = tmp_path / "here", tmp_path / "there"
         tool.main(["minutes", "--prepare-text", "--out", str(here)])
         # Without settings.json, which names the machine that trains.
@@ -144,6 +152,89 @@ class TestBpeText:
         with pytest.raises(SystemExit, match="or of another text or vocabulary; give the --text"):
             bpe_text.prepare(library, tmp_path / "text")
         assert (tmp_path / "text/train/train/00000.bin").exists()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_text.HubFile]:
+    """A Hub on this machine that has a small parquet file in the place of the pinned one."""
+    path = tmp_path / "hub" / hub_text.SAMPLE.path
+    path.parent.mkdir(parents=True)
+    pages = [f"Page {number} of the web. " + "It says é. " * (20 + number) for number in range(90)]
+    columns = {"id": [f"urn:{n}" for n in range(90)], "text": pages, "dump": ["x"] * 90}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    small = dataclasses.replace(
+        hub_text.SAMPLE, sha256=files.sha256(path), most=sum(len(p.encode()) for p in pages[:80])
+    )
+    monkeypatch.setattr(hub_text, "SAMPLE", small)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with hub_server.serve(tmp_path / "hub", small.dataset, []) as endpoint:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        yield small
+
+
+class TestHubText:
+    def test_is_the_default_and_stays_it(
+        self, hub: hub_text.HubFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        small = functools.partial(bpe_text.prepare, vocab_size=300)
+        monkeypatch.setattr(bpe_text, "prepare", small)
+        monkeypatch.setattr(bpe_text, "choose", functools.partial(bpe_text.choose, vocab_size=300))
+        command = ["minutes", "--prepare-text", "--out", str(tmp_path / "out")]
+        tool.main(command)
+        corpus = tmp_path / "out" / "corpus"
+        lines = [
+            json.loads(line) for split in text.SPLITS for line in (corpus / f"{split}.jsonl").open()
+        ]
+        # As many pages as the bytes allow.
+        assert {line["id"] for line in lines} == {f"{hub.label}/urn:{n}" for n in range(80)}
+        sources = (tmp_path / "out" / "text" / "SOURCES.md").read_text()
+        assert f"{hub.label}, revision 87f09149ef47 | Hugging Face Hub | ODC-By-1.0 |" in sources
+        # Begun so, it does not become another text where the Hub is not reached.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        capsys.readouterr()
+        tool.main(command)
+        assert "instead" not in capsys.readouterr().out
+
+    def test_without_the_hub_packages_are_taken(
+        self, hub: hub_text.HubFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        """One that takes a call and says nothing."""
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen()
+            endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+            begin = time.monotonic()
+            assert bpe_text.choose(tmp_path / "text") is None
+            assert time.monotonic() - begin < 10
+        said = capsys.readouterr().out
+        assert "text: packages of pip and npm instead, since the Hub does not give it: " in said
+        # And stay, though the Hub is there again.
+        described = {"vocab_size": 16_384, **package_text.describe(None)}
+        text.write_json(tmp_path / "text" / "source.json", described)
+        assert bpe_text.choose(tmp_path / "text") is None
+        assert capsys.readouterr().out == ""
+
+    def test_another_file_is_not_used(
+        self, hub: hub_text.HubFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert bpe_text.choose(tmp_path / "text") is hub
+        other = dataclasses.replace(hub, sha256="0" * 64)
+        with pytest.raises(SystemExit, match=r"has sha256 .*, not 000000.*it is not used"):
+            package_text.write_corpus(tmp_path / "corpus", other)
+        gone = dataclasses.replace(hub, path="sample/10BT/none.parquet")
+        with pytest.raises(SystemExit, match=r"the Hub does not give .*, with which this text was"):
+            package_text.write_corpus(tmp_path / "corpus", gone)
+
+    def test_texts_of_two_sources_are_two_settings(self, hub: hub_text.HubFile) -> None:
+        machine = tool.Machine("cpu", 1)
+        of_hub, of_packages = (
+            tool.describe_run(settings.MINUTES, machine, source, {})["text"]
+            for source in (hub, None)
+        )
+        assert of_hub == {hub.label: hub.sha256, "bytes": hub.most}
+        assert not of_hub.keys() & of_packages.keys()
 
 
 class TestPackageText:

@@ -1,6 +1,7 @@
 """The text of the GPU presets: a corpus, a BPE tokenizer trained on it, Megatron's files.
 
-`package_text` writes the corpus. Tokens are made by this project's own data preparation
+`package_text` writes the corpus: of a folder, of packages, or of pages from the Hub (`hub_text`).
+Tokens are made by this project's own data preparation
 (tools/prepare_data.py), which goes on where it was stopped.
 
     OUT/corpus/    packages, documents: only to make the text of
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare import package_text
+from compare import hub_text, package_text
+from compare.package_text import Source
 from compare.text import SPLITS, Text, holds, write_json
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Positive
 
 END_OF_DOCUMENT = "<|endoftext|>"
+_VOCAB_SIZE = 16_384
 _TOOL = Path(__file__).resolve().parents[1] / "prepare_data.py"
 _PREFIX = "train/00000"  # a split is made by itself, as one shard
 
@@ -58,14 +61,37 @@ class _Document:
     text: str
 
 
-def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text:
+def choose(out: Path, *, vocab_size: int = _VOCAB_SIZE) -> Source:
+    """Whose text to take where nobody says: a file of the Hub, or where that does not answer, the
+    packages; what ``out`` was begun with stays.
+    """
+    for source in (hub_text.SAMPLE, None):
+        if holds(out / "source.json", _described(source, vocab_size)):
+            return source
+    print(f"text: {hub_text.SAMPLE.label}, {hub_text.SAMPLE.size / 1e6:.0f} MB", flush=True)
+    try:
+        hub_text.SAMPLE.fetch()
+    except hub_text.NoAnswer as error:
+        print(
+            f"text: packages of pip and npm instead, since the Hub does not give it: {error}",
+            flush=True,
+        )
+        return None
+    return hub_text.SAMPLE
+
+
+def _described(source: Source, vocab_size: int) -> dict[str, Any]:
+    return {"vocab_size": vocab_size, **package_text.describe(source)}
+
+
+def prepare(folder: Source, out: Path, *, vocab_size: int = _VOCAB_SIZE) -> Text:
     """Have the corpus tokenised in ``out``, unless it is there already.
 
     Where it is, nothing is needed but ``out``: neither the corpus, nor a network, nor the packages
     that tokenise.
 
     Args:
-        folder: text of the user's; None for the pinned packages.
+        folder: text of the user's, or what `choose` says.
         out: gets ``tokenizer.json`` and the data of each split; the corpus lies beside it.
         vocab_size: of the tokenizer, end-of-document token included.
 
@@ -73,7 +99,7 @@ def prepare(folder: Path | None, out: Path, *, vocab_size: int = 16_384) -> Text
         SystemExit: there is no text, its preparation fails, or a file of it is damaged.
     """
     source, corpus = out / "source.json", out.with_name("corpus")
-    described = {"vocab_size": vocab_size, **package_text.describe(folder)}
+    described = _described(folder, vocab_size)
     if not corpus.exists() and out.exists():
         _check_carried(out, described)
     else:
@@ -118,7 +144,7 @@ def _manifest(out: Path, split: str) -> Path:
     return out / split / "manifest.json"
 
 
-def _make(out: Path, corpus: Path, folder: Path | None, vocab_size: int) -> None:
+def _make(out: Path, corpus: Path, folder: Source, vocab_size: int) -> None:
     package_text.write_corpus(corpus, folder)
     print((corpus / "SOURCES.md").read_text(), flush=True)
     shutil.copy(corpus / "SOURCES.md", out)  # licences go where the text goes

@@ -25,8 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from compare.hub_text import HubFile
 from compare.text import SPLITS, files_below, holds, read, split_of, write_json
 from megatron_xielu.common import files
+
+Source = Path | HubFile | None  # a folder, a file of the Hub, or the packages
 
 _LEAST_BYTES = 200
 _MOST_BYTES = 1_000_000
@@ -143,8 +146,10 @@ class Documents:
         return True
 
 
-def describe(folder: Path | None) -> dict[str, Any]:
+def describe(folder: Source) -> dict[str, Any]:
     """What the corpus is made of, so that a later run can tell whether it is the same."""
+    if isinstance(folder, HubFile):
+        return folder.describe()
     if folder is None:
         return {package.label: package.sha256 for package in PACKAGES}
     digest = hashlib.sha256()
@@ -154,12 +159,12 @@ def describe(folder: Path | None) -> dict[str, Any]:
     return {"--text": digest.hexdigest()}
 
 
-def write_corpus(out: Path, folder: Path | None = None) -> None:
+def write_corpus(out: Path, folder: Source = None) -> None:
     """Write ``train.jsonl``, ``valid.jsonl`` and ``SOURCES.md`` into ``out``, unless there.
 
     Args:
         out: gets the packages too, and keeps them.
-        folder: text to use in place of the packages.
+        folder: what to use in place of the packages.
 
     Raises:
         SystemExit: a package cannot be had, or is not the pinned one; or there is no text.
@@ -172,7 +177,7 @@ def write_corpus(out: Path, folder: Path | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     documents = Documents(set(), {}, {})
     parts = {split: (out / f"{split}.jsonl.unfinished").open("w") for split in SPLITS}
-    for source, name, text in _read_folder(folder) if folder else _read_packages(out / "packages"):
+    for source, name, text in _read(folder, out / "packages"):
         if documents.take(source, text):
             line = json.dumps({"id": f"{source}/{name}", "text": text}, ensure_ascii=False)
             parts[split_of(text.encode())].write(line + "\n")
@@ -182,14 +187,14 @@ def write_corpus(out: Path, folder: Path | None = None) -> None:
         os.replace(file.name, out / f"{split}.jsonl")
     if empty:
         raise SystemExit(
-            f"compare: {folder or 'the packages'}: no document in the {empty[0]} split; there is "
-            "too little text"
+            f"compare: {folder if isinstance(folder, Path) else 'the source'}: no document in the "
+            f"{empty[0]} split; there is too little text"
         )
     files.write(out / "SOURCES.md", sources(documents, folder))
     write_json(written, described)
 
 
-def sources(documents: Documents, folder: Path | None) -> str:
+def sources(documents: Documents, folder: Source) -> str:
     """A Markdown table of what the corpus was made of."""
     lines = [
         "| package | by | licence | what | kind | documents | MB | sha256 |",
@@ -202,7 +207,14 @@ def sources(documents: Documents, folder: Path | None) -> str:
             f"{package.what} | {package.kind} | {documents.count.get(package.label, 0):,} | "
             f"{documents.bytes.get(package.label, 0) / 1e6:.1f} | {package.sha256[:12]}… |"
         )
-    if folder:
+    if isinstance(folder, HubFile):
+        lines.append(
+            f"| {folder.label}, revision {folder.revision[:12]} | Hugging Face Hub | "
+            f"{folder.licence} | pages of the web that teach | prose | "
+            f"{documents.count[folder.label]:,} | {documents.bytes[folder.label] / 1e6:.1f} | "
+            f"{folder.sha256[:12]}… |"
+        )
+    elif folder:
         lines.append(
             f"| (the folder given with --text) | | | | | {documents.count['text']:,} | "
             f"{documents.bytes['text'] / 1e6:.1f} | |"
@@ -219,6 +231,12 @@ def sources(documents: Documents, folder: Path | None) -> str:
         + (f": {mix}." if mix else "."),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _read(folder: Source, packages: Path) -> Iterator[tuple[str, str, str]]:
+    if isinstance(folder, HubFile):
+        return folder.documents()
+    return _read_folder(folder) if folder else _read_packages(packages)
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
