@@ -154,6 +154,14 @@ class TestBpeText:
         assert (tmp_path / "text/train/train/00000.bin").exists()
 
 
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """As HF_ENDPOINT, which is read when the client is imported."""
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_text.HubFile]:
     """A Hub on this machine that has a small parquet file in the place of the pinned one."""
@@ -169,7 +177,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_text.Hu
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with hub_server.serve(tmp_path / "hub", small.dataset, []) as endpoint:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        use_endpoint(monkeypatch, endpoint)
         yield small
 
 
@@ -180,6 +188,7 @@ class TestHubText:
         small = functools.partial(bpe_text.prepare, vocab_size=300)
         monkeypatch.setattr(bpe_text, "prepare", small)
         monkeypatch.setattr(bpe_text, "choose", functools.partial(bpe_text.choose, vocab_size=300))
+        monkeypatch.setattr(package_text, "fetch", lambda *rest: pytest.fail("a package"))
         command = ["minutes", "--prepare-text", "--out", str(tmp_path / "out")]
         tool.main(command)
         corpus = tmp_path / "out" / "corpus"
@@ -204,7 +213,7 @@ class TestHubText:
             silent.bind(("127.0.0.1", 0))
             silent.listen()
             endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+            use_endpoint(monkeypatch, endpoint)
             begin = time.monotonic()
             assert bpe_text.choose(tmp_path / "text") is None
             assert time.monotonic() - begin < 10
