@@ -31,6 +31,7 @@ from compare import (
     records,
     results,
     resume,
+    runs,
     settings,
     sweep,
     text,
@@ -387,8 +388,8 @@ class TestResume:
     def trained(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """Labels of the trainings that were started; each leaves a record."""
         started: list[str] = []
-        monkeypatch.setattr(tool, "train", lambda label, flags, **rest: started.append(label) or 0)
-        monkeypatch.setattr(tool, "read_record", lambda *rest, **more: make_record("swiglu"))
+        monkeypatch.setattr(runs, "train", lambda label, flags, **rest: started.append(label) or 0)
+        monkeypatch.setattr(runs, "read_record", lambda *rest, **more: make_record("swiglu"))
         return started
 
     def test_new_then_finished(self, tmp_path: Path, trained: list[str], capsys) -> None:
@@ -567,10 +568,10 @@ class TestSweep:
         own = {"swiglu": dataclasses.replace(settings.QUICK, learning_rate=4e-3)}
         for rate in (None, 4e-3):
             made = dataclasses.replace(make_record("swiglu"), learning_rate=rate)
-            tool._check_rates(tmp_path, {"swiglu": {42: made}}, own)
+            sweep.check_rates(tmp_path, {"swiglu": {42: made}}, own)
         made = dataclasses.replace(make_record("swiglu"), learning_rate=1e-3)
         with pytest.raises(SystemExit, match=r"seed_42 was trained at the learning rate 0\.001"):
-            tool._check_rates(tmp_path, {"swiglu": {42: made}}, own)
+            sweep.check_rates(tmp_path, {"swiglu": {42: made}}, own)
 
     def test_trains_at_each_rate_then_all_seeds_at_the_best(self, tmp_path: Path) -> None:
         """Of the rates the last is so high that the loss is NaN in the third step."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from compare.equal_cost import Cost
+from compare.records import Record
+from compare.runs import Machine, do_run, finished_records, folder_of, plan_runs
 from compare.settings import Settings
+from compare.text import Text
+from compare.training import Diverged
 from compare.variants import Variant
 from megatron_xielu.catalog import NUMBERS
+from megatron_xielu.common import files
 
 SEED = 41
 
@@ -108,3 +114,48 @@ def cost(
         f"{', '.join(f'{rate:g}' for rate in rates)}: {tokens * len(variants):,} {unit}s, "
         f"{flops:.3g} FLOPs, beside the compared runs"
     )
+
+
+def train_all(
+    options: argparse.Namespace,
+    out: Path,
+    settings: Settings,
+    machine: Machine,
+    text: Text,
+    lock: int,
+    cost: str,
+) -> Sweep:
+    """Train each variant once at every rate, in ``out/sweep/RATE``; see `cost` for the last."""
+    losses: dict[str, dict[float, float | None]] = {one.name: {} for one in options.variants}
+    once = argparse.Namespace(**{**vars(options), "seeds": [SEED]})
+    for rate in options.lr_sweep:
+        at, folder = replace(settings, learning_rate=rate), out / "sweep" / repr(rate)
+        for run in plan_runs(once, folder, at, machine, text):
+            name, diverged = run.variant.name, run.folder / "diverged.txt"
+            try:
+                if not diverged.exists():
+                    do_run(run, f"[learning rate {rate:g}]", at, machine, lock)
+            except Diverged as error:
+                files.write(diverged, f"{error}\n")
+                print(f"{run.label} diverged at the learning rate {rate:g}", flush=True)
+            found = finished_records(folder, [run.variant], once.seeds).get(name)
+            losses[name][rate] = found[SEED].valid_loss if found else None
+    return Sweep(losses, cost)
+
+
+def check_rates(
+    out: Path, finished: dict[str, dict[int, Record]], own: dict[str, Settings]
+) -> None:
+    """Refuse runs that another choice has trained: on a GPU a sweep that is repeated may differ.
+
+    Raises:
+        SystemExit: there is one; names its folder and both rates.
+    """
+    for name, of_seed in finished.items():
+        for seed, record in of_seed.items():
+            if record.learning_rate not in (None, own[name].learning_rate):
+                raise SystemExit(
+                    f"compare: {folder_of(out, name, seed)} was trained at the learning rate "
+                    f"{record.learning_rate:g}, and the sweep now has {own[name].learning_rate:g} "
+                    "as the best; delete it, and the same command makes it again"
+                )
