@@ -1,0 +1,1 @@
+"""The parts of tools/evaluate_suite.py."""
