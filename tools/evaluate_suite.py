@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{(time.monotonic() - begin) / 60:.1f} min; the table: {output / 'suite.md'}")
     for evaluation, why in failures:
         print(f"failed: {evaluation.run.name}: {why}; its log: {evaluation.log}")
-    raise SystemExit(bool(failures))
+    if failures:
+        raise SystemExit(1)
 
 
 def _parser() -> argparse.ArgumentParser:

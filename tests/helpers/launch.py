@@ -58,6 +58,7 @@ _ENTRY_IMPORTS = """
     megatron_xielu.layer_specs megatron_xielu.training_step
     megatron_xielu.features.alpha_logging megatron_xielu.features.tp_sync
 """.split()
+_LM_EVAL_IMPORTS = "lm_eval._cli.run lm_eval.evaluator lm_eval.models.huggingface".split()
 # Those that import it as it is.
 _CHECKS = {"megatron_xielu.cluster.preflight", "preflight_faults"}  # and the self-test
 
@@ -77,6 +78,8 @@ def _imports(command: Sequence[str], environment: dict[str, str]) -> tuple[Seque
             return ["megatron.core"], _environment()
         case ["-m", "megatron_xielu.checkpoint_walk", *_]:
             return as_entry, _environment()
+        case ["-m", "lm_eval", *_]:
+            return _LM_EVAL_IMPORTS, environment
         case ["-m", module, *_] if module in _ENTRIES:
             return as_entry, environment
         case [script, *_] if Path(script).stem in _SCRIPTS:

@@ -54,6 +54,7 @@ _MODULES = """
 _OF_ONE_RUN = """
     RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PYTEST_CURRENT_TEST
     DUMP_FOLDER BREAK_TP_SUM WITHOUT_MENDS WRITER_SLEEPS KMP_DUPLICATE_LIB_OK KMP_INIT_AT_FORK
+    HF_MODULES_CACHE
 """.split()
 
 # Its lines of the answer: the process's number, and its exit code. It may be killed, too.

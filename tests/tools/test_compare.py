@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from html import unescape
@@ -19,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import compare_activations as tool
+import evaluate_suite
 import launch
 import pytest
 import torch
@@ -38,10 +40,14 @@ from compare import (
     training,
     variants,
 )
+from suite import runs as suite_runs
+from suite import tasks as suite_tasks
+from suite.evaluation import Evaluation
 from warm_python import Process
 
 from megatron_xielu.checkpoints.alphas import Alphas
 from megatron_xielu.checkpoints.folder import read_tracker
+from megatron_xielu.checkpoints.source import Refused
 
 CPU = tool.Machine("cpu", 2)
 ALL = [variants.parse(name) for name in variants.ACTIVATIONS]
@@ -809,6 +815,32 @@ def hugging_face(comparison: Comparison, trained_at_tp2: tuple[Path, records.Rec
     return folder
 
 
+def python_lines(folder: Path) -> None:
+    """A task for lm-eval: which of two continuations is Python?"""
+    lines = [("import ", "os", "§¶"), ("    def ", "__init__", "~~~~`~~~"), ("se", "lf", "ØØ")]
+    questions = [
+        {"text": text, "choices": [right, wrong], "answer": 0} for text, right, wrong in lines
+    ]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (folder / "python_lines.yaml").write_text(
+        "task: python_lines\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: '{{text}}'\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+
+
+def offline(folder: Path) -> dict[str, str]:
+    """The environment of a process that uses Hugging Face's libraries."""
+    return {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+
+
 class TestHuggingFace:
     def test_tokenizer_is_the_bytes_of_the_text(self, comparison: Comparison) -> None:
         from transformers import AutoTokenizer
@@ -846,39 +878,118 @@ class TestHuggingFace:
         assert 2**27 < trained_at_tp2[1].memory < 2**34
 
     def test_lm_eval_runs_on_it(self, hugging_face: Path, tmp_path: Path) -> None:
-        """A task of its own: which of two continuations is Python?"""
-        lines = [("import ", "os", "§¶"), ("    def ", "__init__", "~~~~`~~~"), ("se", "lf", "ØØ")]
-        questions = [
-            {"text": text, "choices": [right, wrong], "answer": 0} for text, right, wrong in lines
-        ]
-        data = tmp_path / "data.jsonl"
-        data.write_text("".join(json.dumps(question) + "\n" for question in questions))
-        (tmp_path / "python_lines.yaml").write_text(
-            "task: python_lines\n"
-            "dataset_path: json\n"
-            f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
-            "test_split: test\n"
-            "output_type: multiple_choice\n"
-            "doc_to_text: '{{text}}'\n"
-            "doc_to_choice: choices\n"
-            "doc_to_target: answer\n"
-            "metric_list: [{metric: acc}]\n"
-        )
+        """On a task of its own."""
+        python_lines(tmp_path)
         command = [launch.python(), "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
         command += ["--model_args", f"pretrained={hugging_face},dtype=float32"]
         command += ["--tasks", "python_lines", "--include_path", str(tmp_path)]
         command += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(training.REPOSITORY),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "home"),
-        }
+        environment = {**os.environ, **offline(tmp_path), "PYTHONPATH": str(training.REPOSITORY)}
         evaluated = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
         (file,) = (tmp_path / "results").rglob("results_*.json")
         results = json.loads(file.read_text())["results"]["python_lines"]
         assert results["acc,none"] == 1.0
+
+
+@dataclasses.dataclass
+class Suite:
+    """lm-eval on two activations with two seeds, and on a run whose checkpoint is damaged."""
+
+    out: Path
+    tasks: Path
+    runs: list[str]
+    code: int
+    output: str
+
+    def again(self, *runs: str) -> tuple[int, str]:
+        """The same command, with more runs; its exit status and what it prints."""
+        words = [*self.runs, *runs, "--output", str(self.out), "--tasks", "python_lines"]
+        words += ["--include-path", str(self.tasks), "--device", "cpu"]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            try:
+                evaluate_suite.main(words)
+            except SystemExit as end:
+                return int(end.code), output.getvalue()
+        return 0, output.getvalue()
+
+
+class TestSuite:
+    @pytest.fixture(scope="class")
+    def suite(
+        self, comparison: Comparison, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Suite]:
+        import datasets
+
+        folder = tmp_path_factory.mktemp("suite")
+        python_lines(folder)
+        damaged = folder / "damaged" / "seed_42"
+        shutil.copytree(tool.folder_of(comparison.out, "xielu", 42), damaged)
+        (folder / "text").symlink_to(comparison.out / "text")
+        (file, *_) = damaged.rglob("*.distcp")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        runs = [
+            str(tool.folder_of(comparison.out, name, seed))
+            for name in ("swiglu", "xielu")
+            for seed in SEEDS
+        ]
+        suite = Suite(folder / "out", folder, runs, 0, "")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", launch.python())
+            patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "home" / "datasets")
+            patch.setenv("PYTHONPATH", str(training.REPOSITORY))
+            for name, value in offline(folder).items():
+                patch.setenv(name, value)
+            suite.code, suite.output = suite.again(str(damaged))
+            yield suite
+
+    def test_tasks_and_metrics_are_lm_evals(self, suite: Suite) -> None:
+        index = suite_tasks.manager(str(suite.tasks)).task_index
+        for name, (metric, _) in suite_tasks.USUAL.items():
+            assert metric in [one["metric"] for one in index[name].cfg["metric_list"]], name
+        for name, said in (("arc_eazy", "did you mean arc_easy?"), ("ai2_arc", "a group of tasks")):
+            with pytest.raises(Refused, match=re.escape(said)):
+                suite_tasks.load([name], str(suite.tasks))
+
+    def test_table(self, suite: Suite) -> None:
+        content = json.loads((suite.out / "suite.json").read_text())
+        assert content["runs"].keys() == {
+            f"{n}/seed_{s}" for n in ("swiglu", "xielu") for s in SEEDS
+        }
+        for run in content["runs"].values():
+            assert run["scores"]["python_lines"]["documents"] == 3
+            assert run["average"] == 100 * run["scores"]["python_lines"]["metrics"]["acc"]
+        assert content["rows"]["xielu"]["average"]["n"] == 2
+        assert [one["variant"] for one in content["comparisons"]] == ["xielu"]
+        shown = (suite.out / "suite.md").read_text()
+        assert re.search(r"\| SwiGLU \| 2 \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \|", shown)
+        assert "| *standard error of a run* | |" in shown
+        assert not list(suite.out.rglob("model"))
+
+    def test_a_run_that_fails_is_told_and_ends_no_other(self, suite: Suite) -> None:
+        assert suite.code == 1
+        assert re.search(r"failed: damaged/seed_42: .*is damaged: .*; its log: ", suite.output)
+        assert "left out: damaged/seed_42." in (suite.out / "suite.md").read_text()
+
+    def test_what_is_there_is_not_run_again(self, suite: Suite) -> None:
+        times = {path: path.stat().st_mtime_ns for path in suite.out.rglob("result.json")}
+        code, output = suite.again()
+        assert code == 0 and "4 runs, 4 of them evaluated before" in output
+        assert "left out" not in (suite.out / "suite.md").read_text()
+        assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+    def test_what_it_is_of_counts(self, suite: Suite) -> None:
+        """Another checkpoint, and another file of the task."""
+        (run,) = suite_runs.read([Path(suite.runs[0])], None)
+        tasks = suite_tasks.load(["python_lines"], str(suite.tasks))
+        options = evaluate_suite.Options("cpu", "auto", "8", None, str(suite.tasks), keep=False)
+        assert not Evaluation(run, tasks, suite.out, options).missing
+        resaved = dataclasses.replace(run, stamp=run.stamp + 1)
+        changed = [dataclasses.replace(task, sha256="0" * 64) for task in tasks]
+        for one, of in ((resaved, tasks), (run, changed)):
+            assert Evaluation(one, of, suite.out, options).missing == of
 
 
 def test_the_terminal_has_no_markdown():
