@@ -166,8 +166,8 @@ def _places(device: str | None) -> list[dict[str, str]]:
     count = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not count:
         raise Refused("--device cuda: PyTorch sees no GPU here; leave it out, or say cpu")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = visible if len(visible) == count else map(str, range(count))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(count))
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names][:count] or [{}]
 
 

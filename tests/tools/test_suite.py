@@ -105,6 +105,22 @@ class TestRefusals:
                 evaluate_suite._check_disk(evaluations, tmp_path, at_once, keep=keep)
 
 
+@pytest.mark.parametrize(
+    ("count", "visible", "names"),
+    [(0, None, []), (1, None, ["0"]), (2, None, ["0", "1"]), (2, "5,GPU-a", ["5", "GPU-a"])],
+)
+def test_a_run_on_each_gpu(
+    count: int, visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    expected = [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+    assert evaluate_suite._places(None) == expected
+    assert evaluate_suite._places("cpu") == [{}]
+
+
 def test_rows_without_a_folder_that_names_them(tmp_path: Path) -> None:
     """Of a cluster's runs, by what their checkpoints say."""
     tokenizer = tmp_path / "text" / "tokenizer"
