@@ -28,7 +28,7 @@ from compare.results import for_terminal
 from compare.text import write_json
 from suite import runs as suite_runs
 from suite import table, tasks
-from suite.evaluation import Evaluation, Failed, Options
+from suite.evaluation import Evaluation, Failed, Options, Result
 from suite.runs import Run
 from suite.tasks import Task
 
@@ -84,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except training.Stopped as stopped:
         print(f"\nstopped; run the same command again to go on (kept in {output})", flush=True)
         raise SystemExit(128 + stopped.signum) from None
-    _write(evaluations, chosen, baseline, output, settings)
-    print(f"{(time.monotonic() - begin) / 60:.1f} min; the table: {output / 'suite.md'}")
+    results = _results(evaluations)
+    if results:
+        _write(results, evaluations, chosen, baseline, output, settings)
+        print(f"{(time.monotonic() - begin) / 60:.1f} min; the table: {output / 'suite.md'}")
     for evaluation, why in failures:
         print(f"failed: {evaluation.run.name}: {why}; its log: {evaluation.log}")
     if failures:
@@ -129,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the weights [auto: as in the checkpoint]",
     )
-    parser.add_argument("--batch-size", metavar="N|auto", help="[auto on a GPU, 8 on a CPU]")
+    parser.add_argument(
+        "--batch-size", type=_batch_size, metavar="N|auto", help="[auto on a GPU, 8 on a CPU]"
+    )
     parser.add_argument(
         "--limit", type=POSITIVE.read, metavar="N", help="only N documents a task, for a try"
     )
@@ -143,7 +147,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names(word: str) -> list[str]:
-    return list(dict.fromkeys(filter(None, word.split(","))))
+    names = list(dict.fromkeys(filter(None, word.split(","))))
+    if not names:
+        raise argparse.ArgumentTypeError("name one task at least")
+    return names
+
+
+def _batch_size(word: str) -> str:
+    return word if word == "auto" else str(POSITIVE.read(word))
 
 
 def _folder(word: str) -> Path:
@@ -230,21 +241,25 @@ def _say(evaluation: Evaluation, what: str) -> None:
     print(f"{evaluation.run.label}, seed {evaluation.run.seed}: {what}", flush=True)
 
 
+def _results(evaluations: Sequence[Evaluation]) -> dict[str, dict[int, Result]]:
+    """By row and seed, of the runs that have every task."""
+    results: dict[str, dict[int, Result]] = {}
+    for evaluation in evaluations:
+        if not evaluation.missing:
+            of_seed = results.setdefault(evaluation.run.row, {})
+            of_seed[evaluation.run.seed] = evaluation.result
+    return results
+
+
 def _write(
+    results: table.Results,
     evaluations: Sequence[Evaluation],
     chosen: Sequence[Task],
     baseline: str,
     output: Path,
     settings: Options,
 ) -> None:
-    """``suite.md`` and ``suite.json`` of the runs that have every task, and the terminal."""
-    results: dict[str, dict[int, table.Result]] = {}
-    for evaluation in evaluations:
-        if not evaluation.missing:
-            of_seed = results.setdefault(evaluation.run.row, {})
-            of_seed[evaluation.run.seed] = evaluation.result
-    if not results:
-        return
+    """``suite.md`` and ``suite.json``, and the terminal."""
     runs = [evaluation.run for evaluation in evaluations]
     context = {
         "date": time.strftime("%Y-%m-%d"),

@@ -89,8 +89,20 @@ class TestRefusals:
             "--baseline xielu: not among the rows, relu2": [run, *output, "--baseline", "xielu"],
         }.items():
             assert said in refusal(capsys, *words), said
+        for words in (["--tasks", ","], ["--batch-size", "0"], ["--limit", "x"]):
+            with pytest.raises(SystemExit, match="2"):
+                evaluate_suite.main([str(run), *map(str, output), *words])
+            assert f"argument {words[0]}: " in capsys.readouterr().err
         if not torch.cuda.is_available():
             assert "PyTorch sees no GPU" in refusal(capsys, run, *output, "--device", "cuda")
+
+    def test_a_damaged_result(self, out: Path, tmp_path: Path) -> None:
+        (run,) = runs.read([out / "relu2" / "seed_1"], None)
+        file = tmp_path / run.name / "result.json"
+        file.parent.mkdir(parents=True)
+        file.write_text('{"of": {}, "scores": {"own": 1}}')
+        with pytest.raises(ValueError, match=r"scores\.own is 1, not an object; delete that file"):
+            Evaluation(run, TASKS, tmp_path, OPTIONS)
 
     def test_disk(self, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = runs.read([out / "relu2" / f"seed_{seed}" for seed in (1, 2)], None)

@@ -97,8 +97,11 @@ class Evaluation:
     @property
     def missing(self) -> list[Task]:
         """The tasks that are still to be run."""
-        scores = self.result.scores
-        return [t for t in self._tasks if t.name not in scores or scores[t.name].task != t.sha256]
+        return [task for task in self._tasks if not self._has(task)]
+
+    def _has(self, task: Task) -> bool:
+        score = self.result.scores.get(task.name)
+        return score is not None and score.task == task.sha256 and task.metric in score.metrics
 
     @property
     def needs(self) -> int:
