@@ -15,25 +15,27 @@ checkpoint. The settings are kept with the results; a run with others is refused
     paper-1b     the paper's models: prints the commands for a cluster, and runs nothing
     paper-3b
 
+``collect RUN...`` has finished runs, of a cluster, too, in the same tables and pictures.
 docs/compare.md has the rest; the code is in tools/compare.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import importlib
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compare import equal_cost, results, resume, sweep
+from compare.page import write_page
 from compare.records import Record
 from compare.runs import (
     Machine,
@@ -58,13 +60,14 @@ from megatron_xielu import __version__
 from megatron_xielu.checkpoints.folder import TRACKER, read_tracker
 from megatron_xielu.common import files
 from megatron_xielu.common.schema import Malformed
-from megatron_xielu.common.text import describe, is_utf8, one_line, ready_output, reason
+from megatron_xielu.common.text import is_utf8, one_line, ready_output
 from megatron_xielu.common.versions import made_with
-from megatron_xielu.report import __main__ as report
 
 _FIRST_SEED, _MOST_SEEDS = 42, 1000
 _DEFAULT_BASELINE = "swiglu"
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
+# In the place of a preset; each is a module of tools/compare with options of its own.
+_COMMANDS = {"collect": "finished runs, of a cluster, too, into the same tables and pictures"}
 _FETCHED_TEXT = [name for name, settings in PRESETS.items() if settings.tokenizer == "bpe"]
 
 
@@ -74,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: something is wrong; with what.
     """
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in _COMMANDS:
+        importlib.import_module(f"compare.{words[0]}").main(words[1:])
+        return
     options = parse_options(argv)
     try:
         _run(options, Path(os.path.realpath(options.out)))
@@ -111,7 +118,9 @@ def _run(options: argparse.Namespace, out: Path) -> None:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``variants`` and ``seeds`` are ready to use."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="docs/compare.md says more."
+        description=__doc__.splitlines()[0],
+        epilog=" ".join(f"`{name} --help`: {what}." for name, what in _COMMANDS.items())
+        + " docs/compare.md says more.",
     )
     parser.add_argument("preset", choices=[*PRESETS, *_CLUSTER_PRESETS])
     parser.add_argument("--out", type=Path, help="folder for everything [runs/PRESET]")
@@ -411,22 +420,6 @@ def _words(options: argparse.Namespace) -> list[str]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def write_page(folders: Sequence[Path], out: Path, notes: Sequence[str]) -> Path | None:
-    """Have `megatron_xielu.report` write its page of the runs; a failure is only a warning.
-
-    Returns:
-        The page, if it was written.
-    """
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            report.write(folders, out, notes)
-    except (Exception, SystemExit) as error:
-        why = reason(error) if isinstance(error, SystemExit) else describe(error)
-        print(f"warning: no page in {out}: {why}", flush=True)
-        return None
-    return out / report.PAGE
 
 
 def _minutes(seconds: float) -> str:

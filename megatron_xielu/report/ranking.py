@@ -55,16 +55,13 @@ def rank(runs: Sequence[Run]) -> Ranking | None:
 def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] | None:
     """The best that all runs have and that means the same in all: a name, and how to get it."""
     apart = differences(runs).keys()
-    found = [run.evaluation for run in runs]
-    at_end = all(e and e.iteration == run.iterations for e, run in zip(found, runs, strict=True))
-    one_loss = at_end and _one([_evaluated_on(run) for run in runs])
-    one_text = at_end and _one([e.bytes for e in found if e])
+    one_text = _at_end(runs) and _one([run.evaluation and run.evaluation.bytes for run in runs])
     of_training = not apart & {ARGUMENTS, VOCABULARY, DATA, SEQUENCE}
     for title, of, comparable in (
         (
             "the loss of megatron_xielu.evaluate",
             lambda run: run.evaluated_loss,
-            one_loss and not apart & {ARGUMENTS, VOCABULARY},
+            evaluated_alike(runs) and not apart & {ARGUMENTS, VOCABULARY},
         ),
         (
             "bits per byte of megatron_xielu.evaluate",
@@ -81,6 +78,15 @@ def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] |
         if comparable and all(of(run) is not None for run in runs):
             return title, of
     return None
+
+
+def evaluated_alike(runs: Sequence[Run]) -> bool:
+    """Whether ``megatron_xielu.evaluate`` was run at the end of each, and on the same data."""
+    return _at_end(runs) and _one([_evaluated_on(run) for run in runs])
+
+
+def _at_end(runs: Sequence[Run]) -> bool:
+    return all(run.evaluation and run.evaluation.iteration == run.iterations for run in runs)
 
 
 def _one(values: Sequence[object]) -> bool:

@@ -27,7 +27,7 @@ _MAY_DIFFER = (
     *("timing_log_*", "eval_interval", "start_eval_at_iter", "profile*", "*pytorch_profiler*"),
     *("nvtx_ranges", "record_*", "memory_snapshot_path", "config_logger_dir"),
     *("flight_recorder_*", "inprocess_*", "*straggler*", "distributed_timeout_*"),
-    "xielu_made_with",
+    *("xielu_made_with", "xielu_check_tp_sync"),
     # Which process wrote them, and how many read the data.
     *("rank", "local_rank", "num_workers", "num_dataset_builder_threads", "mmap_bin_files"),
     # Of serving the model.

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -384,6 +385,9 @@ class TestOptions:
         assert "48,000 steps of 2,621,440 tokens" in shown
         assert "3,020,048,384" in shown  # SwiGLU's parameters
         assert set(cluster.PRESETS) == {"paper-1b", "paper-3b"}
+        *folders, _, baseline, _, out = shlex.split(shown.splitlines()[-1])[3:]
+        assert len(folders) == 6 and folders[-1] == "runs/paper-3b/xielu-frozen/seed_43"
+        assert (baseline, out) == ("swiglu", "runs/paper-3b/results")
 
 
 def make_run(out: Path, name: str = "swiglu", seed: int = 42, flags: list[str] | None = None):

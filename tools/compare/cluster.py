@@ -71,8 +71,9 @@ def show(
             lines.append(_command(preset, variant, seed, folder))
     lines += [
         "",
-        "# and afterwards:",
-        f"python -m megatron_xielu.report {shlex.join([*folders, '--output', f'{out}/report'])}",
+        "# and when all have finished:",
+        "python tools/compare_activations.py collect "
+        + shlex.join([*folders, "--baseline", baseline, "--out", f"{out}/results"]),
     ]
     return "\n".join(lines)
 

@@ -46,27 +46,32 @@ def check(found: Mapping[str, Cost], baseline: str) -> None:
     """Refuse a comparison at unequal cost.
 
     Raises:
-        SystemExit: parameters or FLOPs differ from the baseline's by more than `TOLERANCE`;
-            names the variant and the width that would match.
+        SystemExit: it is; names the variants, and the widths that would match.
     """
-    wanted, problems = found[baseline], []
+    if unequal := differences(found, baseline):
+        lines = [f"compare: not at equal cost, {100 * TOLERANCE:g} % at most is allowed:"]
+        for name, problems in unequal.items():
+            width = found[name].ffn_matching(found[baseline])
+            lines += [f"  {name} has {problem}" for problem in problems]
+            lines.append(f"  --ffn {name}={width} would match (now {found[name].model.ffn})")
+        raise SystemExit("\n".join(lines))
+
+
+def differences(found: Mapping[str, Cost], baseline: str) -> dict[str, list[str]]:
+    """What is further from the baseline's than `TOLERANCE`, by variant."""
+    wanted, unequal = found[baseline], {}
     for name, cost in found.items():
-        for what, here, there in (
-            ("parameters", cost.parameters, wanted.parameters),
-            ("FLOPs per token", cost.flops, wanted.flops),
-        ):
-            if abs(here / there - 1) > TOLERANCE:
-                problems.append(
-                    f"  {name} has {here:,} {what}, {100 * (here / there - 1):+.2f} % of "
-                    f"{baseline}'s {there:,}"
-                )
-        if problems and problems[-1].startswith(f"  {name} "):
-            problems.append(
-                f"  --ffn {name}={cost.ffn_matching(wanted)} would match (now {cost.model.ffn})"
+        problems = [
+            f"{here:,} {what}, {100 * (here / there - 1):+.2f} % of {baseline}'s {there:,}"
+            for what, here, there in (
+                ("parameters", cost.parameters, wanted.parameters),
+                ("FLOPs per token", cost.flops, wanted.flops),
             )
-    if problems:
-        allowed = f"compare: not at equal cost, {100 * TOLERANCE:g} % at most is allowed:"
-        raise SystemExit("\n".join([allowed, *problems]))
+            if abs(here / there - 1) > TOLERANCE
+        ]
+        if problems:
+            unequal[name] = problems
+    return unequal
 
 
 def table(found: Mapping[str, Cost], labels: Mapping[str, str], baseline: str) -> str:

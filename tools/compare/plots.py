@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.paired import DIFFERENCE, Comparison, Spread
-from compare.records import Records
+from compare.records import Records, with_alphas
 from compare.sweep import SEED, Sweep
 from compare.variants import Variant
 from megatron_xielu.common import files
@@ -15,7 +15,7 @@ from megatron_xielu.report.drawing import Drawing, depth_colour, run_styles
 from megatron_xielu.report.events import Curve
 
 _MARKERS = "os^DvP*X<>"  # tell variants and layers apart in grey too
-_SMOOTHED_ITERATIONS = 10  # a single batch's loss is too noisy to compare
+_SMOOTHED = 10  # logged losses: a single batch's loss is too noisy to compare
 _SHOWN_FROM = 15  # the first 1/15 falls so far that it would flatten all the rest; it is cut off
 
 
@@ -36,7 +36,7 @@ def plot_losses(
     styles = _styles(variants)
     for number, variant in enumerate(variants):
         of_seed, style = records[variant.name].values(), styles[variant.name]
-        train = over_seeds([running_mean(record.train, _SMOOTHED_ITERATIONS) for record in of_seed])
+        train = over_seeds([running_mean(record.train, _SMOOTHED) for record in of_seed])
         valid = over_seeds([record.valid for record in of_seed])
         top = max(top, train[len(train) // _SHOWN_FROM][1])
         final = Spread.of([record.valid_loss for record in of_seed]).show(".3f")
@@ -44,7 +44,7 @@ def plot_losses(
         _band(right, valid, marker=_MARKERS[number % len(_MARKERS)], **style)
     seeds = max(map(len, records.values()))
     band = f";\nbands: lowest to highest of {seeds} seeds" if seeds > 1 else ""
-    left.set_title(f"training text (mean of {_SMOOTHED_ITERATIONS} iterations{band})")
+    left.set_title(f"training text (mean of {_SMOOTHED} logged losses{band})")
     right.set_title("held-out text (other axes)")
     left.set_ylim(top=top)
     drawing.legend(title="held-out loss after the last iteration")
@@ -100,7 +100,7 @@ def plot_differences(
 
 def plot_alphas(records: Records, variants: Sequence[Variant], path: Path, *, caption: str) -> None:
     """Effective αp and αn of every layer over time, mean over seeds; a column per variant."""
-    trained = [variant for variant in variants if variant.has_alphas]
+    trained = with_alphas(records, variants)
     drawing = Drawing(
         f"Alphas by layer\n{caption}",
         "training iteration",

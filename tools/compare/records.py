@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron_xielu.common.text import one_line
 from megatron_xielu.report.events import Curve, read_events
 
 TRAIN, VALID = "lm loss", "lm loss validation"
-_MEMORY = "mem-max-allocated-bytes"
+MEMORY = "mem-max-allocated-bytes"
 _ALPHA_POINTS = 25  # kept of an alpha's history
 
 # Events reach the disk every two minutes only: of a training that was killed, the log knows more.
@@ -37,17 +38,18 @@ _IN_LOG = {
 class Record:
     """One finished training. Losses are in nats per token.
 
-    ``memory``: bytes, of the process that takes most, or of the GPU (``memory_of``). ``input_std``
-    is of the initial weights. It and ``learning_rate`` are None of a training by an older version.
+    ``memory``: bytes, of the process that takes most, or of the GPU (``memory_of``). Times and
+    memory are None where a training that was started elsewhere did not write them. ``input_std`` is
+    of the initial weights. It and ``learning_rate`` are None of a training by an older version.
     """
 
     variant: str
     seed: int
     parameters: int
     tokens: int
-    step_seconds: float
-    tokens_per_second: float
-    memory: float
+    step_seconds: float | None
+    tokens_per_second: float | None
+    memory: float | None
     memory_of: str
     train: Curve
     valid: Curve
@@ -85,6 +87,11 @@ class Record:
 Records = dict[str, dict[int, Record]]  # by variant and seed
 
 
+def with_alphas(records: Records, variants: Sequence[Variant]) -> list[Variant]:
+    """Those of which alphas are known."""
+    return [v for v in variants if any(one.alphas for one in records[v.name].values())]
+
+
 def read_record(
     folder: Path, settings: Settings, variant: Variant, seed: int, *, peak_rss: int, on_gpu: bool
 ) -> Record:
@@ -117,7 +124,7 @@ def _read(
     for tag in (TRAIN, VALID):
         if not events.get(tag) or events[tag][-1][0] != end:
             raise ValueError(f"{folder / 'events'} has no '{tag}' at iteration {end}")
-    for tag in ("iteration-time", *([_MEMORY] if on_gpu else [])):
+    for tag in ("iteration-time", *([MEMORY] if on_gpu else [])):
         if not events.get(tag):
             raise ValueError(f"{folder / 'events'} has no '{tag}'")
     checkpoint = complete_checkpoints(folder / "checkpoints").get(end)
@@ -134,7 +141,7 @@ def _read(
         tokens=end * settings.tokens_per_iteration,
         step_seconds=seconds,
         tokens_per_second=settings.tokens_per_iteration / seconds,
-        memory=max(value for _, value in events[_MEMORY]) if on_gpu else peak_rss,
+        memory=max(value for _, value in events[MEMORY]) if on_gpu else peak_rss,
         memory_of="GPU, allocated" if on_gpu else "largest process, resident",
         train=complete(events, folder / "log.txt", TRAIN),
         valid=complete(events, folder / "log.txt", VALID),

@@ -15,7 +15,7 @@ from typing import Any
 from compare import paired
 from compare.equal_cost import Cost
 from compare.paired import Comparison, Spread
-from compare.records import Records
+from compare.records import Record, Records, with_alphas
 from compare.settings import PAPER_INPUT_STD
 from compare.sweep import Sweep
 from compare.text import write_json
@@ -122,7 +122,7 @@ def write(
         plots.plot_sweep(
             setup.sweep, variants, out / "sweep.png", caption=setup.caption, unit=setup.unit
         )
-    if any(variant.has_alphas for variant in variants):
+    if with_alphas(records, variants):
         plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
     files.write(out / "results.md", shown)
     return shown
@@ -158,14 +158,19 @@ def _compare(records: Records, baseline: str) -> list[Comparison]:
 
 
 def spreads(records: Records, name: str) -> dict[str, Spread]:
-    """Of every quantity that is reported, over the seeds of a variant."""
+    """Of every quantity that is reported, over the seeds of a variant, and known of all."""
     found = list(records[name].values())
+    values = {
+        "validation_loss": [record.valid_loss for record in found],
+        "perplexity": [record.perplexity for record in found],
+        "step_seconds": [record.step_seconds for record in found],
+        "tokens_per_second": [record.tokens_per_second for record in found],
+        "memory_bytes": [record.memory for record in found],
+    }
     return {
-        "validation_loss": Spread.of([record.valid_loss for record in found]),
-        "perplexity": Spread.of([record.perplexity for record in found]),
-        "step_seconds": Spread.of([record.step_seconds for record in found]),
-        "tokens_per_second": Spread.of([record.tokens_per_second for record in found]),
-        "memory_bytes": Spread.of([record.memory for record in found]),
+        quantity: Spread.of([one for one in each if one is not None])
+        for quantity, each in values.items()
+        if None not in each
     }
 
 
@@ -179,29 +184,32 @@ def markdown(
     """The report, for people."""
     labels = {variant.name: variant.label for variant in variants}
     seeds = sorted({seed for of_seed in records.values() for seed in of_seed})
-    memory = next(iter(next(iter(records[v.name].values())) for v in variants)).memory_of
     several = len(seeds) > 1
     lines = [f"# Activations at equal cost: {setup.preset}", ""]
     lines += [f"- {key}: {value}" for key, value in setup.context.items()]
     lines += [f"- seeds: {', '.join(map(str, seeds))}", ""]
     lines += [f"**{note}**\n" for note in setup.notes]
     spread = ", mean ± sample standard deviation over n seeds" if several else ""
-    lines += [
-        f"Held-out loss in nats per {setup.unit} after the last iteration{spread}. "
-        f"Memory: {memory}. Step time: the median over a run's iterations.",
-        "",
-        "| | n | ffn | parameters | FLOPs per token | held-out loss | perplexity | step [ms] | "
-        f"{setup.unit}s/s | memory [MiB] |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    found = {variant.name: spreads(records, variant.name) for variant in variants}
+    known = {quantity for of in found.values() for quantity in of}
+    columns = [column for column in _columns(setup.unit) if column[1] in known]
+    said = f"Held-out loss in nats per {setup.unit} after the last iteration{spread}."
+    if "memory_bytes" in known:
+        measured = (one for of_seed in records.values() for one in of_seed.values())
+        said += f" Memory: {next(one.memory_of for one in measured if one.memory is not None)}."
+    if "step_seconds" in known:
+        said += " Step time: the median over a run's iterations."
+    heads = ["", "n", "ffn", "parameters", "FLOPs per token", *(head for head, *_ in columns)]
+    lines += [said, "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for variant in variants:
-        found, cost = spreads(records, variant.name), costs[variant.name]
-        step, peak = found["step_seconds"], found["memory_bytes"]
+        of, cost = found[variant.name], costs[variant.name]
+        cells = [
+            _scaled(of[quantity], by).show(form) if quantity in of else "–"
+            for _, quantity, form, by in columns
+        ]
         lines.append(
-            f"| {variant.label} | {step.n} | {cost.model.ffn:,} | {cost.parameters:,} | "
-            f"{cost.flops:,} | {found['validation_loss'].show('.4f')} | "
-            f"{found['perplexity'].show('.3f')} | {_scaled(step, 1e3).show(',.1f')} | "
-            f"{found['tokens_per_second'].show(',.0f')} | {_scaled(peak, 2**-20).show(',.0f')} |"
+            f"| {variant.label} | {of['validation_loss'].n} | {cost.model.ffn:,} | "
+            f"{cost.parameters:,} | {cost.flops:,} | {' | '.join(cells)} |"
         )
     if comparisons:
         lines += ["", *_comparison_lines(comparisons, labels, setup)]
@@ -210,9 +218,20 @@ def markdown(
     lines += ["", "![losses](loss.png)"]
     lines += ["", "![paired differences](differences.png)"] if comparisons else []
     lines += ["", *_input_lines(records, variants)]
-    if any(variant.has_alphas for variant in variants):
+    if with_alphas(records, variants):
         lines += ["", *_alpha_lines(records, variants), "", "![alphas](alphas.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _columns(unit: str) -> list[tuple[str, str, str, float]]:
+    """(head, quantity of `spreads`, format, factor) of each."""
+    return [
+        ("held-out loss", "validation_loss", ".4f", 1),
+        ("perplexity", "perplexity", ".3f", 1),
+        ("step [ms]", "step_seconds", ",.1f", 1e3),
+        (f"{unit}s/s", "tokens_per_second", ",.0f", 1),
+        ("memory [MiB]", "memory_bytes", ",.0f", 2**-20),
+    ]
 
 
 def _comparison_lines(
@@ -315,19 +334,20 @@ def _json(
     }
 
 
-def _run_json(record: Any) -> dict[str, Any]:
-    found = {
+def _run_json(record: Record) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "parameters": record.parameters,
         "tokens": record.tokens,
         "validation": record.valid,
         "perplexity": record.perplexity,
-        "step_seconds": record.step_seconds,
-        "tokens_per_second": record.tokens_per_second,
-        "memory_bytes": record.memory,
-        "memory_of": record.memory_of,
     }
     if record.input_std:
         found["activation_input_std"] = record.input_std
+    if record.step_seconds is not None:
+        found["step_seconds"] = record.step_seconds
+        found["tokens_per_second"] = record.tokens_per_second
+    if record.memory is not None:
+        found |= {"memory_bytes": record.memory, "memory_of": record.memory_of}
     if record.alphas:
         found["alpha_p"] = record.alphas.positive[-1]
         found["alpha_n"] = record.alphas.negative[-1]
