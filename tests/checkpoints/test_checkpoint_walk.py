@@ -18,6 +18,7 @@ from walk_checkpoints import MODELS, OWN_BUCKETS, Layout, launcher_arguments, sp
 
 EXPERTS = "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2"
 UNEVEN = "--decoder-first-pipeline-num-layers 5 --decoder-last-pipeline-num-layers 5"
+GROUP = "--xielu-alpha-lr-mult 3 --xielu-alpha-weight-decay 0.1"
 FP8 = "--fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16"
 NARROW = {"HIDDEN_SIZE": "48", "TIE_EMBEDDINGS": "1"}  # rows that are no multiple of 64 elements
 
@@ -44,7 +45,7 @@ WHOLE = [
     Layout("tiny", "xielu", 1, 1, 6, f"{EXPERTS} --ddp-bucket-size 20000"),
     Layout("tiny", "xielu", 4, 1, 7, "--ddp-pad-buckets-for-high-nccl-busbw"),
     Layout("tiny", "xielu", 1, 1, 3, "--ddp-bucket-size 1"),  # ranks with a part of some buckets
-    Layout("tiny", "xielu", 1, 1, 6, f"--apply-wd-to-norms {FP8}"),  # neither moves a parameter
+    Layout("tiny", "xielu", 1, 1, 6, f"--apply-wd-to-norms {GROUP} {FP8}"),  # none moves a parameter
     Layout("narrow", "xielu", 1, 2, 3),
     Layout("narrow", "swiglu", 1, 2, 5),
     *RESHARDED,
