@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def count_parameters(checkpoint: Path) -> int:
     return sum(math.prod(source.shape(key)) for key in keys)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of activations by depth: ``layer_100`` behind ``layer_99``."""
+    return sorted(
+        names, key=lambda name: re.sub(r"[0-9]+", lambda digits: digits[0].zfill(9), name)
+    )
+
+
 def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
     """Effective alphas of every layer in every checkpoint, and initial ones; nothing else is read.
 
@@ -70,7 +77,7 @@ def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
         floors = {"p": 0.0, "n": alpha_n_floor(name, beta(source.arguments))}
         for side, floor in floors.items():
             named = dict(_effective(source, side, floor))
-            names = sorted(named)
+            names = in_order(named)
             history[side].append([named[row] for row in names])
         if len(history["p"]) == 1:
             initial = initial_alphas(source.arguments, names)

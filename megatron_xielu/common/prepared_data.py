@@ -39,6 +39,7 @@ class Shard:
     prefix: str
     split: str
     text_bytes: Count
+    tokens: Count = 0
 
 
 @dataclass(frozen=True)

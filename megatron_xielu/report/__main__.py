@@ -71,8 +71,17 @@ def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = (
         NoReport: there is nothing to report on, or nowhere to write; or what would be replaced is
             not of a report.
     """
-    from megatron_xielu.report import layer_plots, page, run_plots, terminal
+    from megatron_xielu.report import (
+        depth,
+        depth_plots,
+        description,
+        layer_plots,
+        page,
+        run_plots,
+        terminal,
+    )
     from megatron_xielu.report.load import find, load
+    from megatron_xielu.report.ranking import FEW, shown_closely
     from megatron_xielu.report.run import name_apart, readable
 
     folders = list({os.path.realpath(folder): folder for folder in map(find, folders)}.values())
@@ -87,21 +96,32 @@ def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = (
     name_apart(runs)
     _make_folder(output)
 
-    together = run_plots.pictures(runs)
+    together, closely = run_plots.pictures(runs), shown_closely(runs)
     layers = [
         layer_plots.pictures(run, _prefix(number, run.name) if len(runs) > 1 else "")
-        if run.alpha_p is not None
+        if any(run is one for one in closely)
         else []
         for number, run in enumerate(runs, 1)
     ]
-    files = {picture.file: picture.png for made in (together, *layers) for picture in made}
-    _write(output, files, page.render(runs, together, layers, notes))
+    if others := sum(run.alpha_p is not None for run in runs) - len(closely):
+        notes = [
+            *notes,
+            f"layer by layer there is the first run of each entry; {others} more have alphas, and "
+            "a page of its own shows those of a run",
+        ]
+    adapted = depth.of_runs(runs)[:FEW]
+    by_depth = depth_plots.pictures(adapted)
+    made = (together, by_depth, *layers)
+    files = {picture.file: picture.png for pictures in made for picture in pictures}
+    _write(output, files, page.render(runs, together, layers, notes, (adapted, by_depth)))
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print_coloured(terminal.render(runs, colours=colours))
-    for run in runs:
-        for note in run.notes:
-            print(f"note: {run.name}: {note}", file=sys.stderr)
+    for one in adapted:
+        print(one.sentence)
+    for name, lines in description.notes(runs).items():
+        for line in lines:
+            print(f"note: {name}: {line}", file=sys.stderr)
     print(f"\n{readable(output / PAGE)}")
 
 

@@ -47,11 +47,34 @@ def unlike(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return heads, [[of.get(name, MISSING) for name in heads] for of in of_runs]
 
 
+def tokenizers(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by their tokenizer; all as one where losses are of the same tokens."""
+    if VOCABULARY not in differences(runs):
+        return {"": list(runs)}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        of = "unknown" if run.arguments is None else _tokenizer(run, run.arguments)
+        groups.setdefault(of, []).append(run)
+    return groups
+
+
+def notes(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What is to be said of single runs, by who they are."""
+    by_line: dict[str, list[str]] = {}
+    for run in runs:
+        for line in run.notes:
+            by_line.setdefault(line, []).append(run.short)
+    found: dict[str, list[str]] = {}
+    for line, of in by_line.items():
+        found.setdefault(names(of), []).append(line)
+    return found
+
+
 def differences(runs: Sequence[Run]) -> dict[str, str]:
     """A line for each thing that losses depend on and in which the runs differ, by its name."""
     found = {}
     known = [(run, run.arguments) for run in runs if run.arguments is not None]
-    if (unknown := [run.name for run in runs if run.arguments is None]) and len(runs) > 1:
+    if (unknown := [run.short for run in runs if run.arguments is None]) and len(runs) > 1:
         found[ARGUMENTS] = (
             f"the arguments of {names(unknown)} are not known: whether the losses can be compared "
             "is not known either, and nothing is ranked by them"
@@ -59,7 +82,7 @@ def differences(runs: Sequence[Run]) -> dict[str, str]:
     for what, value, means in _COMPARED:
         groups: dict[str, list[str]] = {}
         for run, args in known:
-            groups.setdefault(value(run, args), []).append(run.name)
+            groups.setdefault(value(run, args), []).append(run.short)
         if what == VOCABULARY and _padding_alone(known):
             continue
         if len(groups) > 1:

@@ -48,7 +48,7 @@ DEPTHS: Colormap = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(
 SHARES: Colormap = matplotlib.colormaps["YlGnBu"]
 _WHITE_FROM = 0.68
 
-_SIZE, _DPI = (6.4, 4.3), 160
+_SIZE, _DPI = (5.6, 3.9), 180  # no larger: on a phone it is 8 cm wide, letters and all
 _STYLE: Any = {
     "font.size": 11.5,
     "axes.titlesize": 12.5,
@@ -71,6 +71,7 @@ _STYLE: Any = {
     "lines.linewidth": 1.7,
     "mathtext.default": "regular",
 }
+_LEGEND_ROW = 0.24  # inches
 _SHOWN_POINTS = 1500  # more are not to be told apart
 _SMOOTHED_SHARE = 0.01
 _LOG_FROM = 30.0  # ratio of the largest to the smallest number from which an axis is logarithmic
@@ -134,13 +135,15 @@ class Drawing:
                 self.axes.legend(**options)
             else:
                 room = int(10 * self.figure.get_figwidth())  # letters
-                columns = max(1, room // max(32, *map(len, labels)))
+                columns = max(1, room // max(28, *map(len, labels)))
+                rows = -(-len(labels) // columns)
+                self.figure.set_figheight(self.figure.get_figheight() + _LEGEND_ROW * rows)
                 options |= {"loc": "outside lower left", "ncols": columns}
                 self.figure.legend(handles, labels, **options)
 
     def layers_below(self) -> None:
         """The horizontal axis counts layers."""
-        self.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        self.axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     def shares(self, *, percent: bool = False) -> None:
         """The vertical axis is of shares: from 0, and not far beyond the largest."""
@@ -148,9 +151,11 @@ class Drawing:
         self.axes.set_ylim(0, min(1.02 * whole, 1.25 * self.axes.dataLim.ymax) or whole)
 
     def depth_bar(self, deepest: int) -> None:
-        """The key of `depth_colour`."""
+        """The key of `depth_colour`; none of a single layer."""
+        if not deepest:
+            return
         with matplotlib.rc_context(_STYLE):
-            key = ScalarMappable(Normalize(0, max(1, deepest)), DEPTHS)
+            key = ScalarMappable(Normalize(0, deepest), DEPTHS)
             bar = self.figure.colorbar(key, ax=self.panels, label="layer", pad=0.02, aspect=30)
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -199,14 +204,9 @@ def depth_colour(depth: int, deepest: int) -> Any:
     return DEPTHS(depth / max(1, deepest))
 
 
-def shortened(name: str, length: int = 44) -> str:
-    """A name for a legend: the middle of a long one is left out."""
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
-
-
 def plain(text: str) -> str:
-    """Text that Matplotlib shall show as it is: a pair of ``$`` would start a formula."""
-    return text.replace("$", r"\$")
+    """Text that Matplotlib shall show as it is, where ``$`` starts a formula, and ``_`` hides."""
+    return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))
 
 
 def unit(largest: float) -> tuple[float, str]:

@@ -5,9 +5,11 @@ What cannot be read, or contradicts itself, becomes a note of the run, and the r
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from megatron_xielu.checkpoints import saved_arguments
 from megatron_xielu.checkpoints.alphas import (
     Alphas,
     count_parameters,
+    in_order,
     initial_alphas,
     read_alphas,
 )
@@ -29,8 +32,9 @@ from megatron_xielu.checkpoints.folder import (
 )
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import TorchDist
-from megatron_xielu.common import schema
+from megatron_xielu.common import data_lists, prepared_data, schema
 from megatron_xielu.common.schema import Malformed
+from megatron_xielu.common.text import is_number
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events
@@ -39,6 +43,7 @@ from megatron_xielu.report.evaluation import Evaluation
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape, nonlinearity
 from megatron_xielu.report.run import History, Layer, Run, depth, readable
+from megatron_xielu.report.settings import real_path
 
 EVALUATION = "evaluation.json"
 
@@ -98,11 +103,17 @@ def load(folder: Path) -> Run:
         activation=None if arguments is None else activation_of(arguments),
         parameters=parameters,
         evaluation=evaluation,
+        bytes_per_token=_bytes_per_token(arguments, evaluation, folder),
         measured={f"layer_{layer.layer:02d}": layer for layer in measured},
         notes=notes,
     )
     if run.train is None and event_files:
         notes.append("no training loss in the event files")
+    elif run.diverged is not None:
+        notes.append(
+            f"diverged: from iteration {run.diverged} on the training loss was not finite, or more "
+            "than twice its first"
+        )
     elif run.train is not None and not np.isfinite(run.train.values).all():
         count = int((~np.isfinite(run.train.values)).sum())
         notes.append(f"the training loss was not finite in {count} logged iterations")
@@ -181,6 +192,39 @@ def _read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
         return None
 
 
+def _bytes_per_token(
+    arguments: Namespace | None, evaluation: Evaluation | None, folder: Path
+) -> float | None:
+    """Of the training data, by their manifests; else of the text that was evaluated."""
+    for argument in data_lists.ARGUMENTS:
+        if (value := getattr(arguments, argument, None)) and "test" not in argument:
+            if found := _described(argument, value, folder):
+                return found
+            break
+    if evaluation and evaluation.loss and evaluation.bits_per_byte:
+        return evaluation.loss / math.log(2) / evaluation.bits_per_byte
+    return None
+
+
+def _described(argument: str, value: Any, folder: Path) -> float | None:
+    """Bytes per token of data that Megatron's ``argument`` lists, weighted as there."""
+    if argument in data_lists.FILES:
+        value = real_path(str(value), folder)
+    try:
+        listed = data_lists.words(argument, value)
+    except ValueError:
+        return None
+    weights = [float(word) for word in listed if is_number(word)]
+    prefixes = [real_path(word, folder) for word in listed if not is_number(word)]
+    described = prepared_data.by_folder(prefixes).values()
+    shards = {prefix: shard for _, some in described for prefix, shard in some.items()}
+    if not all(prefix in shards and shards[prefix].tokens for prefix in prefixes):
+        return None
+    weights = weights or [float(shards[prefix].tokens) for prefix in prefixes]
+    of_each = [shards[prefix].text_bytes / shards[prefix].tokens for prefix in prefixes]
+    return float(np.average(of_each, weights=weights)) or None
+
+
 # Alphas
 
 
@@ -190,7 +234,7 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     saved = _saved_alphas(checkpoints, name, run.notes) if name in TRAINABLE else None
     if single := written["p"].keys() ^ written["n"].keys():
         run.notes.append(f"event files have only one alpha of {', '.join(sorted(single)[:3])}")
-    names = sorted(written["p"].keys() & written["n"].keys()) or (saved.names if saved else [])
+    names = in_order(written["p"].keys() & written["n"].keys()) or (saved.names if saved else [])
     if not names:
         run.notes.append("no alphas: neither in event files nor in checkpoints")
         return

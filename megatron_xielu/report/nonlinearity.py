@@ -108,6 +108,28 @@ class Shape:
         return gradient[self.name](torch.ones_like(at), at, *self._raw(), beta=self.beta)[0].numpy()
 
 
+def trained(name: str, alpha_p: Array, alpha_n: Array, beta: float) -> Array:
+    """`nonlinearity` of many activations on a standard normal, any shape.
+
+    f is αp · f₁ + αn · f₂ + β · x, so that variances and covariances of f₁, f₂ and x give it.
+
+    Args:
+        name: xielu or xiprelu.
+        alpha_p: effective αp.
+        alpha_n: effective αn, of the same shape.
+        beta: β.
+    """
+    inputs = Inputs.standard_normal()
+    one, two, three = (Shape(name, *pair, 0.0).value(inputs.x) for pair in ((1, 1), (2, 1), (1, 2)))
+    parts = np.stack([two - one, three - one, inputs.x])
+    covariance = np.cov(parts, aweights=inputs.weights, ddof=0)
+    of = np.stack([alpha_p, alpha_n, np.full_like(alpha_p, beta)], axis=-1)
+    with_x = of @ covariance
+    variance = covariance[2, 2] * (with_x * of).sum(axis=-1)
+    explained = np.divide(with_x[..., 2] ** 2, variance, np.ones_like(variance), where=variance > 0)
+    return np.clip(1 - explained, 0.0, 1.0)
+
+
 def _gelu(x: Array) -> Array:
     return torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
 

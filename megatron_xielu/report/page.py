@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from megatron_xielu import __version__
 from megatron_xielu.common.text import visible
 from megatron_xielu.report import description, summary
+from megatron_xielu.report.depth import COLUMNS, Adaptation
 from megatron_xielu.report.drawing import MADE_BY, Picture, ink_on, share_colour
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, nonlinearity
 from megatron_xielu.report.ranking import rank
@@ -26,6 +27,7 @@ def render(
     together: Sequence[Picture],
     layers: Sequence[Sequence[Picture]],
     notes: Sequence[str] = (),
+    by_depth: tuple[Sequence[Adaptation], Sequence[Picture]] = ((), ()),
 ) -> str:
     """The page.
 
@@ -34,6 +36,7 @@ def render(
         together: pictures of all runs.
         layers: pictures of each run's trained activations; empty for a run without.
         notes: about all runs.
+        by_depth: what seeds say of depth, and pictures of it.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),
@@ -65,10 +68,15 @@ def render(
         fact_rows=_uncoloured(
             [[run.name, *texts] for run, texts in zip(runs, fact_rows, strict=True)]
         ),
-        notes=[(run.name, lines) for run in runs if (lines := _notes(run))],
+        evaluated=[(run.name, text) for run in runs if (text := summary.evaluated(run))],
+        notes=description.notes(runs),
         together=together,
+        by_depth=by_depth[1],
+        sentences=[one.sentence for one in by_depth[0]],
+        depth_columns=COLUMNS,
+        depth_tables=[(one.label, _uncoloured(one.rows())) for one in by_depth[0]],
         command=summary.missing_statistics(runs),
-        unmeasured=", ".join(run.name for run in runs if not run.measured),
+        unmeasured=description.names([run.short for run in runs if not run.measured]),
         sections=[
             (run, made, summary.layer_columns(run), _layer_rows(run))
             for run, made in zip(runs, layers, strict=True)
@@ -85,11 +93,6 @@ def _uncoloured(rows: Sequence[Sequence[str]]) -> list[list[tuple[str, float | N
 
 def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
-
-
-def _notes(run: Run) -> list[str]:
-    evaluated = summary.evaluated(run)
-    return [*([evaluated] if evaluated else []), *run.notes]
 
 
 def _layer_rows(run: Run) -> list[list[tuple[str, float | None]]]:

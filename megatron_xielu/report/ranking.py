@@ -17,11 +17,11 @@ from megatron_xielu.report.description import (
     facts,
     names,
 )
-from megatron_xielu.report.drawing import shortened
-from megatron_xielu.report.run import Run
+from megatron_xielu.report.run import Run, shortened
 from megatron_xielu.report.settings import real_path, settings
 from megatron_xielu.report.summary import MISSING, decimal
 
+FEW = 12  # runs, or groups, that pictures can name one by one
 _TOLD = 3  # settings that tell a group apart; of more their number
 
 
@@ -46,10 +46,14 @@ def rank(runs: Sequence[Run]) -> Ranking | None:
             "There is no loss that all runs have and that can be compared between them.",
         )
     title, of = measure
-    groups = [(name, [_number(of(run)) for run in members]) for name, members in _groups(runs)]
-    groups.sort(key=lambda group: _order(_mean(group[1])))
-    rows = [f"{name}: {_spread(values)}" for name, values in groups]
-    return Ranking(f"Best first, by {title}", rows, _certainty([v for _, v in groups]))
+    ranked, entries = [], groups(runs)
+    for name, members in entries:
+        good = [float(of(run) or 0.0) for run in members if _ended_well(run, of)]
+        ranked.append((len(good) < len(members), _mean(good), name, _said(members, good)))
+    ranked.sort(key=lambda group: group[:2])  # who diverged comes last
+    rows = [f"{name}: {said}" for _, _, name, said in ranked]
+    certainty = _certainty([len(members) for _, members in entries])
+    return Ranking(f"Best first, by {title}", rows, certainty)
 
 
 def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] | None:
@@ -101,22 +105,30 @@ def _evaluated_on(run: Run) -> tuple[object, ...] | None:
     return data, of.eval_iters, of.sequence_length
 
 
-def _groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+def shown_closely(runs: Sequence[Run]) -> list[Run]:
+    """Those with layers to show one by one; of many runs the first of each group, and not all."""
+    if len(runs) <= FEW:
+        return [run for run in runs if run.alpha_p is not None]
+    firsts = (next((run for run in of if run.alpha_p is not None), None) for _, of in groups(runs))
+    return [run for run in firsts if run is not None][:FEW]
+
+
+def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Runs that differ in their seed alone, with a name for them; runs of one seed stand alone."""
     alike: dict[str, dict[str, list[Run]]] = {}  # by settings, by seed
     for run in runs:
         of = settings(run)
         key = str(run.folder) if of is None else repr((run.label, sorted(of.items())))
         alike.setdefault(key, {}).setdefault(facts(run).get("seed", MISSING), []).append(run)
-    groups: list[tuple[list[Run], str]] = []
+    found: list[tuple[list[Run], str]] = []
     for seeds in alike.values():
         if once := [same[0] for same in seeds.values() if len(same) == 1]:
-            groups.append((once, ""))
+            found.append((once, ""))
         for seed, same in seeds.items():
             if len(same) > 1:
-                groups += [([run], f"one of {len(same)} runs of seed {seed}") for run in same]
-    firsts = [group[0] for group, _ in groups]
-    return [(_name(group, firsts, said), group) for group, said in groups]
+                found += [([run], f"one of {len(same)} runs of seed {seed}") for run in same]
+    firsts = [group[0] for group, _ in found]
+    return [(_name(group, firsts, said), group) for group, said in found]
 
 
 def _name(group: Sequence[Run], firsts: Sequence[Run], said: str) -> str:
@@ -130,7 +142,7 @@ def _name(group: Sequence[Run], firsts: Sequence[Run], said: str) -> str:
     own, label = settings(group[0]), group[0].label
     rivals = [of for run in firsts if run.label == label and (of := settings(run)) is not None]
     if own is None:
-        return group[0].name
+        return group[0].short
     if len(rivals) == 1:
         return label
     told = [
@@ -141,34 +153,40 @@ def _name(group: Sequence[Run], firsts: Sequence[Run], said: str) -> str:
     if (more := len(told) - _TOLD) > 0:
         told[_TOLD:] = [f"{more} more"]
     told += [said] if said else []
-    name = f"{label}, {names([run.name for run in group])}"
+    name = f"{label}, {names([run.short for run in group])}"
     return f"{name} ({'; '.join(told)})" if told else name
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _ended_well(run: Run, of: Callable[[Run], float | None]) -> bool:
+    return run.diverged is None and math.isfinite(of(run) or 0.0)
 
 
-def _order(value: float) -> tuple[bool, float]:
-    return not math.isfinite(value), value  # a loss that is no number comes last
+def _said(members: Sequence[Run], good: Sequence[float]) -> str:
+    """The losses of those that ended well, and how many did not."""
+    bad = len(members) - len(good)
+    word = (
+        "diverged" if any(run.diverged is not None for run in members) else "without a finite loss"
+    )
+    if not bad:
+        return _spread(good)
+    if not good:
+        return word if bad == 1 else f"all {bad} seeds {word}"
+    return f"{bad} of {len(members)} seeds {word}; the others {_spread(good)}"
 
 
 def _spread(values: Sequence[float]) -> str:
     mean = decimal(_mean(values), 4)
     if len(values) == 1:
         return mean
-    with np.errstate(all="ignore"):
-        deviation = float(np.std(values, ddof=1))
-    return f"{mean} ± {decimal(deviation, 4)} ({len(values)} seeds)"
+    return f"{mean} ± {decimal(float(np.std(values, ddof=1)), 4)} ({len(values)} seeds)"
 
 
 def _mean(values: Sequence[float]) -> float:
-    with np.errstate(all="ignore"):  # of a run that diverged
-        return float(np.mean(values))
+    return float(np.mean(values)) if values else math.inf
 
 
-def _certainty(values: Sequence[Sequence[float]]) -> str:
-    if min(map(len, values)) < 2:
+def _certainty(seeds: Sequence[int]) -> str:
+    if min(seeds) < 2:
         return (
             "With one run each, whether a difference is more than chance cannot be said; "
             "train with three seeds or more."

@@ -6,9 +6,11 @@ A run folder holds event files (in ``tensorboard/``, ``events/`` or itself), che
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,8 @@ Array = NDArray[np.float64]
 
 _LOSS, _VALIDATION = "lm loss", "lm loss validation"
 _FINAL_SHARE, _FINAL_LEAST = 0.01, 10  # of logged iterations, for the final training loss
+_DIVERGED = 2.0  # times its first loss, of 1 nat at least
+_LONG = 44  # characters of a name in a legend, or in a table of a terminal
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Run:
     activation: str | None
     parameters: int | None
     evaluation: Evaluation | None
+    bytes_per_token: float | None  # of its text
     alpha_names: list[str] = field(default_factory=list)
     alpha_p: History | None = None
     alpha_n: History | None = None
@@ -82,6 +87,7 @@ class Run:
     layers: list[Layer] = field(default_factory=list)
     measured: dict[str, MeasuredLayer] = field(default_factory=dict)  # by layer
     notes: list[str] = field(default_factory=list)  # what is missing, and how to get it
+    number: int | None = None  # of several; only where shortened names do not tell them apart
 
     @property
     def label(self) -> str:
@@ -91,6 +97,11 @@ class Run:
             if getattr(self.arguments, f"xielu_{argument}", False):
                 label += f", {word} alphas"
         return label + "".join(f", alphas' {what}" for what in alpha_group_of(self.arguments))
+
+    @property
+    def short(self) -> str:
+        """Its name for a legend, and no other run's."""
+        return shortened(self.name) + ("" if self.number is None else f" #{self.number}")
 
     @property
     def train(self) -> Series | None:
@@ -105,6 +116,28 @@ class Run:
             for tag, series in self.scalars.items()
             if tag.startswith(_VALIDATION) and not tag.endswith(" ppl")
         }
+
+    def credible(self, losses: Array) -> NDArray[np.bool_]:
+        """Which losses are finite and at most twice the first, of training if there is one."""
+        for series in (self.train, *self.validation.values()):
+            if series is not None and len(finite := series.values[np.isfinite(series.values)]):
+                limit = _DIVERGED * max(1.0, float(finite[0]))
+                return np.isfinite(losses) & (losses <= limit)
+        return np.isfinite(losses)
+
+    @property
+    def diverged(self) -> int | None:
+        """The iteration from which on no logged loss was `credible`; None where the last is."""
+        if self.train is None or not len(self.train.steps):
+            return None
+        credible = np.flatnonzero(self.credible(self.train.values))
+        bad = self.train.steps[credible[-1] + 1 if len(credible) else 0 :]
+        return int(bad[0]) if len(bad) else None
+
+    def believed(self, series: Series) -> Series:
+        """What it logged before it `diverged`."""
+        before = series.steps < (math.inf if self.diverged is None else self.diverged)
+        return Series(series.steps[before], series.values[before], series.times[before])
 
     @property
     def iterations(self) -> int:
@@ -199,6 +232,15 @@ def name_apart(runs: Sequence[Run]) -> None:
             run.name = "/".join(parts[-count:])
             if sum(other[-count:] == parts[-count:] for other in paths) == 1:
                 break
+    short = Counter(run.short for run in runs)
+    for number, run in enumerate(runs, 1):
+        if short[run.short] > 1:
+            run.number = number
+
+
+def shortened(name: str) -> str:
+    """Without the middle, if it is long."""
+    return name if len(name) <= _LONG else f"{name[: _LONG // 2 - 1]}…{name[-_LONG // 2 :]}"
 
 
 def readable(path: Path) -> str:

@@ -127,10 +127,10 @@ def decimal(number: float | None, places: int) -> str:
 def _progress(run: Run) -> str:
     if not run.iterations:
         return MISSING
-    planned = run.planned_iterations
+    planned, text = run.planned_iterations, f"{run.iterations:,}"
     if planned and planned != run.iterations:
-        return f"{run.iterations:,} of {planned:,}"
-    return f"{run.iterations:,}"
+        text += f" of {planned:,}"
+    return text if run.diverged is None else f"{text}, diverged at {run.diverged:,}"
 
 
 def missing_statistics(runs: Sequence[Run]) -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from megatron_xielu.common.text import table, visible
 from megatron_xielu.report import summary
 from megatron_xielu.report.description import differences
-from megatron_xielu.report.drawing import ink_on, share_colour, shortened
-from megatron_xielu.report.ranking import rank
+from megatron_xielu.report.drawing import ink_on, share_colour
+from megatron_xielu.report.ranking import rank, shown_closely
 from megatron_xielu.report.run import Run
 
 _PER_LINE = 12
@@ -21,13 +21,13 @@ def render(runs: Sequence[Run], *, colours: bool) -> str:
         runs: in order.
         colours: a block of colour behind each layer's number.
     """
-    layers = [_layers(run, colours) for run in runs if run.layers]
+    layers = [_layers(run, colours) for run in shown_closely(runs) if run.layers]
     return "\n\n".join([*map(visible, [_table(runs), *_compared(runs)]), *layers])
 
 
 def _table(runs: Sequence[Run]) -> str:
     names, rows = summary.run_table(runs)
-    rows = [[shortened(name), *rest] for name, *rest in rows]
+    rows = [[run.short, *rest] for run, (_, *rest) in zip(runs, rows, strict=True)]
     head, *lines = table([names, *rows], left=(0, 1)).split("\n")
     return "\n".join([head, "─" * len(head), *lines])
 
@@ -51,6 +51,6 @@ def _layers(run: Run, colours: bool) -> str:
             cell = f"\x1b[48;2;{red};{green};{blue};{ink}m{cell}\x1b[0m"
         cells.append(cell)
     lines = ["".join(cells[at : at + _PER_LINE]) for at in range(0, len(cells), _PER_LINE)]
-    name = visible(shortened(run.name))
+    name = visible(run.short)
     title = f"{name}: nonlinearity by layer, from layer 0 (0.00 is a straight line)"
     return "\n".join([title, *lines])

@@ -124,7 +124,7 @@ def test_a_real_run(trained, tmp_path, capsys):
         for name in (
             "train-loss-tokens train-loss-flops validation-loss validation-perplexity "
             "gradient-norm step-time alphas-by-depth alpha-p-over-time alpha-n-over-time "
-            "activation gradient nonlinearity alpha-gradient-norm"
+            "activation gradient nonlinearity alpha-gradient-norm depth-1 depth-1-over-time"
         ).split()
     }
     assert "--activation-statistics" in page.text

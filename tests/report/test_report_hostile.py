@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,16 @@ import report_runs
 import torch
 from hostile import damaged, damaged_bytes
 from hypothesis import given, settings
+from matplotlib.colors import to_hex
+from PIL import Image
 from report_runs import statistics, write_checkpoint, write_events
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_xielu.report import events, page, terminal
+from megatron_xielu.report import events, layer_plots, page, run_plots, terminal
 from megatron_xielu.report.__main__ import main
+from megatron_xielu.report.drawing import ACTIVATION_COLOURS, RUN_COLOURS, Drawing, Picture
 from megatron_xielu.report.load import load
+from megatron_xielu.report.ranking import rank
 from megatron_xielu.report.run import Run, name_apart
 
 EVALUATION = {"iteration": 4, "loss": 2.5, "bits_per_byte": 0.75, "layers": statistics(2)}
@@ -291,3 +297,151 @@ def test_files_that_no_report_wrote_stay(tmp_path):
     main([str(run), "--output", str(out)])
     assert (out / "holiday.png").exists() and (tmp_path / "above.png").exists()
     assert not (out / "old.png").exists()
+
+
+def write_run(folder: Path, losses: list[float], *, layers: int = 0, **arguments: object) -> Path:
+    """A run of these losses, in validation, too."""
+    values = report_runs.ARGUMENTS | {"seed": 1, "data_path": ["d"]} | arguments
+    write_events(folder, range(1, 1), arguments=values)
+    writer = SummaryWriter(str(folder), filename_suffix="later")
+    for step, loss in enumerate(losses, 1):
+        writer.add_scalar("lm loss", loss, step)
+        writer.add_scalar("grad-norm", loss, step)
+        writer.add_scalar("lm loss validation", loss, step)
+        for layer in range(layers):
+            for side in "pn":
+                writer.add_scalar(f"alpha_{side}/layer_{layer:02d}", 0.8 + layer / 100, step)
+    writer.close()
+    return folder
+
+
+def rise(picture: Picture, colour: str) -> float:
+    """Which share of a picture's height has this colour."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"), int)
+    wanted = np.array(list(bytes.fromhex(colour[1:])))
+    rows = np.flatnonzero((np.abs(pixels - wanted) < 24).all(axis=2).any(axis=1))
+    return (rows.max() - rows.min()) / len(pixels) if len(rows) else 0.0
+
+
+FALLING = [5 - 0.1 * step for step in range(30)]
+GATED, SQUARED = {"xielu": False, "swiglu": True}, {"xielu": False, "squared_relu": True}
+
+
+@pytest.mark.parametrize("end", [math.nan, math.inf, 1e30])
+def test_a_run_that_diverged(tmp_path, end):
+    """It is named, comes last, and its axes are those of losses."""
+    write_run(tmp_path / "good", FALLING)
+    write_run(tmp_path / "bad", [loss - 0.1 for loss in FALLING[:20]] + [end] * 10, **GATED)
+    write_run(tmp_path / "late", [loss + 1 for loss in FALLING], **SQUARED)
+    runs = show(tmp_path / "good", tmp_path / "bad", tmp_path / "late")
+    assert [run.diverged for run in runs] == [None, 21, None]
+    assert rank(runs).rows == ["xIELU: 2.1000", "ReLU²: 3.1000", "SwiGLU: diverged"]
+    assert "30 of 400, diverged at 21" in terminal.render(runs, colours=False)
+    made = {picture.file: picture for picture in run_plots.pictures(runs)}
+    assert "diverged: bad at 21." in made["train-loss-tokens.png"].caption
+    for name in ("train-loss-tokens", "train-loss-flops", "validation-loss", "gradient-norm"):
+        # Of the falling curve, under a key of one line for each.
+        assert rise(made[f"{name}.png"], ACTIVATION_COLOURS["relu2"]) > 0.25, name
+
+
+def test_a_spike_that_passed(tmp_path):
+    losses = [*FALLING[:20], 1e30, math.nan, *FALLING[20:]]
+    write_run(tmp_path / "one", losses)
+    (run,) = show(tmp_path / "one")
+    assert run.diverged is None and "not finite in 1 logged iterations" in "".join(run.notes)
+    made = {picture.file: picture for picture in run_plots.pictures([run])}
+    assert rise(made["train-loss-tokens.png"], to_hex(RUN_COLOURS[0])) > 0.4
+
+
+def test_a_seed_that_diverged(tmp_path):
+    write_run(tmp_path / "other", [loss + 1 for loss in FALLING], **GATED)
+    for seed in range(3):
+        end = math.nan if seed == 1 else 2.1 + 0.1 * seed
+        write_run(tmp_path / str(seed), [*FALLING, *[end] * 10], seed=seed)
+    found = rank(show(tmp_path / "other", *(tmp_path / str(seed) for seed in range(3))))
+    first, last = found.rows
+    assert first.startswith("SwiGLU")
+    assert last.endswith(": 1 of 3 seeds diverged; the others 2.2000 ± 0.1414 (2 seeds)")
+
+
+def test_one_step_and_one_layer(tmp_path):
+    run = show(write_run(tmp_path, [3.0], layers=1))[0]
+    made = [*run_plots.pictures([run]), *layer_plots.pictures(run, "")]
+    shown = next(picture for picture in made if picture.file == "train-loss-tokens.png")
+    assert rise(shown, to_hex(RUN_COLOURS[0])) > 0.005  # a dot
+    drawing = Drawing("x", "layer", "y")
+    drawing.axes.plot([0], [1])
+    drawing.layers_below()
+    drawing.depth_bar(0)
+    low, high = drawing.axes.get_xlim()
+    assert [tick for tick in drawing.axes.get_xticks() if low <= tick <= high] == [0]
+    assert len(drawing.figure.axes) == 1
+
+
+def test_layers_are_in_order(tmp_path):
+    """Of 101, in event files and in checkpoints."""
+    write_run(tmp_path / "a", [3.0], layers=101, num_layers=101)
+    key = "decoder.layers.mlp.activation_func.alpha_{}"
+    tensors = {key.format(side): torch.arange(101.0)[:, None] / 100 for side in "pn"}
+    write_checkpoint(tmp_path / "b", 10, tensors, num_layers=101)
+    for run in show(tmp_path / "a", tmp_path / "b"):
+        assert [layer.depth for layer in run.layers] == list(range(101))
+        assert (np.diff(run.alpha_p.values[-1]) > 0).all()
+
+
+def test_many_runs_in_one_page(tmp_path):
+    """Activations are named, not runs; layer by layer is one of each; a note stands once."""
+    names = [f"{'x' * 100}{number}{'y' * 100}" for number in range(14)]
+    for number, name in enumerate(names):
+        more = GATED if number % 2 else {}
+        write_run(tmp_path / name, FALLING, layers=1 - number % 2, seed=number, **more)
+    main([*(str(tmp_path / name) for name in names), "--output", str(tmp_path / "out")])
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("no complete checkpoint in the torch_dist format") == 1
+    assert len(list((tmp_path / "out").glob("*-alphas-by-depth.png"))) == 1
+    assert "6 more have alphas" in html and all(name in html for name in names)
+    assert max(len(alt) for alt in re.findall(r'alt="([^"]*)"', html)) < 1000
+    runs = show(*(tmp_path / name for name in names))
+    assert len({run.short for run in runs}) == 14 and len(runs[0].short) < 60
+    for files in run_plots.pictures(runs):
+        assert files.height < files.width
+
+
+def test_names_of_a_legend_leave_the_curves_room(tmp_path):
+    drawing = Drawing("x", "x", "y")
+    for number in range(12):
+        drawing.axes.plot([0, 1], label=f"{number}{'x' * 43}")
+    drawing.legend()
+    drawing.png()
+    assert drawing.axes.get_window_extent().height / drawing.figure.dpi > 2.5
+
+
+def test_losses_of_other_tokenizers_have_other_pictures(tmp_path):
+    """Or are in bits per byte: by the manifest of the data, or by evaluation.json."""
+    for name in "ab":
+        write_run(
+            tmp_path / name, FALLING, tokenizer_model=name, data_path=[f"data_{name}/train/x"]
+        )
+    one, two = runs = show(tmp_path / "a", tmp_path / "b")
+    assert one.bytes_per_token is two.bytes_per_token is None
+    made = [picture.file for picture in run_plots.pictures(runs)]
+    assert made[0] == "train-loss-tokens-1.png" and "validation-perplexity-2.png" in made
+
+    of = {"loss": 2.0 * math.log(2), "bits_per_byte": 0.5}
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(of))
+    (tmp_path / "data_b" / "train").mkdir(parents=True)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / "data_b" / "train" / f"x{suffix}").touch()
+    shard = {"prefix": "train/x", "split": "train", "text_bytes": 300, "tokens": 100}
+    tokenizer = {"name": "b", "sha256": "0", "vocab_size": 9, "eod_id": 1}
+    manifest = {"shards": [shard], "tokenizer": tokenizer}
+    (tmp_path / "data_b" / "manifest.json").write_text(json.dumps(manifest))
+    one, two = runs = show(tmp_path / "a", tmp_path / "b")
+    assert (one.bytes_per_token, two.bytes_per_token) == (pytest.approx(4), 3)
+    made = {picture.file: picture for picture in run_plots.pictures(runs)}
+    assert not any("perplexity" in name or "-1" in name for name in made)
+    assert "bytes per token: a 4.000; b 3.000." in made["train-loss-tokens.png"].caption
+    # ln 2 times the bytes of a token are the nats of a bit per byte.
+    in_bits = 2.55 / math.log(2)
+    alt = f"a {in_bits / 4:.3f}; b {in_bits / 3:.3f}"
+    assert made["train-loss-tokens.png"].alt.endswith(alt)

@@ -30,9 +30,11 @@ def page(tmp_path_factory) -> Path:
     write_events(one / "tensorboard", range(1, 401))
     evaluation = {"iteration": 400, "loss": 2.2, "layers": report_runs.statistics()}
     (one / "evaluation.json").write_text(json.dumps(evaluation))
-    gated = report_runs.ARGUMENTS | {"xielu": False, "swiglu": True}
+    other = {"seed": 7, "lr": 0.1, "data_path": ["a/folder/of/texts"], "global_batch_size": 16}
+    gated = report_runs.ARGUMENTS | {"xielu": False, "swiglu": True} | other
     write_events(two / "tensorboard", range(1, 301), layers=0, arguments=gated, shift=0.05)
     main([str(one), str(two), "--output", str(folder / "out")])
+    main([str(two), "--output", str(folder / "out" / "long")])
     return folder / "out" / "report.html"
 
 
@@ -42,7 +44,7 @@ def test_report_in_a_browser(page):
         # Root in a container has no sandbox, and /dev/shm may be small there.
         flags = ["--no-sandbox", "--disable-dev-shm-usage"]
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        for width in (400, 1280):
+        for width in (360, 1280):
             size = {"width": width, "height": 900}
             tab = chromium.new_page(viewport=size, is_mobile=width < 700)
             requests, complaints = [], []
@@ -59,11 +61,11 @@ def test_report_in_a_browser(page):
             images = tab.evaluate(
                 "[...document.images].map(i => [i.complete && i.naturalWidth, i.width, i.alt])"
             )
-            assert len(images) == 14
+            assert len(images) == 16
             for natural, shown, alt in images:
                 assert natural >= 1000 and 300 < shown <= natural and alt
             columns = "getComputedStyle(document.querySelector('.pictures')).gridTemplateColumns"
-            assert len(tab.evaluate(columns).split()) == (1 if width == 400 else 2)
+            assert len(tab.evaluate(columns).split()) == (1 if width == 360 else 2)
             asked = [url for url in requests if not url.startswith("data:")]
             assert asked == [page.as_uri()] and complaints == []
 
@@ -88,5 +90,15 @@ def test_report_in_a_browser(page):
                     if all(abs(a - b) < 24 for a, b in zip(pixel, colour, strict=True))
                 )
                 assert near > 30
+            tables = "[...document.querySelectorAll('.table')].map(e => [e.clientHeight, "
+            tables += "getComputedStyle(e).overflow])"
+            assert all(high < 900 and flow == "auto" for high, flow in tab.evaluate(tables))
+            cells = "[...document.querySelectorAll('.unlike td')].map(e => e.clientWidth)"
+            assert min(tab.evaluate(cells)) > 100  # not a letter a line
+            # The letters of a picture, 11.5 points at 180 a inch, are not much smaller than text.
+            assert all(11.5 / 72 * 180 * shown / natural > 8 for natural, shown, _ in images)
         assert tab.pdf().startswith(b"%PDF")
+        tab = chromium.new_page(viewport={"width": 360, "height": 900}, is_mobile=True)
+        tab.goto((page.parent / "long" / "report.html").as_uri())
+        assert tab.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [360, 360]
         chromium.close()

@@ -50,6 +50,7 @@ from megatron_xielu.checkpoints.alphas import Alphas
 from megatron_xielu.checkpoints.folder import read_tracker
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.checkpoints.torch_dist import read_metadata
+from megatron_xielu.report.depth import RISES
 
 CPU = tool.Machine("cpu", 2)
 ALL = [variants.parse(name) for name in variants.ACTIVATIONS]
@@ -260,6 +261,8 @@ class TestResults:
         assert "**A note.**" in shown
         assert "xIPReLU αn: 1.200  1.600  2.000" in shown
         assert shown.count(f"| {paired.DIFFERENCE} |") == 4
+        assert f"xIPReLU, 3 seeds: nonlinearity {RISES}: deeper layers are less linear" in shown
+        assert "| 2 | 0.3834 |" in shown  # xIELU's last layer, at the start
 
         written = json.loads((out / "results.json").read_text())
         xielu = written["variants"]["xielu"]
@@ -272,7 +275,7 @@ class TestResults:
             variant.name for variant in ALL if variant.name != "swiglu"
         ]
         assert (out / "results.json").stat().st_size < 200_000
-        for picture in ("loss.png", "differences.png", "alphas.png"):
+        for picture in ("loss.png", "differences.png", "alphas.png", "depth.png"):
             assert (out / picture).read_bytes().startswith(b"\x89PNG")
             assert (out / picture).stat().st_size < 150_000
         assert not list(out.glob(".*"))
@@ -784,7 +787,8 @@ class TestQuick:
         assert "warning" not in shown
         files = {path.name for path in (comparison.out / "results").iterdir()}
         assert files == {
-            *("results.md", "results.json", "loss.png", "differences.png", "alphas.png")
+            *("results.md", "results.json", "loss.png", "differences.png", "alphas.png"),
+            "depth.png",
         }
         page = comparison.out / "report" / "report.html"
         assert f"  {page}: " in shown

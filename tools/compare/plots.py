@@ -11,6 +11,8 @@ from compare.records import Records, with_alphas
 from compare.sweep import SEED, Sweep
 from compare.variants import Variant
 from megatron_xielu.common import files
+from megatron_xielu.report import depth_plots
+from megatron_xielu.report.depth import Adaptation
 from megatron_xielu.report.drawing import Drawing, depth_colour, run_styles
 from megatron_xielu.report.events import Curve
 
@@ -153,6 +155,27 @@ def plot_sweep(
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     drawing.legend()
+    files.write(path, drawing.png())
+
+
+def plot_depth(adapted: Sequence[Adaptation], path: Path, *, caption: str) -> None:
+    """Nonlinearity of every layer over time, and over depth at the end; a column per variant."""
+    drawing = Drawing(
+        f"Nonlinearity by depth\n{caption}",
+        "layer",
+        depth_plots.NONLINEARITY,
+        rows=2,
+        columns=len(adapted),
+        size=(5.0 * len(adapted) + 1, 7),
+        shared=False,
+    )
+    for (above, below), one in zip(drawing.panels.T, adapted, strict=True):
+        above.set_title(one.label)
+        above.set_xlabel("training iteration")
+        depth_plots.over_time(above, one)
+        depth_plots.by_depth(below, one)
+        below.legend(frameon=False)
+    drawing.depth_bar(int(adapted[0].layers[-1]))
     files.write(path, drawing.png())
 
 

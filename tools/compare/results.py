@@ -1,7 +1,7 @@
 """The results of a comparison: tables for the terminal and Markdown, ``results.json``, pictures.
 
 What is written is small enough to be committed: ``results.md``, ``results.json``, ``loss.png``,
-``differences.png`` and ``alphas.png``.
+``differences.png``, ``alphas.png`` and ``depth.png``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compare import paired
 from compare.equal_cost import Cost
@@ -21,6 +21,9 @@ from compare.sweep import Sweep
 from compare.text import write_json
 from compare.variants import Variant
 from megatron_xielu.common import files, text
+
+if TYPE_CHECKING:
+    from megatron_xielu.report.depth import Adaptation
 
 _TINY_NOTE = (
     "These are tiny models on very little text, far from the paper's 1.1B parameters and 125B "
@@ -124,6 +127,8 @@ def write(
         )
     if with_alphas(records, variants):
         plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
+    if adapted := adaptations(records, variants):
+        plots.plot_depth(adapted, out / "depth.png", caption=setup.caption)
     files.write(out / "results.md", shown)
     return shown
 
@@ -220,6 +225,8 @@ def markdown(
     lines += ["", *_input_lines(records, variants)]
     if with_alphas(records, variants):
         lines += ["", *_alpha_lines(records, variants), "", "![alphas](alphas.png)"]
+    if adapted := adaptations(records, variants):
+        lines += ["", *_depth_lines(adapted), "![nonlinearity by depth](depth.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -294,6 +301,39 @@ def _alpha_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
             shown = _by_layer([getattr(one, side)[-1] for one in alphas])
             lines.append(f"- {variant.label} {symbol}: {shown}")
     return lines
+
+
+def adaptations(records: Records, variants: Sequence[Variant]) -> list[Adaptation]:
+    """Nonlinearity by depth of every variant whose layers have alphas of their own."""
+    from megatron_xielu.report import depth  # needs PyTorch
+
+    found = []
+    for variant in variants:
+        alphas = [record.alphas for record in records[variant.name].values() if record.alphas]
+        layers = {len(one.positive[0]) for one in alphas}
+        if len(layers) != 1:
+            continue
+        found.append(
+            depth.of_seeds(
+                variant.label,
+                variant.name.partition("-")[0],
+                variant.beta,
+                [one.iterations for one in alphas],
+                [one.positive for one in alphas],
+                [one.negative for one in alphas],
+            )
+        )
+    return [one for one in found if one is not None]
+
+
+def _depth_lines(adapted: Sequence[Adaptation]) -> list[str]:
+    from megatron_xielu.report.depth import COLUMNS
+
+    lines = ["Nonlinearity by depth (1 − R² of the best straight line, on standard normal inputs):"]
+    for one in adapted:
+        lines += ["", one.sentence, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in one.rows()]
+    return [*lines, ""]
 
 
 def _scaled(spread: Spread, by: float) -> Spread:

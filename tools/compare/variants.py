@@ -60,6 +60,12 @@ class Variant:
         """Whether there are alphas to show."""
         return self.activation.trainable
 
+    @property
+    def beta(self) -> float:
+        """β."""
+        given = dict(zip(self.flags, self.flags[1:], strict=False)).get("--xielu-beta")
+        return float(given or DEFAULT_BETA)
+
 
 def parse(name: str) -> Variant:
     """The variant of a name as above.
