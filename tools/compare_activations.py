@@ -15,7 +15,8 @@ checkpoint. The settings are kept with the results; a run with others is refused
     paper-1b     the paper's models: prints the commands for a cluster, and runs nothing
     paper-3b
 
-``collect RUN...`` has finished runs, of a cluster, too, in the same tables and pictures.
+In the place of a preset ``collect RUN...`` has finished runs, of a cluster, too, in the same tables
+and pictures, and ``scaling`` does the same at several sizes, and fits the losses.
 docs/compare.md has the rest; the code is in tools/compare.
 """
 
@@ -38,15 +39,18 @@ from compare import equal_cost, results, resume, sweep
 from compare.page import write_page
 from compare.records import Record
 from compare.runs import (
+    FIRST_SEED,
     Machine,
     Run,
     check_settings,
     choose_text,
+    context,
     describe_run,
     do_run,
     finished_records,
     folder_of,
     hold_lock,
+    parse_seeds,
     plan_runs,
     prepare_text,
     this_machine,
@@ -56,18 +60,18 @@ from compare.text import Text
 from compare.training import REPOSITORY, Stopped, raise_on_stop_signals, train
 from compare.variants import ACTIVATIONS, parse
 
-from megatron_xielu import __version__
 from megatron_xielu.checkpoints.folder import TRACKER, read_tracker
 from megatron_xielu.common import files
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import is_utf8, one_line, ready_output
-from megatron_xielu.common.versions import made_with
 
-_FIRST_SEED, _MOST_SEEDS = 42, 1000
 _DEFAULT_BASELINE = "swiglu"
 _CLUSTER_PRESETS = ("paper-1b", "paper-3b")
 # In the place of a preset; each is a module of tools/compare with options of its own.
-_COMMANDS = {"collect": "finished runs, of a cluster, too, into the same tables and pictures"}
+_COMMANDS = {
+    "collect": "finished runs, of a cluster, too, into the same tables and pictures",
+    "scaling": "the same at several sizes, and whether gaps grow with them",
+}
 _FETCHED_TEXT = [name for name, settings in PRESETS.items() if settings.tokenizer == "bpe"]
 
 
@@ -141,8 +145,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--seeds",
-        type=_seeds,
-        default=[_FIRST_SEED],
+        type=parse_seeds,
+        default=[FIRST_SEED],
         metavar="N",
         help="how many, or which with a comma: 3, or 1,2,3, or 7, [1; 3 or more to tell noise]",
     )
@@ -220,25 +224,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     home = Path() if options.preset in _CLUSTER_PRESETS else REPOSITORY
     options.out = options.out or home / "runs" / options.preset
     return options
-
-
-def _seeds(value: str) -> list[int]:
-    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*,?", value):
-        raise argparse.ArgumentTypeError(
-            f"{value[:40]!r} says neither how many seeds nor which: 3, or 1,2,3"
-        )
-    numbers = [int(word) for word in value.split(",") if word]
-    if "," not in value:
-        if numbers[0] < 1:
-            raise argparse.ArgumentTypeError("one seed at least")
-        if numbers[0] > _MOST_SEEDS:
-            raise argparse.ArgumentTypeError(f"more than {_MOST_SEEDS} seeds")
-        return list(range(_FIRST_SEED, _FIRST_SEED + numbers[0]))
-    if len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(f"{value} has a seed twice")
-    if 0 in numbers:
-        raise argparse.ArgumentTypeError("a seed is 1 or more")  # Megatron's rule
-    return numbers
 
 
 def _width(value: str) -> tuple[str, int]:
@@ -350,7 +335,7 @@ def check_resume(options: argparse.Namespace, out: Path) -> resume.Outcome:
         whole.folder, stopped.folder, stopped_at=at, iterations=settings.iterations
     )
     title = f"{options.preset}, {whole.label}"
-    shown = found.markdown(title, _context(machine))
+    shown = found.markdown(title, context(machine))
     files.write(out / "results" / "resume.md", shown)
     os.close(lock)
     print("\n" + results.for_terminal(shown))
@@ -381,7 +366,7 @@ def _setup(
         ),
         context={
             "command": " ".join(["tools/compare_activations.py", *_words(options)]),
-            **_context(machine),
+            **context(machine),
             "run": f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} "
             f"{text.unit}s, {settings.iterations * settings.tokens_per_iteration:,} in all, of "
             f"{text.tokens['train']:,} there are; tensor parallel {machine.tensor_parallel}",
@@ -390,14 +375,6 @@ def _setup(
         settings=described,
         sweep=swept,
     )
-
-
-def _context(machine: Machine) -> dict[str, str]:
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": machine.device if machine.on_gpu else f"{_cores()} CPU cores",
-        "versions": made_with(__version__),
-    }
 
 
 def _words(options: argparse.Namespace) -> list[str]:
@@ -416,10 +393,6 @@ def _words(options: argparse.Namespace) -> list[str]:
     if options.tensor_parallel:
         words += ["--tensor-parallel", str(options.tensor_parallel)]
     return words
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _minutes(seconds: float) -> str:

@@ -1,11 +1,13 @@
-"""The pictures of a comparison, drawn as the report draws: losses, paired differences, alphas."""
+"""The pictures of a comparison, drawn as the report draws: losses, paired differences, alphas, and
+of one at several sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compare import scaling_fit
 from compare.paired import DIFFERENCE, Comparison, Spread
 from compare.records import Records, with_alphas
 from compare.sweep import SEED, Sweep
@@ -50,6 +52,60 @@ def plot_losses(
     right.set_title("held-out text (other axes)")
     left.set_ylim(top=top)
     drawing.legend(title="held-out loss after the last iteration")
+    files.write(path, drawing.png())
+
+
+def plot_scaling(
+    flops: Mapping[str, float],
+    losses: Mapping[str, scaling_fit.Line],
+    gaps: Mapping[str, scaling_fit.Line],
+    variants: Sequence[Variant],
+    path: Path,
+    *,
+    baseline: str,
+    caption: str,
+    unit: str,
+) -> None:
+    """Held-out loss, and its gap to ``baseline``, against FLOPs: means, 95 % intervals, lines.
+
+    ``flops``: of a run, by what its size is called.
+    """
+    drawing = Drawing(
+        f"Loss and compute, by activation\n{caption}",
+        "FLOPs of a run",
+        f"held-out loss [nats per {unit}]",
+        columns=2,
+        size=(11, 5),
+        shared=False,
+    )
+    left, right = drawing.panels[0]
+    styles = _styles(variants)
+    for number, variant in enumerate(variants):
+        # A little apart, since intervals at the same FLOPs would hide each other.
+        x = [one * 1.06 ** (number - (len(variants) - 1) / 2) for one in flops.values()]
+        for axes, lines in ((left, losses), (right, gaps)):
+            if (line := lines.get(variant.name)) is None:
+                continue
+            axes.plot(x, line.fitted, **styles[variant.name])
+            axes.errorbar(
+                x,
+                [mean.value for mean in line.means],
+                [mean.interval[1] - mean.value if mean.interval else 0 for mean in line.means],
+                fmt=_MARKERS[number % len(_MARKERS)],
+                color=styles[variant.name]["color"],
+                capsize=3,
+                label=f"{variant.label}: {line.slope.value:+.3f}",
+            )
+    several = any(mean.interval for line in losses.values() for mean in line.means)
+    bars = ", 95 % intervals" if several else ", one seed"
+    left.set_title(f"means{bars}; lines: a − b·log10 C")
+    right.set_title(f"gap to {baseline}; below 0 is better")
+    right.axhline(0, color="0.35", linewidth=1)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks([*flops.values()], [f"{one:.1e}\n{size}" for size, one in flops.items()])
+        axes.minorticks_off()
+    drawing.legend(title="per ×10 FLOPs")
     files.write(path, drawing.png())
 
 

@@ -35,7 +35,7 @@ _CPU_NOTE = (
     "Times and memory are of a CPU and say nothing of GPUs: in Megatron's CPU mode xIELU and "
     "xIPReLU are several PyTorch operations each, and none of this package's kernels runs."
 )
-_ONE_SEED_NOTE = "One seed shows no noise: whether a difference is one cannot be said (--seeds 3)."
+_ONE_SEED_NOTE = "One seed shows no noise: whether a difference is one cannot be said; three can."
 _FAR = 1.5  # times the paper's inputs, or less than 1/1.5 of them: another regime
 
 

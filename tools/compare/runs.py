@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,10 +26,13 @@ from compare.settings import PAPER_INPUT_STD, Settings, megatron_flags
 from compare.text import Text, write_json
 from compare.training import train
 from compare.variants import Variant
+from megatron_xielu import __version__
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker
 from megatron_xielu.common import schema
 from megatron_xielu.common.schema import Malformed
+from megatron_xielu.common.versions import made_with
 
+FIRST_SEED, _MOST_SEEDS = 42, 1000
 _REPLACED = ("results", "resume", "report", "text", "corpus", "sweep")  # in OUT
 
 
@@ -59,6 +64,26 @@ class Run:
         return f"{self.variant.label}, seed {self.seed}"
 
 
+def parse_seeds(value: str) -> list[int]:
+    """``--seeds``: how many, or which."""
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*,?", value):
+        raise argparse.ArgumentTypeError(
+            f"{value[:40]!r} says neither how many seeds nor which: 3, or 1,2,3"
+        )
+    numbers = [int(word) for word in value.split(",") if word]
+    if "," not in value:
+        if numbers[0] < 1:
+            raise argparse.ArgumentTypeError("one seed at least")
+        if numbers[0] > _MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"more than {_MOST_SEEDS} seeds")
+        return list(range(FIRST_SEED, FIRST_SEED + numbers[0]))
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{value} has a seed twice")
+    if 0 in numbers:
+        raise argparse.ArgumentTypeError("a seed is 1 or more")  # Megatron's rule
+    return numbers
+
+
 def this_machine(settings: Settings, ranks: int | None) -> Machine:
     """The ranks of the preset, or what the user says; on GPUs no more than there are."""
     import torch
@@ -72,6 +97,19 @@ def this_machine(settings: Settings, ranks: int | None) -> Machine:
     if ranks and ranks > there:
         raise SystemExit(f"compare: --tensor-parallel {ranks}: there are {there} GPUs")
     return Machine(torch.cuda.get_device_name(0), min(wanted, there))
+
+
+def context(machine: Machine) -> dict[str, str]:
+    """When, where and with what, for the head of results."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": machine.device if machine.on_gpu else f"{_cores()} CPU cores",
+        "versions": made_with(__version__),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_text(settings: Settings, out: Path, folder: Path | None) -> Source:
