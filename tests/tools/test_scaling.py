@@ -15,12 +15,22 @@ from pathlib import Path
 import compare_activations as tool
 import launch
 import pytest
-from compare import equal_cost, scaling, scaling_fit, scaling_results, settings, training, variants
+from compare import (
+    equal_cost,
+    runs,
+    scaling,
+    scaling_fit,
+    scaling_results,
+    settings,
+    training,
+    variants,
+)
 from compare.text import Text
 from matplotlib import image
 from test_compare import make_record, process_state, warm_trainings  # noqa: F401
 
 import megatron_xielu
+from megatron_xielu.checkpoints.folder import read_tracker
 
 FLOPS = [1e10, 1e11, 1e12]
 SEEDS = (1, 2, 3)
@@ -150,8 +160,8 @@ class TestLadder:
         text = Text(Path("t"), Path("v"), Path("c"), size, size, "token", {}, {})
         tokens = []
         for width, chosen in options.sizes.items():
-            runs = tool.plan_runs(options, tmp_path, chosen, tool.Machine("cpu", 1), text)
-            costs = equal_cost.costs({run.variant.name: run.flags for run in runs})
+            trainings = runs.plan_runs(options, tmp_path, chosen, runs.Machine("cpu", 1), text)
+            costs = equal_cost.costs({run.variant.name: run.flags for run in trainings})
             equal_cost.check(costs, "swiglu")
             matrices = 16 * chosen.layers * width**2
             without = costs["relu2"].model.parameters(embeddings=False)
@@ -198,7 +208,7 @@ def test_flags(options: list[str], message: str, capsys: pytest.CaptureFixture[s
 
 
 def test_a_damaged_record_is_named_before_anything_is_trained(tmp_path: Path) -> None:
-    path = tool.folder_of(tmp_path / "width_64", "gelu", 44) / "record.json"
+    path = runs.folder_of(tmp_path / "width_64", "gelu", 44) / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text("{")
     with pytest.raises(SystemExit, match=f"compare: {path}: it is no JSON: .* delete it, and"):
@@ -212,7 +222,7 @@ def write(out: Path, seeds: tuple[int, ...], names: tuple[str, ...]) -> tuple[st
     size = Text(Path("t"), Path("v"), Path("c"), 257, 264, "byte", {"train": 10**6}, {})
     sizes, made = [], []
     for place, (_, chosen) in enumerate(options.sizes.items()):
-        (run, *_) = tool.plan_runs(options, out, chosen, tool.Machine("cpu", 1), size)
+        (run, *_) = runs.plan_runs(options, out, chosen, runs.Machine("cpu", 1), size)
         cost = equal_cost.costs({"swiglu": run.flags})["swiglu"]
         sizes.append(scaling_results.Size(chosen, cost))
         made.append(
@@ -276,7 +286,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int, st
     """
     out = tmp_path_factory.mktemp("ladder")
     options = [*OPTIONS, "--out", str(out)]
-    folder = tool.folder_of(out / "width_32", "xielu", 42)
+    folder = runs.folder_of(out / "width_32", "xielu", 42)
     log, first_log = folder / "log.txt", out / "first.txt"
     (first,) = launch.start(options, ranks=1, log=first_log, command=[tool.__file__])
     deadline = time.monotonic() + 240
@@ -287,7 +297,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int, st
     launch.wait([first], timeout=120)
     assert first.returncode == 128 + signal.SIGTERM
     assert not (folder / "record.json").exists()
-    stopped_at = tool.read_tracker(folder / "checkpoints")
+    stopped_at = read_tracker(folder / "checkpoints")
     with warm_trainings(), contextlib.redirect_stdout(io.StringIO()) as second:
         tool.main(options)
     return out, first_log.read_text(), stopped_at, second.getvalue()
@@ -311,7 +321,7 @@ class TestRealLadder:
             assert large < small < 5.6  # log 257
             assert content["lines"][name]["slope"]["value"] < 0
         for width, iterations in ((32, 32), (48, 108)):
-            records = tool.finished_records(
+            records = runs.finished_records(
                 out / f"width_{width}", [variants.parse(name) for name in NAMES], [42]
             )
             for name in NAMES:

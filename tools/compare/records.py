@@ -17,7 +17,7 @@ from typing import Any
 from compare.settings import Settings
 from compare.variants import Variant
 from megatron_xielu.catalog import INPUTS_TAG
-from megatron_xielu.checkpoints.alphas import Alphas, count_parameters
+from megatron_xielu.checkpoints.alphas import Alphas, count_parameters, in_order
 from megatron_xielu.checkpoints.folder import complete_checkpoints
 from megatron_xielu.common import schema
 from megatron_xielu.common.text import one_line
@@ -153,8 +153,13 @@ def _read(
 
 def _at_first(events: dict[str, Curve], what: str) -> list[float] | None:
     """By layer, at iteration 1; None where it is not known."""
-    curves = [dict(events[tag]) for tag in sorted(events) if tag.startswith(f"{what}/")]
+    curves = [dict(events[f"{what}/{layer}"]) for layer in _layers(events, what)]
     return [curve[1] for curve in curves if 1 in curve] or None
+
+
+def _layers(events: dict[str, Curve], what: str) -> list[str]:
+    """The layers that have a curve, in the order of the model."""
+    return in_order(tag.partition("/")[2] for tag in events if tag.startswith(f"{what}/"))
 
 
 def complete(events: dict[str, Curve], log: Path, tag: str) -> Curve:
@@ -171,7 +176,7 @@ def read_alphas(events: dict[str, Curve], variant: Variant) -> Alphas:
     Raises:
         ValueError: there are none, or they are not of the same iterations.
     """
-    layers = sorted(tag.partition("/")[2] for tag in events if tag.startswith("alpha_p/"))
+    layers = _layers(events, "alpha_p")
     curves = {
         side: [dict(events.get(f"alpha_{side}/{layer}", ())) for layer in layers]
         for side in ("p", "n")
