@@ -44,6 +44,7 @@ def _train(args: Namespace) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import get_tensorboard_writer
 
     from megatron_xielu import layer_specs, training_step
     from megatron_xielu.arguments import activation_name, megatrons_checks
@@ -74,6 +75,9 @@ def _train(args: Namespace) -> None:
         stragglers.watched(args, training_step.forward_step),
         store=store,
     )
+    # Megatron flushes before its last validation, and the writer's thread ends with the process.
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.flush()
 
 
 if __name__ == "__main__":

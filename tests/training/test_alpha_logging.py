@@ -90,3 +90,12 @@ def test_weights_and_biases_offline(tmp_path):
         assert [(s, history[s][tag]) for s in range(1, 7)] == [
             (s, pytest.approx(v, rel=1e-6)) for s, v in expected[tag]
         ]
+
+
+def test_the_last_validation_reaches_the_event_file(tmp_path):
+    """After Megatron's last flush, and where the writer's thread is slower than the exit."""
+    flags = "--xielu --tensorboard-dir events --train-iters 4 --eval-iters 1 --eval-interval 100"
+    run = train(tmp_path, flags, command=("-m", "slow_events_entry"))
+    assert "validation loss at iteration 4 on validation set" in run.output
+    # Of the test set, too, which Megatron writes under the same name.
+    assert [step for step, _ in curves(tmp_path / "events")["lm loss validation"]] == [4, 4]
