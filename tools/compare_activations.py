@@ -370,6 +370,13 @@ def _setup(
             "run": f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} "
             f"{text.unit}s, {settings.iterations * settings.tokens_per_iteration:,} in all, of "
             f"{text.tokens['train']:,} there are; tensor parallel {machine.tensor_parallel}",
+            "model": f"{settings.layers} layers of width {settings.hidden}, sequences of "
+            f"{settings.sequence:,}, batches of {settings.batch}; initial weights of "
+            f"{settings.init_std:g}, {'bf16' if settings.bf16 else 'fp32'}",
+            "schedule": f"learning rate {settings.learning_rate:g}{' or as swept' * bool(swept)}, "
+            f"{settings.warmup} iterations of warm-up and {settings.decay} of decay",
+            "held out": f"{settings.validation_batches * settings.tokens_per_iteration:,} "
+            f"{text.unit}s a validation, of {text.tokens['valid']:,} there are",
             **({"learning rates": swept.cost} if swept else {}),
         },
         settings=described,

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--dtype", choices=_DTYPES, help="of the weights (default: as stored); alphas are fp32"
         )
+    for command in (export, back, alphas):
         command.add_argument("--force", action="store_true", help="replace an existing output")
     return parser
 
@@ -161,6 +162,8 @@ def _from_hf(args: argparse.Namespace) -> None:
 def _alphas(args: argparse.Namespace) -> None:
     from megatron_xielu.convert import alphas
 
+    if args.out.exists() and not args.force:
+        raise Refused(f"{args.out} exists; choose another file, or replace it with --force")
     alphas.write(args.model, args.out)
     print(f"written: {args.out}; --xielu-alpha-p-init and --xielu-alpha-n-init take it")
 

@@ -11,6 +11,7 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.catalog import ALPHA_GROUP
 from megatron_xielu.report.run import Run
 
 _MAY_DIFFER = (
@@ -60,7 +61,10 @@ def settings(run: Run) -> dict[str, str] | None:
         return None
     free = _free_with_experts if getattr(args, "num_experts", None) else _free
     found = {
-        name: _text(name, value, run.folder) for name, value in vars(args).items() if not free(name)
+        name: _text(name, value, run.folder)
+        for name, value in vars(args).items()
+        # A version without these flags trained as with their defaults.
+        if not free(name) and not (name in ALPHA_GROUP and value == ALPHA_GROUP[name])
     }
     if getattr(args, "load", None) == getattr(args, "save", None):
         found.pop("load", None)  # it resumes itself

@@ -498,6 +498,8 @@ def test_alphas_of_hugging_face(tmp_path):
     for side, floor in (("alpha_p", 0), ("alpha_n", 0.5)):
         raw = [reader.read(f"model.layers.{layer}.mlp.act_fn.{side}") for layer in (0, 1)]
         assert found[side] == [softplus(one).item() + floor for one in raw]
+    with pytest.raises(SystemExit, match=r"alphas.json exists; .* replace it with --force"):
+        cli.main(["alphas", str(model), str(tmp_path / "alphas.json")])
     model = write_hf(tmp_path / "relu2", small())
     with pytest.raises(Refused, match="its activation is relu2, which has no alphas"):
         alphas.write(model, tmp_path / "alphas.json")

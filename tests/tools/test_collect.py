@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("xielu", 2), ("swiglu", 1)):
         words = megatron_arguments(**OF_ALL, GPUS_PER_NODE="1", ACTIVATION=name, SEED=str(seed))
         own = ["--save", "checkpoints", "--load", "checkpoints", "--tensorboard-dir", "events"]
-        own += ["--data-cache-path", str(out / "cache")]
+        own += ["--data-cache-path", str(out / "cache"), "--log-activation-inputs", "20"]
         entry = ("-m", "megatron_xielu.pretrain_gpt")
         launch.train(out / name / f"seed_{seed}", [*words, *own], model=(), command=entry)
     return out
@@ -112,6 +113,8 @@ def test_runs_of_a_cluster_beside_local_ones(trained, tmp_path, capsys):
     assert "| step [ms] | tokens/s |\n" in shown and "Memory:" not in shown
     assert "**The runs differ in layout (xielu/seed_1: TP 1, PP 1, CP 1, DP 2, bf16; " in shown
 
+    assert re.search(r"- xIELU: \d\.\d+  .* \(n = 1\)\n- SwiGLU: \d\.\d+ ", shown)  # of the inputs
+
     found = json.loads((out / "results.json").read_text())
     last = {}
     for folder in folders:
@@ -170,21 +173,30 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
             seed=3,
             tensor_model_parallel_size=1,
             xielu_check_tp_sync=1000,
-            xielu_frozen_alphas=False,  # of a newer version
+            # Of a newer version.
+            xielu_frozen_alphas=False,
+            xielu_alpha_lr_mult=1.0,
+            xielu_alpha_weight_decay=0.0,
         ),
         run_of(tmp_path / "frozen", xielu_frozen_alphas=True),
         run_of(tmp_path / "xielu-low/seed_1", xielu_alpha_p_init=0.4),
+        run_of(tmp_path / "fast", xielu_alpha_lr_mult=10.0, xielu_beta=0.3),
+        run_of(tmp_path / "own", xielu_alpha_p_init=[0.1, 0.2, 0.3, 0.4]),
         run_of(tmp_path / "gelu", xielu=False, weight_decay=0.0),
     ]
     shown, found = collected([*runs, *more], baseline="xielu")
     assert {name: of["label"] for name, of in found["variants"].items()} == {
         "xielu": "xIELU",
         "swiglu": "SwiGLU",
-        "xielu-frozen-alphas": "xIELU, frozen alphas",
-        "xielu-low": "xIELU, alpha p init 0.4",
+        "xielu-frozen-alphas": "xIELU, alphas frozen",
+        "xielu-low": "xIELU, αp from 0.4",
+        "xielu-alpha-lr-mult-10.0-beta-0.3": "xIELU, learning rate of alphas × 10.0, β 0.3",
+        "xielu-alpha-p-init-values-by-layer": "xIELU, αp from values by layer",
         "gelu-weight-decay-0.0": "GELU, weight decay 0.0",
     }
     assert list(found["variants"]["xielu"]["seeds"]) == ["1", "2", "3"]
+    betas = {name: of.variant.beta for name, of in collect.group(collect.read(more)).items()}
+    assert betas["xielu-alpha-lr-mult-10.0-beta-0.3"] == 0.3  # of which nonlinearity depends
     assert "Seeds without a partner count in means, and are not paired: swiglu 3;" in shown
 
 

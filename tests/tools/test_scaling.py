@@ -111,6 +111,7 @@ class TestFit:
             (0.2, -0.05, scaling_fit.SHRINKS),
             (-0.2, 0.05, scaling_fit.SHRINKS),
             (0.1, 0.0, scaling_fit.UNCLEAR),
+            (-0.2, 0.2, scaling_fit.TURNS),
         ],
     )
     def test_verdict(self, level: float, slope: float, verdict: str) -> None:

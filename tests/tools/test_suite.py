@@ -101,7 +101,11 @@ class TestRefusals:
         file = tmp_path / run.name / "result.json"
         file.parent.mkdir(parents=True)
         file.write_text('{"of": {}, "scores": {"own": 1}}')
-        with pytest.raises(ValueError, match=r"scores\.own is 1, not an object; delete that file"):
+        with pytest.raises(ValueError, match=r"scores\.own is 1, not an object; delete "):
+            Evaluation(run, TASKS, tmp_path, OPTIONS)
+        file.unlink()
+        (file.parent / "model").mkdir()  # of an older checkpoint, it may be
+        with pytest.raises(ValueError, match=r"model has no result\.json beside it"):
             Evaluation(run, TASKS, tmp_path, OPTIONS)
 
     def test_disk(self, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

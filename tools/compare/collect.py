@@ -26,9 +26,9 @@ from compare import equal_cost, results
 from compare.equal_cost import Cost
 from compare.page import write_page
 from compare.records import MEMORY, Record, Records
-from compare.variants import Variant
-from megatron_xielu.catalog import ACTIVATIONS, SETTINGS
-from megatron_xielu.checkpoints.alphas import Alphas, initial_alphas
+from compare.variants import LABELS, Variant
+from megatron_xielu.catalog import ACTIVATIONS, ALPHA_GROUP, INPUTS_TAG, SETTINGS
+from megatron_xielu.checkpoints.alphas import Alphas, beta, in_order
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import is_utf8, one_line
@@ -41,7 +41,7 @@ from megatron_xielu.report.run import Run, name_apart, readable
 from megatron_xielu.report.settings import settings
 
 _COMMAND = "tools/compare_activations.py collect"
-_PICTURES = ("loss.png", "differences.png", "alphas.png")
+_PICTURES = ("loss.png", "differences.png", "alphas.png", "depth.png")
 _TINY = 10_000_000  # parameters; the paper's smaller model has 1.1B
 _ALPHA_POINTS = 25  # kept of an alpha's history
 _TOLD, _LONGEST = 3, 40  # settings in a label, of more their number; characters of one
@@ -55,6 +55,7 @@ _VALIDATION = re.compile(
     "eval_(iters|interval|global_batch_size)|start_eval_at_iter|full_validation|"
     "multiple_validation_sets"
 )
+_OURS = {*SETTINGS, *ALPHA_GROUP}  # and their values
 # What comes with an activation tells variants of that one apart, and no others.
 _OF_ACTIVATION = re.compile(
     r"xielu.*|xiprelu|swiglu|squared_relu|quick_geglu|openai_gelu|spec|use_te_activation_func|"
@@ -185,7 +186,8 @@ def comparison(
     evaluated = evaluated_alike(runs) and None not in [run.evaluated_loss for run in runs]
     _check_alike(runs, validated=not evaluated)
     groups = group(runs)
-    baseline = baseline or ("swiglu" if "swiglu" in groups else next(iter(groups)))
+    swiglu = [name for name, of in groups.items() if of.variant.activation.argument == "swiglu"]
+    baseline = baseline or (swiglu if len(swiglu) == 1 else [*groups])[0]
     if baseline not in groups:
         known = ", ".join(groups)
         raise Refused(f"--baseline {baseline}: not among what is compared, {known}")
@@ -194,7 +196,7 @@ def comparison(
         name: {seed: _record(run, name, evaluated=evaluated) for seed, run in of.runs.items()}
         for name, of in groups.items()
     }
-    setup = _setup(groups, baseline, command, evaluated=evaluated)
+    setup = _setup(groups, records, baseline, command, evaluated=evaluated)
     return records, [of.variant for of in groups.values()], costs, setup
 
 
@@ -269,17 +271,20 @@ def group(runs: Sequence[Run]) -> dict[str, Group]:
         alike.setdefault(key, (of, []))[1].append(run)
     kinds = [(of[0].activation, shared) for shared, of in alike.values()]
     groups: dict[str, Group] = {}
-    for shared, of in alike.values():
-        told = _told(of[0].activation, shared, kinds)
-        made = "-".join([of[0].activation, *told]).replace(" ", "-")
-        candidates = (_folder_name(of), made, f"{made}-{len(groups)}")
+    for shared, its_runs in alike.values():
+        told = _told(its_runs[0].activation, shared, kinds)
+        made = "-".join([its_runs[0].activation, *(name for name, _ in told)]).replace(" ", "-")
+        candidates = (_folder_name(its_runs), made, f"{made}-{len(groups)}")
         name = next(name for name in candidates if name and name not in groups)
+        said = [said for _, said in told]
         if (more := len(told) - _TOLD) > 0:
-            told[_TOLD:] = [f"{more} more"]
-        activation = ACTIVATIONS[of[0].activation]
-        label = ", ".join([activation.label, *told])
-        variant = Variant(name, label, activation, (), initial_alphas(of[0].arguments))
-        groups[name] = Group(variant, _by_seed(name, of), shared)
+            said[_TOLD:] = [f"{more} more"]
+        activation = ACTIVATIONS[its_runs[0].activation]
+        label = ", ".join([activation.label, *said])
+        if label in [of.variant.label for of in groups.values()]:
+            label += f" ({name})"
+        variant = Variant(name, label, activation, (), beta=beta(its_runs[0].arguments))
+        groups[name] = Group(variant, _by_seed(name, its_runs), shared)
     return groups
 
 
@@ -301,23 +306,28 @@ def _folder_name(runs: Sequence[Run]) -> str:
 
 def _told(
     activation: str, own: dict[str, str], kinds: Sequence[tuple[str, dict[str, str]]]
-) -> list[str]:
+) -> list[tuple[str, str]]:
     """What of a variant's settings is no default of its activation, or differs from others'.
 
     Args:
         activation: of the variant.
         own: its settings.
         kinds: activation and settings of every variant.
+
+    Returns:
+        Each as in a name, and as in a label.
     """
     told = []
     for name, value in sorted(own.items()):
         comes_with_it = _OF_ACTIVATION.fullmatch(name)
         values = {of.get(name) for key, of in kinds if key == activation or not comes_with_it}
-        is_ours = name.startswith("xielu_") and (value == "True" or name in SETTINGS)
+        is_ours = name.startswith("xielu_") and (value == "True" or name in _OURS)
         if (is_ours or len(values) > 1) and value != str(SETTINGS.get(name)):
-            said = name.removeprefix("xielu_").replace("_", " ")
+            word = name.removeprefix("xielu_").replace("_", " ")
             plain = re.sub(r"[^\w.+-]+", "_", value)[:_LONGEST]  # for a table, and a picture
-            told.append(said if value == "True" else f"{said} {plain}")
+            plain = "values by layer" if value.startswith("[") else "" if value == "True" else plain
+            both = (f"{word} {plain}", f"{LABELS.get(name, word)} {plain}")
+            told.append((both[0].strip(), both[1].strip()))
     return told
 
 
@@ -366,6 +376,7 @@ def _record(run: Run, name: str, *, evaluated: bool) -> Record:
         train=train,
         valid=valid,
         alphas=_alphas(run),
+        input_std=_input_std(run),
     )
 
 
@@ -375,6 +386,14 @@ def _losses(series: Series | None) -> Curve:
         return []
     good = np.isfinite(series.values)
     return list(zip(series.steps[good].tolist(), series.values[good].tolist(), strict=True))
+
+
+def _input_std(run: Run) -> list[float] | None:
+    """By layer, of the initial weights; None where that was not logged."""
+    tags = in_order(tag for tag in run.scalars if tag.startswith(f"{INPUTS_TAG}/"))
+    first = [dict(_losses(run.scalars[tag])).get(1) for tag in tags]
+    known = [std for std in first if std is not None]
+    return known if known and len(known) == len(first) else None
 
 
 def _alphas(run: Run) -> Alphas | None:
@@ -389,7 +408,12 @@ def _alphas(run: Run) -> Alphas | None:
 
 
 def _setup(
-    groups: Mapping[str, Group], baseline: str, command: str, *, evaluated: bool
+    groups: Mapping[str, Group],
+    records: Records,
+    baseline: str,
+    command: str,
+    *,
+    evaluated: bool,
 ) -> results.Setup:
     runs = [run for of in groups.values() for run in of.runs.values()]
     on_gpu = all(getattr(run.arguments, "distributed_backend", "") != "gloo" for run in runs)
@@ -398,6 +422,7 @@ def _setup(
         on_gpu=on_gpu,
         seeds=max(len(of.runs) for of in groups.values()),
     )
+    notes += results.other_regime(records)
     for what in ("layout", "made with"):
         if apart := _apart(runs, [description.facts(run).get(what, "") for run in runs]):
             notes += (f"The runs differ in {what} ({apart}): their times and memory may, too.",)

@@ -165,7 +165,7 @@ def _compare(records: Records, baseline: str) -> list[Comparison]:
 def spreads(records: Records, name: str) -> dict[str, Spread]:
     """Of every quantity that is reported, over the seeds of a variant, and known of all."""
     found = list(records[name].values())
-    values = {
+    values: dict[str, list[float | None]] = {
         "validation_loss": [record.valid_loss for record in found],
         "perplexity": [record.perplexity for record in found],
         "step_seconds": [record.step_seconds for record in found],
@@ -280,11 +280,14 @@ def _input_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
         f"layer 0 to the last; in the paper's 1.1B {PAPER_INPUT_STD:.2f}:",
         "",
     ]
+    measured = False
     for variant in variants:
         found = [r.input_std for r in records[variant.name].values() if r.input_std]
-        shown = _by_layer(found) if found else "not measured, by an older version"
-        lines.append(f"- {variant.label}: {shown}")
-    return lines
+        shown = _by_layer(found) if found else "not measured"
+        of_all = len(found) in (0, len(records[variant.name]))
+        lines.append(f"- {variant.label}: {shown}{'' if of_all else f' (n = {len(found)})'}")
+        measured |= bool(found)
+    return lines if measured else []
 
 
 def _by_layer(of_seed: Sequence[Sequence[float]]) -> str:

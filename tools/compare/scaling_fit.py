@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from compare.paired import LEVEL, ONE_SEED, holm
 
-GROWS, SHRINKS, UNCLEAR = "grows", "shrinks", "cannot say"
+GROWS, SHRINKS, TURNS, UNCLEAR = "grows", "shrinks", "changes sign", "cannot say"
 
 Losses = Mapping[str, Sequence[Mapping[int, float]]]  # by variant: of each size, by seed
 
@@ -113,6 +113,12 @@ def _verdict(line: Line, p_holm: float | None) -> str:
         return ONE_SEED
     if p_holm >= LEVEL:
         return UNCLEAR
+    signs = {
+        math.copysign(1, end.value) if end.interval and end.interval[0] * end.interval[1] > 0 else 0
+        for end in (line.means[0], line.means[-1])
+    }
+    if signs == {-1, 1}:
+        return TURNS
     return GROWS if abs(line.fitted[-1]) > abs(line.fitted[0]) else SHRINKS
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from megatron_xielu import catalog
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, Activation
+from megatron_xielu.common.flags import argument_of
 
 ACTIVATIONS = {
     name: catalog.ACTIVATIONS[name] for name in ("xielu", "xiprelu", "relu2", "swiglu", "gelu")
@@ -39,12 +40,18 @@ _NUMBERED = {
     "lr": ("learning rate of alphas ×", "--xielu-alpha-lr-mult"),
     "decay": ("weight decay of alphas", "--xielu-alpha-weight-decay"),
 }
+# By argument: what a change of it is called.
+LABELS = {
+    **{argument_of(flag): said for said, flag in (*_SWITCHES.values(), *_NUMBERED.values())},
+    "xielu_alpha_p_init": "αp from",
+    "xielu_alpha_n_init": "αn from",
+}
 _LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas; within those of the others
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An activation as it is trained: ``flags`` choose it, ``init`` is where αp and αn start.
+    """An activation as it is trained: ``flags`` choose it, ``init`` is where αp and αn start; β.
 
     The first flag is of the activation, the others of the ablation.
     """
@@ -54,17 +61,12 @@ class Variant:
     activation: Activation
     flags: tuple[str, ...]
     init: tuple[float, float] = (DEFAULT_ALPHA_INIT, DEFAULT_ALPHA_INIT)
+    beta: float = DEFAULT_BETA
 
     @property
     def has_alphas(self) -> bool:
         """Whether there are alphas to show."""
         return self.activation.trainable
-
-    @property
-    def beta(self) -> float:
-        """β."""
-        given = dict(zip(self.flags, self.flags[1:], strict=False)).get("--xielu-beta")
-        return float(given or DEFAULT_BETA)
 
 
 def parse(name: str) -> Variant:
@@ -77,7 +79,8 @@ def parse(name: str) -> Variant:
     activation = ACTIVATIONS.get(key)
     if activation is None:
         raise ValueError(f"{name!r}: no such activation; there are {', '.join(ACTIVATIONS)}")
-    label, flags = activation.label, (activation.flag or _GELU_FLAG,)
+    label = activation.label
+    flags: tuple[str, ...] = (activation.flag or _GELU_FLAG,)
     if not dash:
         return Variant(name, label, activation, flags)
     what, *values = change.split("-")
@@ -88,9 +91,9 @@ def parse(name: str) -> Variant:
         numbers = _numbers(values)
         if what in _NUMBERED and len(numbers) == 1:
             said, flag = _NUMBERED[what]
-            return Variant(
-                name, f"{label}, {said} {values[0]}", activation, (*flags, flag, *values)
-            )
+            beta = numbers[0] if what == "beta" else DEFAULT_BETA
+            label, flags = f"{label}, {said} {values[0]}", (*flags, flag, *values)
+            return Variant(name, label, activation, flags, beta=beta)
         if what == "init" and len(numbers) in (1, 2):
             return _with_inits(name, activation, flags, numbers)
     raise ValueError(

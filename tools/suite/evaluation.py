@@ -35,7 +35,7 @@ from suite.tasks import Task
 
 @dataclass(frozen=True)
 class Score:
-    """Of one task: lm-eval's metrics, of how many documents, and the sha256 of the task's file."""
+    """Of one task: lm-eval's metrics, of how many documents, and the sha256 of the task."""
 
     metrics: dict[str, float]
     documents: Count
@@ -90,7 +90,14 @@ class Evaluation:
         try:
             there = schema.load(Result, self._file) if self._file.exists() else None
         except Malformed as error:
-            raise Refused(f"{error}; delete that file, and the run is evaluated again") from None
+            raise Refused(
+                f"{error}; delete {self._folder}, and the run is evaluated again"
+            ) from None
+        if there is None and self._model.exists():
+            raise Refused(
+                f"{self._model} has no {self._file.name} beside it, which says of which checkpoint "
+                "it is; delete that folder"
+            )
         self._is_new = there is None or there.of != of
         self.result = Result(of) if there is None or there.of != of else there
 
@@ -144,8 +151,7 @@ class Evaluation:
 
     def _export(self) -> None:
         if self._is_new:
-            if self._file.exists():  # and so what is beside it is of this tool
-                shutil.rmtree(self._model, ignore_errors=True)
+            shutil.rmtree(self._model, ignore_errors=True)  # of another checkpoint
             write_json(self._file, asdict(self.result))
         if self._is_exported:
             return

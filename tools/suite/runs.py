@@ -174,6 +174,7 @@ def _settings(folder: Path, arguments: Namespace) -> dict[str, str]:
         activation=activation_of(arguments),
         parameters=None,
         evaluation=None,
+        bytes_per_token=None,
     )
     return {**(settings(run) or {}), "tokens": str(_tokens(arguments))}
 

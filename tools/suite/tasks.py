@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +13,6 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_xielu.checkpoints.source import Refused
-from megatron_xielu.common import files
 from megatron_xielu.common.text import reason
 
 # The metric that is usually reported, zero-shot, and what guessing scores, in percent.
@@ -29,7 +31,7 @@ _METRICS = ("acc_norm", "acc")  # of other tasks, the first that there is
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lm-eval: its name, what is reported of it, and the sha256 of its file."""
+    """A task of lm-eval: its name, what is reported of it, and the sha256 of its configuration."""
 
     name: str
     metric: str
@@ -86,4 +88,10 @@ def _load(name: str, found: Any) -> Task:
         raise Refused(
             f"--tasks {name} has no {' or '.join(wanted)}, but {', '.join(metrics)}; leave it out"
         )
-    return Task(name, metric, files.sha256(found.task_index[name].yaml_path))
+    return Task(name, metric, _identity(task.dump_config()))
+
+
+def _identity(configuration: dict[str, Any]) -> str:
+    """The sha256 of a task: its prompts, metrics and functions, from whichever file they come."""
+    words = json.dumps(configuration, sort_keys=True, default=str)
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", words).encode()).hexdigest()
