@@ -196,8 +196,8 @@ def _gap_lines(
         f"“{scaling_fit.GROWS}” and “{scaling_fit.SHRINKS}” are about the gap's size on its line, "
         "from the smallest model to the largest, where Holm's adjusted p of the slope is below "
         f"0.05; “{scaling_fit.TURNS}” where one is better at one end and the other at the other, "
-        f"each by its interval. “{scaling_fit.UNCLEAR}” does not say that it stays. Nothing is said "
-        "beyond these sizes, this text, and a learning rate that is tuned for none.",
+        f"each by its interval. “{scaling_fit.UNCLEAR}” does not say that it stays. Nothing is "
+        "said beyond these sizes, this text, and a learning rate that is tuned for none.",
         "",
     ]
     return shown
