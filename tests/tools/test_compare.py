@@ -274,6 +274,8 @@ class TestResults:
         assert [one["variant"] for one in written["comparisons"]] == [
             variant.name for variant in ALL if variant.name != "swiglu"
         ]
+        (depth,) = (one for one in written["depth"] if one["label"] == "xIPReLU")
+        assert depth["verdict"] == RISES and len(depth["trend_by_seed"]) == 3
         assert (out / "results.json").stat().st_size < 200_000
         for picture in ("loss.png", "differences.png", "alphas.png", "depth.png"):
             assert (out / picture).read_bytes().startswith(b"\x89PNG")

@@ -61,7 +61,8 @@ def show(
         f"all {len(variants) * len(seeds)} runs: {len(variants) * len(seeds) * hours * gpus:,.0f} "
         "GPU-hours",
         "",
-        "# Prepare the data (docs/data.md) and set DATA_ARGS first; then, on a login node:",
+        "# Prepare the data (docs/data.md) and set DATA_ARGS first. With DECAY_NORMS=1, exported,",
+        "# the gains of norms decay, too, as in the paper's code. Then, on a login node:",
     ]
     folders = []
     for seed in seeds:

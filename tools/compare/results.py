@@ -374,6 +374,16 @@ def _json(
         "sweep": setup.sweep and setup.sweep.losses,
         "baseline": setup.baseline,
         "comparisons": [asdict(comparison) for comparison in comparisons],
+        "depth": [
+            {
+                "label": one.label,
+                "verdict": one.verdict,
+                "trend_by_seed": one.trends[:, -1].tolist(),
+                # [seed, start and end, layer]
+                "nonlinearity": one.nonlinearity[:, [0, -1]].tolist(),
+            }
+            for one in adaptations(records, variants)
+        ],
     }
 
 
