@@ -59,7 +59,10 @@ def refusal(words: list[str]) -> str:
         (["--ablation", "xielu-beta-inf"], "'xielu-beta-inf' is not a variant"),
         (["--ablation", "xielu-init-0"], "'xielu-init-0' is not a variant"),
         (["--ablation", "xielu-init-1001"], "'xielu-init-1001' is not a variant"),
-        (["--ablation", "xielu-beta-1e9"], "with numbers above 0, at most 1000, for P, N and B"),
+        (
+            ["--ablation", "xielu-beta-1e9"],
+            "with numbers above 0, at most 1000, for P, N, B, M and W",
+        ),
         (["--out", "\udcff"], "--out '\\udcff' is not UTF-8"),
     ],
 )

@@ -20,7 +20,7 @@ from launch import TINY_LLAMA, train
 from megatron_arguments import parse, parser
 
 from megatron_xielu import arguments, catalog, run_checks, selftest, startup
-from megatron_xielu.catalog import NUMBERS, SETTINGS
+from megatron_xielu.catalog import ALPHA_GROUP, NUMBERS, PER_LAYER, SETTINGS
 from megatron_xielu.checkpoint_walk import __main__ as checkpoint_walk
 from megatron_xielu.common import data_lists
 from megatron_xielu.common.flags import flag_of
@@ -56,11 +56,15 @@ def test_ranges_are_of_megatrons_flags():
     planned = vars(plan_flags.parse([]))
     for flag, limits in NUMBERS.items():
         action = actions[flag]
-        assert action.type is (int if limits.whole else float) and flag_of(action.dest) == flag
+        kind = int if limits.whole else float
+        assert action.type is (None if action.dest in PER_LAYER else kind)
+        assert flag_of(action.dest) == flag
         assert action.nargs is None
         assert action.default is None or limits.fault(action.default) == ""
         if planned[action.dest] is not None:
-            assert planned[action.dest] == SETTINGS.get(action.dest, action.default)
+            assert planned[action.dest] == {**SETTINGS, **ALPHA_GROUP}.get(
+                action.dest, action.default
+            )
 
 
 @pytest.mark.parametrize(
