@@ -34,7 +34,6 @@ PER_LAYER = {"xielu_alpha_p_init": "alpha_p", "xielu_alpha_n_init": "alpha_n"}
 # their weight decay. With these values they have no parameter group of their own.
 ALPHA_GROUP = {"xielu_alpha_lr_mult": 1.0, "xielu_alpha_weight_decay": 0.0}
 
-
 SPEC_MODULE = "megatron_xielu.layer_specs"
 
 
