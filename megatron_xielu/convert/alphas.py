@@ -65,9 +65,8 @@ def _of_megatron(model: Path) -> list[list[float]]:
     rows = {label: row for row, label in enumerate(alphas.names) if not label.startswith("mtp_")}
     if not rows or any("experts" in label for label in rows):
         raise Refused(f"{source.folder}: it has not one pair of alphas in each layer")
-    labels = sorted(rows, key=lambda label: int(label.removeprefix("layer_")))  # 100 after 99
     both = (alphas.positive, alphas.negative)
-    return [[of_side[-1][rows[label]] for label in labels] for of_side in both]
+    return [[of_side[-1][row] for row in rows.values()] for of_side in both]
 
 
 def _check_activation(model: Path, name: str) -> None:

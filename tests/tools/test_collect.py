@@ -84,7 +84,9 @@ def runs(tmp_path: Path) -> list[Path]:
 def collected(folders: list[Path], baseline: str | None = None) -> tuple[str, dict[str, Any]]:
     """What results.md and results.json would have."""
     records, variants, costs, setup = collect.comparison(collect.read(folders), baseline, "command")
-    found = (records, variants, costs, results._compare(records, setup.baseline), setup)
+    compared = results._compare(records, setup.baseline)
+    adapted = results.adaptations(records, variants)
+    found = (records, variants, costs, compared, adapted, setup)
     return results.markdown(*found), json.loads(json.dumps(results._json(*found)))
 
 

@@ -169,8 +169,9 @@ def test_any_damage_to_a_record_is_a_line(tmp_path):
         except (SystemExit, Malformed) as error:
             assert "record.json" in str(error) and "\n" not in str(error)
         else:
-            assert "xIELU" in results.markdown(found, [XIELU], COSTS, [], SETUP)
-            json.dumps(results._json(found, [XIELU], COSTS, [], SETUP))
+            adapted = results.adaptations(found, [XIELU])
+            assert "xIELU" in results.markdown(found, [XIELU], COSTS, [], adapted, SETUP)
+            json.dumps(results._json(found, [XIELU], COSTS, [], adapted, SETUP))
 
     damage()
 

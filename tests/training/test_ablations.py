@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from launch import TINY_LLAMA, Run, load_checkpoint, train
-from megatron.training.arguments import parse_args
 from safetensors.torch import load_file
 
 from megatron_xielu import arguments, checkout
@@ -216,17 +214,6 @@ def test_shared_alphas_to_hugging_face(shared, tmp_path):
 
 
 # Flags
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Parse a command line (the tiny Llama's flags first) as the entry does."""
-
-    def parse(flags: str):
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *TINY_LLAMA, *flags.split()])
-        return parse_args(extra_args_provider=arguments.add_arguments)
-
-    return parse
 
 
 @pytest.mark.parametrize(

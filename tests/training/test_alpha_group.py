@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import TINY_LLAMA, Run, load_checkpoint, train
+from launch import Run, load_checkpoint, train
 
 from megatron_xielu import arguments
 
@@ -146,19 +145,6 @@ def test_reshard(layout, saved, tmp_path):
     load += " --save-interval 1000 --use-checkpoint-opt_param-scheduler"
     train(tmp_path, f"{SAVED} {layout} {load}", ranks=2)
     assert differing(3, checkpoints, tmp_path / "checkpoints") == []
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Parse a command line (the tiny Llama's flags first) as the entry does."""
-
-    def parse(flags: str):
-        from megatron.training.arguments import parse_args
-
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *TINY_LLAMA, *flags.split()])
-        return parse_args(extra_args_provider=arguments.add_arguments)
-
-    return parse
 
 
 def test_a_resume_has_the_same(saved, start_checkpoint, parse):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,19 +97,6 @@ def test_no_alphas_to_write(tmp_path):
         with pytest.raises(SystemExit, match=f"megatron_xielu.convert: error: .*{message}"):
             convert.main(["alphas", str(model), str(tmp_path / "alphas.json")])
     assert not (tmp_path / "alphas.json").exists()
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Parse a command line (the tiny Llama's flags first) as the entry does."""
-
-    def parse(flags: str):
-        from megatron.training.arguments import parse_args
-
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *TINY_LLAMA, *flags.split()])
-        return parse_args(extra_args_provider=arguments.add_arguments)
-
-    return parse
 
 
 def test_checkpoint_args(frozen, parse):

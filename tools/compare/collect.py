@@ -25,10 +25,10 @@ import numpy as np
 from compare import equal_cost, results
 from compare.equal_cost import Cost
 from compare.page import write_page
-from compare.records import MEMORY, Record, Records
+from compare.records import ALPHA_POINTS, MEMORY, Record, Records, read_input_std
 from compare.variants import LABELS, Variant
 from megatron_xielu.catalog import ACTIVATIONS, ALPHA_GROUP, INPUTS_TAG, SETTINGS
-from megatron_xielu.checkpoints.alphas import Alphas, beta, in_order
+from megatron_xielu.checkpoints.alphas import Alphas, beta
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import is_utf8, one_line
@@ -43,7 +43,6 @@ from megatron_xielu.report.settings import settings
 _COMMAND = "tools/compare_activations.py collect"
 _PICTURES = ("loss.png", "differences.png", "alphas.png", "depth.png")
 _TINY = 10_000_000  # parameters; the paper's smaller model has 1.1B
-_ALPHA_POINTS = 25  # kept of an alpha's history
 _TOLD, _LONGEST = 3, 40  # settings in a label, of more their number; characters of one
 
 # What all runs share, beside what `description.differences` compares.
@@ -376,7 +375,9 @@ def _record(run: Run, name: str, *, evaluated: bool) -> Record:
         train=train,
         valid=valid,
         alphas=_alphas(run),
-        input_std=_input_std(run),
+        input_std=read_input_std(
+            {tag: _losses(of) for tag, of in run.scalars.items() if tag.startswith(INPUTS_TAG)}
+        ),
     )
 
 
@@ -388,20 +389,12 @@ def _losses(series: Series | None) -> Curve:
     return list(zip(series.steps[good].tolist(), series.values[good].tolist(), strict=True))
 
 
-def _input_std(run: Run) -> list[float] | None:
-    """By layer, of the initial weights; None where that was not logged."""
-    tags = in_order(tag for tag in run.scalars if tag.startswith(f"{INPUTS_TAG}/"))
-    first = [dict(_losses(run.scalars[tag])).get(1) for tag in tags]
-    known = [std for std in first if std is not None]
-    return known if known and len(known) == len(first) else None
-
-
 def _alphas(run: Run) -> Alphas | None:
     """At iterations that all runs share, which event files need not have: between two of theirs."""
     p, n, end = run.alpha_p, run.alpha_n, run.train.steps[-1]
     if p is None or p.iterations[-1] < end:
         return None
-    at = np.unique(np.linspace(0, end, _ALPHA_POINTS + 1).round().astype(np.int64))
+    at = np.unique(np.linspace(0, end, ALPHA_POINTS + 1).round().astype(np.int64))
     at = at[at >= p.iterations[0]]
     by_layer = ([np.interp(at, of.iterations, row) for row in of.values.T] for of in (p, n))
     return Alphas(at.tolist(), *(np.stack(rows, axis=1).tolist() for rows in by_layer))

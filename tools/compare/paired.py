@@ -87,6 +87,23 @@ def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Co
     return found
 
 
+def table(comparisons: Sequence[Comparison], labels: Mapping[str, str], form: str) -> list[str]:
+    """A Markdown table; differences are in the format ``form``."""
+    lines = [
+        "| | differences by seed | mean | 95 % interval | p | p, Holm | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in comparisons:
+        by_seed = ", ".join(format(value, form) for value in one.differences.values())
+        ends = (format(end, form) for end in one.interval or ())
+        p, p_holm = ("–" if p is None else f"{p:.3g}" for p in (one.p, one.p_holm))
+        lines.append(
+            f"| {labels[one.variant]} | {by_seed} | {one.mean:{form}} | {' to '.join(ends) or '–'} "
+            f"| {p} | {p_holm} | {one.verdict} |"
+        )
+    return lines
+
+
 def holm(p: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment: the k-th smallest of m times m − k + 1, never falling."""
     adjusted: dict[str, float] = {}

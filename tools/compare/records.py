@@ -25,7 +25,7 @@ from megatron_xielu.report.events import Curve, read_events
 
 TRAIN, VALID = "lm loss", "lm loss validation"
 MEMORY = "mem-max-allocated-bytes"
-_ALPHA_POINTS = 25  # kept of an alpha's history
+ALPHA_POINTS = 25  # kept of an alpha's history
 
 # Events reach the disk every two minutes only: of a training that was killed, the log knows more.
 _IN_LOG = {
@@ -146,15 +146,16 @@ def _read(
         train=complete(events, folder / "log.txt", TRAIN),
         valid=complete(events, folder / "log.txt", VALID),
         alphas=read_alphas(events, variant) if variant.has_alphas else None,
-        input_std=_at_first(events, INPUTS_TAG),
+        input_std=read_input_std(events),
         learning_rate=settings.learning_rate,
     )
 
 
-def _at_first(events: dict[str, Curve], what: str) -> list[float] | None:
-    """By layer, at iteration 1; None where it is not known."""
-    curves = [dict(events[f"{what}/{layer}"]) for layer in _layers(events, what)]
-    return [curve[1] for curve in curves if 1 in curve] or None
+def read_input_std(events: dict[str, Curve]) -> list[float] | None:
+    """By layer, of the initial weights; None where it is not known of all."""
+    curves = [dict(events[f"{INPUTS_TAG}/{layer}"]) for layer in _layers(events, INPUTS_TAG)]
+    known = [curve[1] for curve in curves if 1 in curve]
+    return known if known and len(known) == len(curves) else None
 
 
 def _layers(events: dict[str, Curve], what: str) -> list[str]:
@@ -185,7 +186,7 @@ def read_alphas(events: dict[str, Curve], variant: Variant) -> Alphas:
     steps = sorted(set.intersection(*both)) if both else []
     if not steps:
         raise ValueError("at no iteration are all alphas known")
-    every = max(1, len(steps) // _ALPHA_POINTS)
+    every = max(1, len(steps) // ALPHA_POINTS)
     steps = [*steps[every - 1 : -1 : every], steps[-1]]
     return Alphas(
         [0, *steps],

@@ -110,8 +110,10 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     variants = [variant for variant in variants if records.get(variant.name)]
     comparisons = _compare(records, setup.baseline)
-    shown = markdown(records, variants, costs, comparisons, setup)
-    write_json(out / "results.json", _json(records, variants, costs, comparisons, setup))
+    adapted = adaptations(records, variants)
+    found = (records, variants, costs, comparisons, adapted, setup)
+    shown = markdown(*found)
+    write_json(out / "results.json", _json(*found))
     plots.plot_losses(records, variants, out / "loss.png", caption=setup.caption, unit=setup.unit)
     if comparisons:
         plots.plot_differences(
@@ -127,7 +129,7 @@ def write(
         )
     if with_alphas(records, variants):
         plots.plot_alphas(records, variants, out / "alphas.png", caption=setup.caption)
-    if adapted := adaptations(records, variants):
+    if adapted:
         plots.plot_depth(adapted, out / "depth.png", caption=setup.caption)
     files.write(out / "results.md", shown)
     return shown
@@ -184,6 +186,7 @@ def markdown(
     variants: Sequence[Variant],
     costs: Mapping[str, Cost],
     comparisons: Sequence[Comparison],
+    adapted: Sequence[Adaptation],
     setup: Setup,
 ) -> str:
     """The report, for people."""
@@ -225,7 +228,7 @@ def markdown(
     lines += ["", *_input_lines(records, variants)]
     if with_alphas(records, variants):
         lines += ["", *_alpha_lines(records, variants), "", "![alphas](alphas.png)"]
-    if adapted := adaptations(records, variants):
+    if adapted:
         lines += ["", *_depth_lines(adapted), "![nonlinearity by depth](depth.png)"]
     return "\n".join(lines) + "\n"
 
@@ -249,17 +252,8 @@ def _comparison_lines(
         f"Paired with {baseline}: the same seed has the same data in the same order. Negative is "
         f"better than {baseline}.",
         "",
-        "| | differences by seed | mean | 95 % interval | p | p, Holm | |",
-        "|---|---|---|---|---|---|---|",
+        *paired.table(comparisons, labels, "+.4f"),
     ]
-    for one in comparisons:
-        by_seed = ", ".join(f"{value:+.4f}" for value in one.differences.values())
-        interval = "–" if one.interval is None else "{:+.4f} to {:+.4f}".format(*one.interval)
-        p, p_holm = ("–" if p is None else f"{p:.3g}" for p in (one.p, one.p_holm))
-        lines.append(
-            f"| {labels[one.variant]} | {by_seed} | {one.mean:+.4f} | {interval} | {p} | "
-            f"{p_holm} | {one.verdict} |"
-        )
     if all(one.interval for one in comparisons):
         number = max(len(one.differences) for one in comparisons)
         lines += [
@@ -349,6 +343,7 @@ def _json(
     variants: Sequence[Variant],
     costs: Mapping[str, Cost],
     comparisons: Sequence[Comparison],
+    adapted: Sequence[Adaptation],
     setup: Setup,
 ) -> dict[str, Any]:
     return {
@@ -382,7 +377,7 @@ def _json(
                 # [seed, start and end, layer]
                 "nonlinearity": one.nonlinearity[:, [0, -1]].tolist(),
             }
-            for one in adaptations(records, variants)
+            for one in adapted
         ],
     }
 

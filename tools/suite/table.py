@@ -112,22 +112,11 @@ def _table(
 
 def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     baseline = label_of(comparisons[0].baseline)
-    lines = [
+    labels = {one.variant: label_of(one.variant) for one in comparisons}
+    return [
         f"The average, paired with {baseline} by seed, in points of a percent; positive is better.",
         "",
-        "| | differences by seed | mean | 95 % interval | p | p, Holm | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in comparisons:
-        by_seed = ", ".join(f"{value:+.2f}" for value in one.differences.values())
-        interval = "–" if one.interval is None else "{:+.2f} to {:+.2f}".format(*one.interval)
-        p, p_holm = (_shown([p], ".3g") for p in (one.p, one.p_holm))
-        lines.append(
-            f"| {label_of(one.variant)} | {by_seed} | {one.mean:+.2f} | {interval} | {p} | "
-            f"{p_holm} | {one.verdict} |"
-        )
-    return [
-        *lines,
+        *paired.table(comparisons, labels, "+.2f"),
         "",
         "Student's paired t; the verdict is by Holm's adjusted p below 0.05 (docs/compare.md). "
         "“Within noise” does not say that two are equal.",
