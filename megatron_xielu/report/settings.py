@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import Namespace
 from fnmatch import translate
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,21 @@ _free, _free_with_experts = (
 
 def settings(run: Run) -> dict[str, str] | None:
     """By name, what runs that differ in their seed alone share; None where that is not known."""
-    args = run.arguments
-    if args is None:
+    if run.arguments is None:
         return None
+    validated = [int(series.steps[-1]) for series in run.validation.values()]
+    return {
+        "iterations": str(run.iterations),
+        **of_arguments(run.arguments, run.folder),
+        "last validation": str(max(validated, default=0)),
+    }
+
+
+def of_arguments(args: Namespace, folder: Path) -> dict[str, str]:
+    """Those of them that are arguments, as saved by a run in ``folder``."""
     free = _free_with_experts if getattr(args, "num_experts", None) else _free
     found = {
-        name: _text(name, value, run.folder)
+        name: _text(name, value, folder)
         for name, value in vars(args).items()
         # A version without these flags trained as with their defaults.
         if not free(name) and not (name in ALPHA_GROUP and value == ALPHA_GROUP[name])
@@ -70,12 +80,7 @@ def settings(run: Run) -> dict[str, str] | None:
         found.pop("load", None)  # it resumes itself
     if not getattr(args, "group_query_attention", False):
         found.pop("num_query_groups", None)  # unused; checkpoints have another than event files
-    validated = [int(series.steps[-1]) for series in run.validation.values()]
-    return {
-        "iterations": str(run.iterations),
-        **{name: text for name, text in found.items() if text != "None"},
-        "last validation": str(max(validated, default=0)),
-    }
+    return {name: text for name, text in found.items() if text != "None"}
 
 
 def real_path(path: str, run: Path) -> str:

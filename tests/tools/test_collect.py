@@ -190,15 +190,15 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
     assert {name: of["label"] for name, of in found["variants"].items()} == {
         "xielu": "xIELU",
         "swiglu": "SwiGLU",
-        "xielu-frozen-alphas": "xIELU, alphas frozen",
+        "xielu-frozen": "xIELU, alphas frozen",
         "xielu-low": "xIELU, αp from 0.4",
-        "xielu-alpha-lr-mult-10.0-beta-0.3": "xIELU, learning rate of alphas × 10.0, β 0.3",
-        "xielu-alpha-p-init-values-by-layer": "xIELU, αp from values by layer",
-        "gelu-weight-decay-0.0": "GELU, weight decay 0.0",
+        "xielu-lr-10-beta-0.3": "xIELU, learning rate of alphas × 10, β 0.3",
+        "xielu-init-p-values-by-layer": "xIELU, αp from values by layer",
+        "gelu-weight-decay-0": "GELU, weight decay 0",
     }
     assert list(found["variants"]["xielu"]["seeds"]) == ["1", "2", "3"]
     betas = {name: of.variant.beta for name, of in collect.group(collect.read(more)).items()}
-    assert betas["xielu-alpha-lr-mult-10.0-beta-0.3"] == 0.3  # of which nonlinearity depends
+    assert betas["xielu-lr-10-beta-0.3"] == 0.3  # of which nonlinearity depends
     assert "Seeds without a partner count in means, and are not paired: swiglu 3;" in shown
 
 

@@ -143,14 +143,23 @@ def test_rows_without_a_folder_that_names_them(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / "runs" / "a", "xielu", seed=7, xielu_frozen_alphas=True),
         make_run(tmp_path / "runs" / "b", "swiglu"),
+        make_run(
+            tmp_path / "runs" / "c",
+            "xielu",
+            xielu_alpha_lr_mult=10.0,
+            xielu_alpha_weight_decay=0.0,
+            xielu_alpha_p_init=0.4,
+        ),
     ]
-    frozen, swiglu = runs.read([folders[0] / "checkpoints", folders[1]], str(tokenizer))
+    frozen, swiglu, fast = runs.read([folders[0] / "checkpoints", *folders[1:]], str(tokenizer))
     assert (frozen.name, frozen.label) == ("xielu-frozen/seed_7", "xIELU, alphas frozen")
+    assert fast.name == "xielu-lr-10-init-p-0.4/seed_1"
+    assert fast.label == "xIELU, learning rate of alphas × 10, αp from 0.4"
     assert (swiglu.name, swiglu.label) == ("swiglu/seed_1", "SwiGLU")
     assert frozen.tokens == 320
 
 
-def test_table(out: Path) -> None:
+def test_table(tmp_path: Path) -> None:
     """Against numbers by hand."""
 
     def result(easy: float, own: float) -> Result:
@@ -162,7 +171,11 @@ def test_table(out: Path) -> None:
         "swiglu": {1: result(0.50, 0.20), 2: result(0.60, 0.30)},
         "xielu": {1: result(0.52, 0.20), 2: result(0.64, 0.30)},
     }
-    shown, content = table.summary(results, [], TASKS, "swiglu", ["Mind this."], {"date": "today"})
+    folders = [make_run(tmp_path / "out" / row / "seed_1", row) for row in results]
+    found = runs.read(folders, None)
+    shown, content = table.summary(
+        results, found, TASKS, "swiglu", ["Mind this."], {"date": "today"}
+    )
     assert "**Mind this.**" in shown and "- date: today" in shown
     assert "| SwiGLU | 2 | 55.0 ± 7.1 | 25.0 ± 7.1 | 40.00 ± 7.07 |" in shown
     assert "| *standard error of a run* | | 3.0 | 4.0 | 2.50 |" in shown
@@ -171,3 +184,6 @@ def test_table(out: Path) -> None:
         "| xIELU | +1.00, +2.00 | +1.50 | -4.85 to +7.85 | 0.205 | 0.205 | within noise |" in shown
     )
     assert content["rows"]["xielu"]["average"]["mean"] == pytest.approx(41.5)
+    assert "| | arc_easy | own |" in shown
+    assert "| xIELU | +3.0 (-9.7 to +15.7) | +0.0 (+0.0 to +0.0) |" in shown
+    assert content["differences"]["arc_easy"]["xielu"]["mean"] == pytest.approx(3)

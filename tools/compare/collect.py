@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import equal_cost, results
+from compare import equal_cost, results, variants
 from compare.equal_cost import Cost
 from compare.page import write_page
 from compare.records import ALPHA_POINTS, MEMORY, Record, Records, read_input_std
-from compare.variants import LABELS, Variant
-from megatron_xielu.catalog import ACTIVATIONS, ALPHA_GROUP, INPUTS_TAG, SETTINGS
+from compare.variants import Variant
+from megatron_xielu.catalog import ACTIVATIONS, INPUTS_TAG, SETTINGS
 from megatron_xielu.checkpoints.alphas import Alphas, beta
 from megatron_xielu.common import files, schema
 from megatron_xielu.common.schema import Malformed
@@ -43,7 +43,7 @@ from megatron_xielu.report.settings import settings
 _COMMAND = "tools/compare_activations.py collect"
 _PICTURES = ("loss.png", "differences.png", "alphas.png", "depth.png")
 _TINY = 10_000_000  # parameters; the paper's smaller model has 1.1B
-_TOLD, _LONGEST = 3, 40  # settings in a label, of more their number; characters of one
+_TOLD = 3  # settings in a label; of more their number
 
 # What all runs share, beside what `description.differences` compares.
 _SCHEDULE = re.compile(
@@ -54,7 +54,6 @@ _VALIDATION = re.compile(
     "eval_(iters|interval|global_batch_size)|start_eval_at_iter|full_validation|"
     "multiple_validation_sets"
 )
-_OURS = {*SETTINGS, *ALPHA_GROUP}  # and their values
 # What comes with an activation tells variants of that one apart, and no others.
 _OF_ACTIVATION = re.compile(
     r"xielu.*|xiprelu|swiglu|squared_relu|quick_geglu|openai_gelu|spec|use_te_activation_func|"
@@ -272,7 +271,7 @@ def group(runs: Sequence[Run]) -> dict[str, Group]:
     groups: dict[str, Group] = {}
     for shared, its_runs in alike.values():
         told = _told(its_runs[0].activation, shared, kinds)
-        made = "-".join([its_runs[0].activation, *(name for name, _ in told)]).replace(" ", "-")
+        made = "-".join([its_runs[0].activation, *(name for name, _ in told)])
         candidates = (_folder_name(its_runs), made, f"{made}-{len(groups)}")
         name = next(name for name in candidates if name and name not in groups)
         said = [said for _, said in told]
@@ -320,13 +319,9 @@ def _told(
     for name, value in sorted(own.items()):
         comes_with_it = _OF_ACTIVATION.fullmatch(name)
         values = {of.get(name) for key, of in kinds if key == activation or not comes_with_it}
-        is_ours = name.startswith("xielu_") and (value == "True" or name in _OURS)
-        if (is_ours or len(values) > 1) and value != str(SETTINGS.get(name)):
-            word = name.removeprefix("xielu_").replace("_", " ")
-            plain = re.sub(r"[^\w.+-]+", "_", value)[:_LONGEST]  # for a table, and a picture
-            plain = "values by layer" if value.startswith("[") else "" if value == "True" else plain
-            both = (f"{word} {plain}", f"{LABELS.get(name, word)} {plain}")
-            told.append((both[0].strip(), both[1].strip()))
+        differs = len(values) > 1 and value != str(SETTINGS.get(name))
+        if differs or variants.is_change(name, value):
+            told.append(variants.told(name, value))
     return told
 
 

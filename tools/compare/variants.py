@@ -16,6 +16,7 @@ and the same with xiprelu.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megatron_xielu import catalog
@@ -40,12 +41,17 @@ _NUMBERED = {
     "lr": ("learning rate of alphas ×", "--xielu-alpha-lr-mult"),
     "decay": ("weight decay of alphas", "--xielu-alpha-weight-decay"),
 }
-# By argument: what a change of it is called.
-LABELS = {
-    **{argument_of(flag): said for said, flag in (*_SWITCHES.values(), *_NUMBERED.values())},
-    "xielu_alpha_p_init": "αp from",
-    "xielu_alpha_n_init": "αn from",
+# By argument: what a change of it is in a name, and in a label.
+_CHANGES = {
+    **{
+        argument_of(flag): (word, said)
+        for word, (said, flag) in [*_SWITCHES.items(), *_NUMBERED.items()]
+    },
+    "xielu_alpha_p_init": ("init-p", "αp from"),
+    "xielu_alpha_n_init": ("init-n", "αn from"),
 }
+_DEFAULTS = {**catalog.SETTINGS, **catalog.ALPHA_GROUP}
+_LONGEST = 40  # characters of a value, in a name and a label
 _LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas; within those of the others
 
 
@@ -101,6 +107,25 @@ def parse(name: str) -> Variant:
         "-recompute, -init-P, -init-P-N, -beta-B, -lr-M and -decay-W with numbers above 0, at most "
         f"{_LIMITS.most}, for P, N, B, M and W: xielu-init-0.4"
     )
+
+
+def is_change(argument: str, value: str) -> bool:
+    """Whether a run's saved argument is one of ours, and not at its default."""
+    if argument in _DEFAULTS:
+        return value != str(_DEFAULTS[argument])
+    return argument.startswith("xielu_") and value == "True"
+
+
+def told(argument: str, value: str) -> tuple[str, str]:
+    """A saved argument of a run as its variant's name has it (``lr-10``), and as the label."""
+    plain = re.sub(r"[^\w.+-]+", "_", value)[:_LONGEST].removesuffix(".0")
+    if value.startswith("["):
+        plain = "values by layer"
+    elif value == "True":
+        plain = ""
+    said = argument.removeprefix("xielu_").replace("_", " ")
+    word, label = _CHANGES.get(argument, (said, said))
+    return f"{word} {plain}".strip().replace(" ", "-"), f"{label} {plain}".strip()
 
 
 def _with_inits(

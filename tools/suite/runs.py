@@ -8,19 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from compare import variants
 
-from megatron_xielu.catalog import ACTIVATIONS, activation_of
+from megatron_xielu.catalog import ACTIVATIONS
 from megatron_xielu.checkpoints.folder import run_folder, size_and_stamp
 from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert import to_hf, tokenizer
-from megatron_xielu.report import run as report_run
-from megatron_xielu.report.events import Series
-from megatron_xielu.report.settings import settings
-
-_NONE = Series(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+from megatron_xielu.report.settings import of_arguments
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,8 @@ class Run:
         checkpoint: its last one.
         stamp: changes with the checkpoint's files.
         size: of its model, in bytes.
-        row: the run's row of the table: runs that differ in their seed alone.
+        row: of the table: runs that differ in their seed alone.
+        label: the row's, for people.
         seed: as trained.
         tokens: trained on; None where the checkpoint does not say.
         tokenizer: for the export.
@@ -45,6 +41,7 @@ class Run:
     stamp: int
     size: int
     row: str
+    label: str
     seed: int
     tokens: int | None
     tokenizer: str
@@ -55,19 +52,6 @@ class Run:
     def name(self) -> str:
         """Of the run among all, and of its folder."""
         return f"{self.row}/seed_{self.seed}"
-
-    @property
-    def label(self) -> str:
-        """The row, for people."""
-        return label_of(self.row)
-
-
-def label_of(row: str) -> str:
-    """What people read: of a variant of a comparison its label, else the name as it is."""
-    try:
-        return variants.parse(row).label
-    except ValueError:
-        return ACTIVATIONS[row].label if row in ACTIVATIONS else row
 
 
 def read(folders: Iterable[Path], tokenizer_name: str | None) -> list[Run]:
@@ -105,7 +89,8 @@ def _read(named: Path, tokenizer_name: str | None) -> Run:
         raise Refused(f"{named} cannot be exported to Hugging Face: {error}") from None
     chosen = tokenizer_name or _tokenizer_of_comparison(folder, arguments)
     tokenizer.load(chosen, arguments, architecture.vocabulary, lambda line: None)
-    row = _row(folder, arguments, architecture.activation)
+    settings = of_arguments(arguments, folder)
+    row, label = _row(folder, settings, architecture.activation)
     keys = source.keys()
     return Run(
         folder=folder,
@@ -113,27 +98,32 @@ def _read(named: Path, tokenizer_name: str | None) -> Run:
         stamp=size_and_stamp(source.folder)[1],
         size=sum(math.prod(source.shape(key)) * source.dtype(key).itemsize for key in keys),
         row=row,
+        label=label,
         seed=_seed(named, arguments),
         tokens=_tokens(arguments),
         tokenizer=chosen,
         activation=architecture.activation,
-        settings=_settings(folder, arguments),
+        settings={**settings, "tokens": str(_tokens(arguments))},
     )
 
 
-def _row(folder: Path, arguments: Namespace, activation: str) -> str:
-    """The folder's name in ROW/seed_N, as comparisons have it, else what the checkpoint says."""
+def _row(folder: Path, settings: dict[str, str], activation: str) -> tuple[str, str]:
+    """The folder's name in ROW/seed_N, as comparisons have it, else what the checkpoint says.
+
+    Returns:
+        The name, and what people read.
+    """
     parent = folder.absolute().parent.name
     if not folder.absolute().name.startswith("seed_"):
-        changed = [
-            change
-            for change in ("frozen", "shared")
-            if getattr(arguments, f"xielu_{change}_alphas", False)
-        ]
-        return "-".join([activation, *changed])
+        changes = [variants.told(*of) for of in sorted(settings.items()) if variants.is_change(*of)]
+        words, said = zip((activation, ACTIVATIONS[activation].label), *changes, strict=True)
+        return "-".join(words), ", ".join(said)
     if (named := parent.partition("-")[0]) in ACTIVATIONS and named != activation:
         raise Refused(f"{folder} is {activation}, not {named} as its folder says; rename that")
-    return parent
+    try:
+        return parent, variants.parse(parent).label
+    except ValueError:
+        return parent, ACTIVATIONS[parent].label if parent in ACTIVATIONS else parent
 
 
 def _seed(named: Path, arguments: Namespace) -> int:
@@ -161,22 +151,6 @@ def _tokenizer_of_comparison(folder: Path, arguments: Namespace) -> str:
         f"{folder} was trained with {kind!a} ({model!a}); add --tokenizer, the folder or the name "
         "on the hub of the tokenizer of its data"
     )
-
-
-def _settings(folder: Path, arguments: Namespace) -> dict[str, str]:
-    run = report_run.Run(
-        folder=folder,
-        name="",
-        arguments=arguments,
-        scalars={},
-        samples=_NONE,
-        model=None,
-        activation=activation_of(arguments),
-        parameters=None,
-        evaluation=None,
-        bytes_per_token=None,
-    )
-    return {**(settings(run) or {}), "tokens": str(_tokens(arguments))}
 
 
 def _unlike(one: Run, other: Run) -> str:

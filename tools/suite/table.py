@@ -12,7 +12,7 @@ from compare import paired
 from compare.paired import Comparison, Spread
 
 from suite.evaluation import Result
-from suite.runs import Run, label_of
+from suite.runs import Run
 from suite.tasks import USUAL, Task
 
 Results = Mapping[str, Mapping[int, Result]]  # by row and seed; each has every task
@@ -40,16 +40,28 @@ def summary(
         row: {seed: _average(result, tasks) for seed, result in of_seed.items()}
         for row, of_seed in results.items()
     }
-    comparisons = paired.compare(averages, baseline) if baseline in averages else []
+    comparisons = _compare(averages, baseline)
+    by_task = {
+        task.name: _compare(
+            {
+                row: {seed: _score(result, task) for seed, result in of_seed.items()}
+                for row, of_seed in results.items()
+            },
+            baseline,
+        )
+        for task in tasks
+    }
+    labels = {run.row: run.label for run in runs}
     lines = ["# Zero-shot accuracy", ""]
     lines += [f"- {key}: {value}" for key, value in context.items()]
     lines += ["", *(f"**{note}**\n" for note in notes)]
     several = any(len(of_seed) > 1 for of_seed in results.values())
     spread = ", mean ± sample standard deviation over n seeds" if several else ""
     lines += [f"Percent of the documents{spread}; the average is of the tasks.", ""]
-    lines += _table(results, tasks, averages)
+    lines += _table(results, tasks, averages, labels)
     if comparisons:
-        lines += ["", *_comparison_lines(comparisons)]
+        lines += ["", *_comparison_lines(comparisons, labels)]
+        lines += ["", *_task_lines(by_task, labels)]
     return "\n".join(lines) + "\n", {
         "context": dict(context),
         "notes": list(notes),
@@ -69,7 +81,7 @@ def summary(
         },
         "rows": {
             row: {
-                "label": label_of(row),
+                "label": labels[row],
                 **{task.name: asdict(_of(of_seed, task)) for task in tasks},
                 "average": asdict(Spread.of(list(averages[row].values()))),
             }
@@ -77,11 +89,22 @@ def summary(
         },
         "baseline": baseline,
         "comparisons": [asdict(comparison) for comparison in comparisons],
+        "differences": {
+            name: {one.variant: {"mean": one.mean, "interval": one.interval} for one in of}
+            for name, of in by_task.items()
+        },
     }
 
 
+def _compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Comparison]:
+    return paired.compare(values, baseline) if baseline in values else []
+
+
 def _table(
-    results: Results, tasks: Sequence[Task], averages: Mapping[str, Mapping[int, float]]
+    results: Results,
+    tasks: Sequence[Task],
+    averages: Mapping[str, Mapping[int, float]],
+    labels: Mapping[str, str],
 ) -> list[str]:
     """Rows by activation; the last two say what a number can mean."""
     lines = [
@@ -91,7 +114,7 @@ def _table(
     for row, of_seed in results.items():
         cells = [_of(of_seed, task).show(".1f") for task in tasks]
         average = Spread.of(list(averages[row].values())).show(".2f")
-        lines.append(f"| {label_of(row)} | {len(of_seed)} | {' | '.join(cells)} | {average} |")
+        lines.append(f"| {labels[row]} | {len(of_seed)} | {' | '.join(cells)} | {average} |")
     every = [result for of_seed in results.values() for result in of_seed.values()]
     errors = [_shown([_error(result, task) for result in every], ".1f") for task in tasks]
     average = _shown([_average_error(result, tasks) for result in every], ".2f")
@@ -110,9 +133,8 @@ def _table(
     return lines
 
 
-def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
-    baseline = label_of(comparisons[0].baseline)
-    labels = {one.variant: label_of(one.variant) for one in comparisons}
+def _comparison_lines(comparisons: Sequence[Comparison], labels: Mapping[str, str]) -> list[str]:
+    baseline = labels[comparisons[0].baseline]
     return [
         f"The average, paired with {baseline} by seed, in points of a percent; positive is better.",
         "",
@@ -121,6 +143,27 @@ def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
         "Student's paired t; the verdict is by Holm's adjusted p below 0.05 (docs/compare.md). "
         "“Within noise” does not say that two are equal.",
     ]
+
+
+def _task_lines(
+    by_task: Mapping[str, Sequence[Comparison]], labels: Mapping[str, str]
+) -> list[str]:
+    """By task, without verdicts."""
+    lines = [
+        "By task, the mean of the differences and its 95 % interval; some of so many miss 0 by "
+        "chance, so that they are no verdicts:",
+        "",
+        f"| | {' | '.join(by_task)} |",
+        "|---" * (len(by_task) + 1) + "|",
+    ]
+    for of_row in zip(*by_task.values(), strict=True):
+        cells = [
+            f"{one.mean:+.1f}"
+            + (" ({:+.1f} to {:+.1f})".format(*one.interval) if one.interval else "")
+            for one in of_row
+        ]
+        lines.append(f"| {labels[of_row[0].variant]} | {' | '.join(cells)} |")
+    return lines
 
 
 def _of(of_seed: Mapping[int, Result], task: Task) -> Spread:
