@@ -11,10 +11,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_xielu.common import files
 from megatron_xielu.common.text import one_line, print_coloured, ready_output
 from megatron_xielu.report.errors import NoReport
+
+if TYPE_CHECKING:
+    from megatron_xielu.report.run import Run
 
 PAGE = "report.html"
 
@@ -59,13 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = ()) -> None:
+def write(
+    folders: Sequence[Path],
+    output: Path | None,
+    notes: Sequence[str] = (),
+    runs: Sequence[Run] | None = None,
+) -> None:
     """Write a report.
 
     Args:
         folders: of runs.
         output: a folder to be; None for the default.
         notes: about all runs, for the page.
+        runs: those in ``folders``, where they are read already.
 
     Raises:
         NoReport: there is nothing to report on, or nowhere to write; or what would be replaced is
@@ -80,20 +90,16 @@ def write(folders: Sequence[Path], output: Path | None, notes: Sequence[str] = (
         run_plots,
         terminal,
     )
-    from megatron_xielu.report.load import find, load
+    from megatron_xielu.report.load import find, load_all
     from megatron_xielu.report.ranking import FEW, shown_closely
-    from megatron_xielu.report.run import name_apart, readable
+    from megatron_xielu.report.run import readable
 
-    folders = list({os.path.realpath(folder): folder for folder in map(find, folders)}.values())
     if output is None:
-        output = folders[0] / "report" if len(folders) == 1 else Path("report")
+        own = {os.path.realpath(folder): folder for folder in map(find, folders)}
+        output = next(iter(own.values())) / "report" if len(own) == 1 else Path("report")
     if output.exists() and not output.is_dir():
         raise NoReport(f"--output {output} is a file; name a folder")
-    runs = []
-    for folder in folders:
-        print(f"reading {folder}", file=sys.stderr, flush=True)
-        runs.append(load(folder))
-    name_apart(runs)
+    runs = load_all(folders) if runs is None else runs
     _make_folder(output)
 
     together, closely = run_plots.pictures(runs), shown_closely(runs)

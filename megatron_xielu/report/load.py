@@ -6,6 +6,8 @@ What cannot be read, or contradicts itself, becomes a note of the run, and the r
 from __future__ import annotations
 
 import math
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +44,7 @@ from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.evaluation import Evaluation
 from megatron_xielu.report.events import Series
 from megatron_xielu.report.nonlinearity import Inputs, Shape, nonlinearity
-from megatron_xielu.report.run import History, Layer, Run, depth, readable
+from megatron_xielu.report.run import History, Layer, Run, depth, name_apart, readable
 from megatron_xielu.report.settings import real_path
 
 EVALUATION = "evaluation.json"
@@ -56,6 +58,23 @@ _AGREEMENT = 1e-5  # event files hold 24 bits, checkpoints too, and softplus rou
 def find(folder: Path) -> Path:
     """The run's folder, of it or of its checkpoints folder."""
     return folder if folder.is_dir() and _event_files(folder) else run_folder(folder)
+
+
+def load_all(folders: Sequence[Path]) -> list[Run]:
+    """Read runs, each once and with a name of its own, and say on standard error which.
+
+    Args:
+        folders: of runs, or their checkpoints folders.
+
+    Raises:
+        NoReport: a folder is no run.
+    """
+    runs = []
+    for folder in {os.path.realpath(folder): folder for folder in map(find, folders)}.values():
+        print(f"reading {folder}", file=sys.stderr, flush=True)
+        runs.append(load(folder))
+    name_apart(runs)
+    return runs
 
 
 def load(folder: Path) -> Run:

@@ -21,6 +21,7 @@ from report_runs import ARGUMENTS, write_events
 
 from megatron_xielu.checkpoints.alphas import read_alphas
 from megatron_xielu.checkpoints.folder import complete_checkpoints
+from megatron_xielu.report.load import load_all
 
 ITERATIONS = 20
 OF_ALL = {
@@ -83,7 +84,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def collected(folders: list[Path], baseline: str | None = None) -> tuple[str, dict[str, Any]]:
     """What results.md and results.json would have."""
-    records, variants, costs, setup = collect.comparison(collect.read(folders), baseline, "command")
+    records, variants, costs, setup = collect.comparison(load_all(folders), baseline, "command")
     compared = results._compare(records, setup.baseline)
     adapted = results.adaptations(records, variants)
     found = (records, variants, costs, compared, adapted, setup)
@@ -197,7 +198,7 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
         "gelu-weight-decay-0": "GELU, weight decay 0",
     }
     assert list(found["variants"]["xielu"]["seeds"]) == ["1", "2", "3"]
-    betas = {name: of.variant.beta for name, of in collect.group(collect.read(more)).items()}
+    betas = {name: of.variant.beta for name, of in collect.group(load_all(more)).items()}
     assert betas["xielu-lr-10-beta-0.3"] == 0.3  # of which nonlinearity depends
     assert "Seeds without a partner count in means, and are not paired: swiglu 3;" in shown
 

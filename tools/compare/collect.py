@@ -35,9 +35,9 @@ from megatron_xielu.common.text import is_utf8, one_line
 from megatron_xielu.report import description
 from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.events import Curve, Series
-from megatron_xielu.report.load import find, load
+from megatron_xielu.report.load import load_all
 from megatron_xielu.report.ranking import evaluated_alike
-from megatron_xielu.report.run import Run, name_apart, readable
+from megatron_xielu.report.run import Run, readable
 from megatron_xielu.report.settings import settings
 
 _COMMAND = "tools/compare_activations.py collect"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     try:
         _check_out(options.out)
-        runs = read(options.runs)
+        runs = load_all(options.runs)
         found = comparison(runs, options.baseline, f"{_COMMAND} {readable(shlex.join(argv))}")
         shown = results.write(options.out, *found)
         for name in _PICTURES:
@@ -97,7 +97,8 @@ def main(argv: Sequence[str]) -> None:
         for note in run.notes:
             print(f"note: {run.name}: {note}", file=sys.stderr)
     *_, setup = found
-    if page := write_page([run.folder for run in runs], options.out / "report", setup.notes):
+    folders = [run.folder for run in runs]
+    if page := write_page(folders, options.out / "report", setup.notes, runs):
         print(f"{page}: every run, in pictures")
     print(f"{options.out / 'results.md'}: the comparison; its pictures lie beside it")
 
@@ -151,20 +152,6 @@ def _collected(path: Path) -> bool:
         return schema.read_json(path)["context"]["command"].startswith(_COMMAND)
     except (OSError, Malformed, LookupError, TypeError, AttributeError):
         return False
-
-
-def read(folders: Sequence[Path]) -> list[Run]:
-    """Every run once, with a name of its own.
-
-    Raises:
-        NoReport: a folder is no run.
-    """
-    runs = []
-    for folder in {os.path.realpath(folder): folder for folder in map(find, folders)}.values():
-        print(f"reading {folder}", file=sys.stderr, flush=True)
-        runs.append(load(folder))
-    name_apart(runs)
-    return runs
 
 
 def comparison(
