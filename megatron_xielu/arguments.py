@@ -427,6 +427,8 @@ def check_checkpoint(args: Namespace) -> tuple[Namespace, str] | None:
     checkpoint = saved_arguments(args)
     if checkpoint is not None:
         refuse_another_activation(args, *checkpoint)
+        if catalog.activation_of(args) in catalog.TRAINABLE:
+            _keep_initial_alphas(args, *checkpoint)
         resume.check_model(args, *checkpoint)
         optimizer_format.check_resume(args, *checkpoint)
         for doubt in resume.doubts(args, *checkpoint) if args.rank == 0 else ():
@@ -458,6 +460,33 @@ def _refuse_another_beta(beta: float, saved: Namespace, folder: str) -> None:
         raise ValueError(
             f"the checkpoint in {folder} was trained with --xielu-beta {saved_beta}, not {beta}"
         )
+
+
+def _keep_initial_alphas(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Have the next checkpoint say what the alphas in ``folder`` began with: this run adapts those.
+
+    None says that it is not known: of a model that another training made, or a conversion.
+
+    Raises:
+        ValueError: a flag says another thing. Where it is given as the default, none is seen.
+    """
+    begins = args.finetune or folder == getattr(args, "pretrained_checkpoint", None)
+    for argument in catalog.PER_LAYER:
+        default, now = catalog.SETTINGS[argument], _setting(args, argument)
+        then = None if begins else getattr(saved, argument, default)
+        if now not in (default, then):
+            flag = flag_of(argument)
+            raise ValueError(
+                f"{flag}: this run takes its alphas from the checkpoint in {folder}"
+                + ("" if then is None else f", which began with {_as_given(then)}")
+                + f"; drop {flag}"
+            )
+        if now != then:
+            setattr(args, argument, then)
+
+
+def _as_given(alphas: list[float] | float) -> str:
+    return ",".join(map(str, alphas)) if isinstance(alphas, list) else str(alphas)
 
 
 def _refuse_other_groups(args: Namespace, saved: Namespace, folder: str) -> None:
@@ -519,8 +548,6 @@ def restore(args: Namespace, saved: Namespace, folder: str) -> None:
     if found:  # also where it was trained with --spec
         _refuse_another_beta(args.xielu_beta, saved, folder)
         setattr(args, found, True)
-        for argument in catalog.SETTINGS:
-            setattr(args, argument, _setting(saved, argument))
 
 
 def parse_and_validate_args(args_defaults: dict[str, Any], *, resumes: bool = True) -> Namespace:

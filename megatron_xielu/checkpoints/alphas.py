@@ -61,7 +61,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
-    """Effective alphas of every layer in every checkpoint, and initial ones; nothing else is read.
+    """Effective alphas of every layer in every checkpoint; nothing else is read.
 
     Args:
         checkpoints: folders by iteration, at least one.
@@ -79,11 +79,7 @@ def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
             named = dict(_effective(source, side, floor))
             names = in_order(named)
             history[side].append([named[row] for row in names])
-        if len(history["p"]) == 1:
-            initial = initial_alphas(source.arguments, names)
-    for values, start in zip(history.values(), initial, strict=True):
-        values.insert(0, start)
-    return Alphas([0, *checkpoints], history["p"], history["n"], names)
+    return Alphas([*checkpoints], history["p"], history["n"], names)
 
 
 def _effective(source: Source, side: str, floor: float) -> Iterator[tuple[str, float]]:
@@ -118,10 +114,14 @@ def beta(arguments: Namespace | None) -> float:
 
 def initial_alphas(
     arguments: Namespace | None, names: Sequence[str]
-) -> tuple[list[float], list[float]]:
-    """Effective (αp, αn) of a new model with these arguments, each in the order of ``names``."""
-    positive, negative = (
-        [of_layer(getattr(arguments, argument, DEFAULT_ALPHA_INIT), name) for name in names]
-        for argument in PER_LAYER
-    )
-    return positive, negative
+) -> tuple[list[float], list[float]] | None:
+    """Effective (αp, αn) of a new model with these arguments, each in the order of ``names``.
+
+    None where the alphas of the run began otherwise: see `megatron_xielu.arguments`.
+    """
+    positive, negative = (getattr(arguments, name, DEFAULT_ALPHA_INIT) for name in PER_LAYER)
+    if positive is None or negative is None:
+        return None
+    return [of_layer(positive, name) for name in names], [
+        of_layer(negative, name) for name in names
+    ]

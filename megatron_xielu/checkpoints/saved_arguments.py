@@ -81,7 +81,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(_TEXTS_OR_NONE, str | None),
     **dict.fromkeys(_LISTS_OR_NONE, list[str] | None),
-    **dict.fromkeys(PER_LAYER, list[float] | float),
+    **dict.fromkeys(PER_LAYER, list[float] | float | None),
     "spec": list[str] | None,
     "norm_epsilon": Annotated[float, Limits(0, 1, whole=False)],
     "layernorm_epsilon": Annotated[float, Limits(0, 1, whole=False)],

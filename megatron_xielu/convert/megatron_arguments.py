@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from megatron_xielu.catalog import DEFAULT_BETA, SPEC_MODULE, activation_of, activations_of
+from megatron_xielu.catalog import (
+    DEFAULT_BETA,
+    PER_LAYER,
+    SPEC_MODULE,
+    activation_of,
+    activations_of,
+)
 from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.convert.architecture import Architecture
 
@@ -161,6 +167,7 @@ def arguments_of(architecture: Architecture, dtype: torch.dtype) -> Namespace:
         xielu=a.activation == "xielu",
         xiprelu=a.activation == "xiprelu",
         xielu_beta=a.beta,
+        **dict.fromkeys(PER_LAYER),  # what its alphas began with is not known
         squared_relu=a.activation == "relu2",
         swiglu=a.activation == "swiglu",
         init_method_std=a.init_std,

@@ -260,7 +260,7 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     histories = {side: _history(written[side], names) for side in "pn"}
     if saved is not None and saved.names == names:
         for side, values in (("p", saved.positive), ("n", saved.negative)):
-            of_checkpoints = History(np.array(saved.iterations[1:]), np.array(values[1:]))
+            of_checkpoints = History(np.array(saved.iterations), np.array(values))
             histories[side] = _merged(histories[side], of_checkpoints, run.notes, f"alpha_{side}")
     elif saved is not None:
         run.notes.append("event files and checkpoints have alphas of different layers")
@@ -268,12 +268,8 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     if not len(histories["p"].iterations):
         run.notes.append("no alphas: at no iteration are all of them known")
         return
-    trained_here = run.arguments is not None and not (
-        0 in checkpoints  # a converted model
-        or getattr(run.arguments, "finetune", False)
-        or getattr(run.arguments, "pretrained_checkpoint", None)
-    )
-    start = initial_alphas(run.arguments, names) if trained_here else None
+    is_new = run.arguments is not None and 0 not in checkpoints  # 0: a converted model
+    start = initial_alphas(run.arguments, names) if is_new else None
     if start is not None:
         for side, row in zip("pn", start, strict=True):
             old = histories[side]

@@ -30,6 +30,8 @@ _MAY_DIFFER = (
     *("nvtx_ranges", "record_*", "memory_snapshot_path", "config_logger_dir"),
     *("flight_recorder_*", "inprocess_*", "*straggler*", "distributed_timeout_*"),
     *("xielu_made_with", "xielu_check_tp_sync"),
+    # What a resume may take from its checkpoint; the values themselves count.
+    *("use_checkpoint_args", "*_opt_param_scheduler"),
     # Which process wrote them, and how many read the data.
     *("rank", "local_rank", "num_workers", "num_dataset_builder_threads", "mmap_bin_files"),
     # Of serving the model.

@@ -159,6 +159,12 @@ def test_rows_without_a_folder_that_names_them(tmp_path: Path) -> None:
     assert frozen.tokens == 320
 
 
+def test_a_folder_that_says_another_thing_than_its_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "out" / "xielu-lr-10" / "seed_1", "xielu")
+    (run,) = runs.read([folder], None)
+    assert (run.row, run.label) == ("xielu-lr-10", "xIELU")
+
+
 def test_table(tmp_path: Path) -> None:
     """Against numbers by hand."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_xielu.kernels.reference import softplus
 from megatron_xielu.plan import checks as plan_checks
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.run import Plan
+from megatron_xielu.report.load import load
 
 POSITIVE, NEGATIVE = [0.4, 1.5, 3.0, 174.0], [0.51, 0.8, 1.2, 0.9]
 P, N = "--xielu-alpha-p-init", "--xielu-alpha-n-init"
@@ -99,11 +101,42 @@ def test_no_alphas_to_write(tmp_path):
     assert not (tmp_path / "alphas.json").exists()
 
 
-def test_checkpoint_args(frozen, parse):
-    args = parse(f"--load {frozen[1] / 'checkpoints'}")
-    arguments.restore_from_checkpoint(args)
-    arguments.validate(args)
-    assert (args.xielu_alpha_p_init, args.xielu_alpha_n_init) == (POSITIVE, NEGATIVE)
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--xielu --xielu-frozen-alphas", (POSITIVE, NEGATIVE)),  # forgotten
+        ("--use-checkpoint-args", (POSITIVE, NEGATIVE)),
+        ("--use-checkpoint-args --finetune --no-load-optim", (None, None)),
+    ],
+)
+def test_a_resume_keeps_what_alphas_began_with(flags, kept, frozen, tmp_path):
+    start = f"{flags} --load {frozen[1] / 'checkpoints'} --bf16 --save checkpoints"
+    train(tmp_path, f"{start} --train-iters 2 --override-opt_param-scheduler")
+    saved = open_source(tmp_path / "checkpoints").arguments
+    assert (saved.xielu_alpha_p_init, saved.xielu_alpha_n_init) == kept
+    (layer, *_) = load(tmp_path).layers
+    assert layer.start == ((POSITIVE[0], NEGATIVE[0]) if kept[0] else None)
+
+
+def test_a_resume_refuses_others(parse):
+    def kept(flags: str, **saved: object) -> object:
+        args = parse(f"--xielu {flags}")
+        arguments.validate(args)
+        arguments._keep_initial_alphas(args, Namespace(**saved), "F")
+        return args.xielu_alpha_p_init
+
+    assert kept("") == 0.8  # of a script without the flags
+    assert kept(f"{P} 0.4,1.5,3,174", xielu_alpha_p_init=POSITIVE) == POSITIVE
+    assert kept("", xielu_alpha_p_init=None) is None  # a converted model
+    drop = f"^{P}: this run takes its alphas from the checkpoint in F"
+    for flags, saved, message in (
+        (f"{P} 3", {}, f"{drop}, which began with 0.8; drop {P}$"),
+        (f"{P} 3", {"xielu_alpha_p_init": POSITIVE}, f"{drop}, .* 0.4,1.5,3.0,174.0; drop"),
+        (f"{P} 3", {"xielu_alpha_p_init": None}, f"{drop}; drop"),
+        (f"{P} 3 --finetune", {"xielu_alpha_p_init": 3.0}, f"{drop}; drop"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kept(flags, **saved)
 
 
 @pytest.mark.parametrize(

@@ -114,16 +114,17 @@ def _row(folder: Path, settings: dict[str, str], activation: str) -> tuple[str, 
         The name, and what people read.
     """
     parent = folder.absolute().parent.name
+    changes = [variants.told(*of) for of in sorted(settings.items()) if variants.is_change(*of)]
+    words, said = zip((activation, ACTIVATIONS[activation].label), *changes, strict=True)
     if not folder.absolute().name.startswith("seed_"):
-        changes = [variants.told(*of) for of in sorted(settings.items()) if variants.is_change(*of)]
-        words, said = zip((activation, ACTIVATIONS[activation].label), *changes, strict=True)
         return "-".join(words), ", ".join(said)
     if (named := parent.partition("-")[0]) in ACTIVATIONS and named != activation:
         raise Refused(f"{folder} is {activation}, not {named} as its folder says; rename that")
     try:
-        return parent, variants.parse(parent).label
-    except ValueError:
-        return parent, ACTIVATIONS[parent].label if parent in ACTIVATIONS else parent
+        variants.parse(parent)
+    except ValueError:  # a name of somebody's own
+        return parent, ", ".join(said) if parent in ACTIVATIONS else parent
+    return parent, ", ".join(said)
 
 
 def _seed(named: Path, arguments: Namespace) -> int:
