@@ -126,6 +126,7 @@ def test_runs_of_a_cluster_beside_local_ones(trained, tmp_path, capsys):
         assert [step for step, _ in of_seed["validation"]] == [8, 16, ITERATIONS]
         last[name, seed] = of_seed["validation"][-1][1]
     (comparison,) = found["comparisons"]
+    assert found["context"]["run"].startswith(f"{ITERATIONS} iterations, ")
     assert comparison["differences"] == {"1": last["xielu", "1"] - last["swiglu", "1"]}
     saved = read_alphas(complete_checkpoints(folders[0] / "checkpoints"), "xielu")
     assert saved.iterations == [10, ITERATIONS]

@@ -385,7 +385,8 @@ class TestOptions:
             "MODEL=llama_3b TP=2 MICRO_BATCH=5 ACTIVATION=xielu SEED=43 "
             'DATA_ARGS="$DATA_ARGS" '
             "RUN_DIR=runs/paper-3b/xielu-frozen/seed_43 sbatch --nodes 32 --gpus-per-node 8 "
-            "--time 24:00:00 examples/slurm/pretrain.sbatch --xielu-frozen-alphas\n"
+            "--time 24:00:00 examples/slurm/pretrain.sbatch --xielu-frozen-alphas "
+            "--log-activation-inputs\n"
         ) in shown
         assert "48,000 steps of 2,621,440 tokens" in shown
         assert "3,020,048,384" in shown  # SwiGLU's parameters

@@ -15,6 +15,7 @@ from launcher_command import megatron_arguments
 
 from compare import equal_cost
 from compare.variants import Variant
+from megatron_xielu.catalog import INPUTS_FLAG
 from megatron_xielu.plan import layouts
 from megatron_xielu.plan.run import Cluster, Plan
 
@@ -90,7 +91,8 @@ def _command(preset: Preset, variant: Variant, seed: int, folder: Path) -> str:
     what = f"{model} ACTIVATION={activation} SEED={seed}"
     where = f'DATA_ARGS="$DATA_ARGS" RUN_DIR={shlex.quote(str(folder))}'
     nodes = f"--nodes {preset.nodes} --gpus-per-node {_GPUS_PER_NODE} --time 24:00:00"
-    words = ["sbatch", nodes, "examples/slurm/pretrain.sbatch", *_changes(variant)]
+    flags = [*_changes(variant), INPUTS_FLAG]  # the last for `collect`, which looks at the regime
+    words = ["sbatch", nodes, "examples/slurm/pretrain.sbatch", *flags]
     return f"{what} {where} {' '.join(words)}"
 
 

@@ -425,6 +425,8 @@ def _setup(
             "command": command,
             "date": time.strftime("%Y-%m-%d"),
             "device": f"{' or '.join(ranks)} {'GPUs' if on_gpu else 'processes on CPUs'} a run",
+            "run": f"{_end(runs[0]):,} iterations, {runs[0].total_tokens or 0:,.0f} tokens, "
+            f"{runs[0].total_flops or 0:.3g} FLOPs",
             "held-out loss": loss,
             **facts,
         },

@@ -256,14 +256,18 @@ def _comparison_lines(
     ]
     if all(one.interval for one in comparisons):
         number = max(len(one.differences) for one in comparisons)
+        count = len(comparisons)
+        about = f"all {count} comparisons" if count > 1 else "this one"
         lines += [
             "",
             f"Student's t with n − 1 degrees of freedom, n = {number} seeds. An interval stands "
-            f"for one comparison alone. The verdict is about all {len(comparisons)}: a difference "
-            "is one where Holm's adjusted p is below 0.05, so that the chance of any false one "
+            f"for one comparison alone. The verdict is about {about}: a difference is "
+            "one where Holm's adjusted p is below 0.05, so that the chance of any false one "
             "here is at most 5 %. Few seeds find large differences only, and “within noise” does "
-            "not say that two are equal. Seeds vary the initial weights and the order of the "
-            "data; another text or size is not covered.",
+            "not say that two are equal. Seeds vary the initial weights, the order of the "
+            "data and, of a validation during training, the part of the held-out text that it is "
+            "taken on: ± has all of that, and a paired difference the same part on both sides. "
+            "Another text or size is not covered.",
         ]
     return lines
 
