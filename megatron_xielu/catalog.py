@@ -113,11 +113,13 @@ def read_per_layer(arguments: Any) -> None:
     """Replace what `PER_LAYER` flags were given, a list or a file, by its numbers.
 
     Raises:
-        ValueError: it cannot be read, or is of another number of layers; names the flag.
+        ValueError: it cannot be read, or is of another number of layers or another β; names the
+            flag.
     """
-    layers = getattr(arguments, "num_layers", None)
+    layers, beta = (getattr(arguments, name, None) for name in ("num_layers", "xielu_beta"))
+    beta = DEFAULT_BETA if beta is None else beta
     for name, side in PER_LAYER.items():
-        value = per_layer.read(getattr(arguments, name, None), flag_of(name), side, layers)
+        value = per_layer.read(getattr(arguments, name, None), flag_of(name), side, layers, beta)
         setattr(arguments, name, value)
 
 

@@ -154,6 +154,12 @@ def test_a_resume_refuses_others(parse):
         (f"{P} 1,2,,3", f"^{P} 1,2,,3: neither a number"),
         (f"{P} 1,2,3,1001", f"^{P} must be at most 1000, not .1.0, 2.0, 3.0, 1001.0"),
         (f"{N} 1,2,3,0.5", f"^{N} of (XIELU|--xielu) must be .*above 0.5"),
+        (
+            f"{P} beta.json",
+            f"^{P} beta.json: its alphas are of a model with β 0.3, .* 0.5; give .* 0.3$",
+        ),
+        (f"{N} beta.json --xielu-beta 0.4", f"^{N} beta.json: .* 0.4; give --xielu-beta 0.3$"),
+        (f"{P} beta_0.json", f"^{P} beta_0.json: beta must be above 0, not 0"),
         (f"{P} 1,2,3,4 --xielu-shared-alphas", f"^--xielu-shared-alphas: .* give {P} a number"),
     ],
 )
@@ -164,6 +170,9 @@ def test_refused(flags, message, parse, tmp_path, monkeypatch):
         Path("three.json").write_text('{"alpha_p": [1, 2, 3], "alpha_n": []}')
     Path("one.json").write_text('{"alpha_p": [1]}')
     Path("no.json").write_text("0.8 0.9")
+    for name, beta in (("beta", 0.3), ("beta_0", 0)):
+        four = {"alpha_p": [1] * 4, "alpha_n": [1] * 4, "beta": beta}
+        Path(f"{name}.json").write_text(json.dumps(four))
     with pytest.raises(ValueError, match=message):
         arguments.validate(parse(f"--xielu {flags}"))
     try:
@@ -173,3 +182,13 @@ def test_refused(flags, message, parse, tmp_path, monkeypatch):
     except PlanError as error:
         problems = error.problems
     assert any(re.search(message, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.30000001192092896])
+def test_of_the_same_beta(beta, parse, tmp_path):
+    """Of Megatron's; and of Hugging Face's, which is of float32."""
+    file = tmp_path / "alphas.json"
+    file.write_text(json.dumps({"alpha_p": [1] * 4, "alpha_n": [2] * 4, "beta": beta}))
+    args = parse(f"--xielu {P} {file} {N} {file} --xielu-beta 0.3")
+    arguments.validate(args)
+    assert (args.xielu_alpha_p_init, args.xielu_alpha_n_init) == ([1] * 4, [2] * 4)
