@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, PER_LAYER, alpha_n_floor
+from megatron_xielu.checkpoints import fork
 from megatron_xielu.checkpoints.source import Refused, Source
 from megatron_xielu.checkpoints.torch_dist import TorchDist
 from megatron_xielu.common.per_layer import of_layer
@@ -70,16 +71,34 @@ def read_alphas(checkpoints: dict[int, Path], name: str) -> Alphas:
     Raises:
         Refused: a checkpoint cannot be read; a line that names the file.
     """
-    history: dict[str, list[list[float]]] = {"p": [], "n": []}
+    positive: list[list[float]] = []
+    negative: list[list[float]] = []
     names: list[str] = []
     for checkpoint in checkpoints.values():
-        source = TorchDist(checkpoint)
-        floors = {"p": 0.0, "n": alpha_n_floor(name, beta(source.arguments))}
-        for side, floor in floors.items():
-            named = dict(_effective(source, side, floor))
-            names = in_order(named)
-            history[side].append([named[row] for row in names])
-    return Alphas([*checkpoints], history["p"], history["n"], names)
+        source = fork.adapt(TorchDist(checkpoint), lambda line: None)
+        found = effective_alphas(source, name)
+        names = list(found)
+        positive.append([both[0] for both in found.values()])
+        negative.append([both[1] for both in found.values()])
+    return Alphas([*checkpoints], positive, negative, names)
+
+
+def effective_alphas(source: Source, name: str) -> dict[str, tuple[float, float]]:
+    """Effective (αp, αn) of every activation of a model, by name and in order of depth.
+
+    Args:
+        source: a checkpoint.
+        name: ``"xielu"`` or ``"xiprelu"``.
+
+    Raises:
+        Refused: it cannot be read, or one of a pair is missing; a line that names the folder.
+    """
+    positive = dict(_effective(source, "p", 0.0))
+    negative = dict(_effective(source, "n", alpha_n_floor(name, beta(source.arguments))))
+    for label in in_order(positive.keys() ^ negative.keys()):
+        missing = "alpha_n" if label in positive else "alpha_p"
+        raise Refused(f"{source.folder}: it has no {missing} of {label}")
+    return {label: (positive[label], negative[label]) for label in in_order(positive)}
 
 
 def _effective(source: Source, side: str, floor: float) -> Iterator[tuple[str, float]]:
