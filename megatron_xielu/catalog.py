@@ -131,6 +131,12 @@ def alpha_n_floor(name: str, beta: float) -> float:
     return beta if name == "xielu" else 0.0
 
 
+def alpha_n_fault(name: str, alpha_n: float, beta: float) -> str:
+    """What an initial effective αn must be instead; "" if its raw value is a number of float32."""
+    floor = alpha_n_floor(name, beta)
+    return f"must be above {floor}" if alpha_n - floor < FLOAT32_LEAST else ""
+
+
 GPUS = Limits(1, 100_000)  # of a job, or its nodes: beyond any cluster that there is
 
 _SIZE = Limits(1, 2**31 - 1)

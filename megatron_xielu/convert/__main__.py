@@ -79,11 +79,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="keep the first N rows of the vocabulary (default: all, with Megatron's padding)",
     )
-    export.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="read a legacy checkpoint (mp_rank_*), whose pickles can execute anything",
-    )
 
     back = commands.add_parser("from-hf", help="Hugging Face → Megatron")
     back.set_defaults(run=_from_hf)
@@ -104,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (export, back):
         command.add_argument(
             "--dtype", choices=_DTYPES, help="of the weights (default: as stored); alphas are fp32"
+        )
+    for command in (export, alphas):
+        command.add_argument(
+            "--trust-pickle",
+            action="store_true",
+            help="read a legacy checkpoint (mp_rank_*), whose pickles can execute anything",
         )
     for command in (export, back, alphas):
         command.add_argument("--force", action="store_true", help="replace an existing output")
@@ -164,8 +165,7 @@ def _alphas(args: argparse.Namespace) -> None:
 
     if args.out.exists() and not args.force:
         raise Refused(f"{args.out} exists; choose another file, or replace it with --force")
-    alphas.write(args.model, args.out)
-    print(f"written: {args.out}; --xielu-alpha-p-init and --xielu-alpha-n-init take it")
+    alphas.write(args.model, args.out, trust_pickle=args.trust_pickle)
 
 
 def _size(text: str) -> int:

@@ -141,11 +141,10 @@ def _flags(plan: Plan) -> Iterator[str]:
         name = f"--{plan.model.activation}"
         excluded = [*catalog.WITH_OURS, *catalog.BY_ENTRY]
         yield from catalog.also_not_with_ours(args, name)
-        floor = catalog.alpha_n_floor(plan.model.activation, args.xielu_beta)
         starts = args.xielu_alpha_n_init
         least = min(starts) if isinstance(starts, list) else starts
-        if least - floor < catalog.FLOAT32_LEAST:
-            yield f"--xielu-alpha-n-init of {name} must be above {floor}"
+        if fault := catalog.alpha_n_fault(plan.model.activation, least, args.xielu_beta):
+            yield f"--xielu-alpha-n-init of {name} {fault}"
     else:
         name, excluded = "this entry", [*catalog.BY_ENTRY]
         switches = ("recompute_output", "check_tp_sync", "frozen_alphas", "shared_alphas")

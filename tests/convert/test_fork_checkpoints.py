@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from launch import Run, load_checkpoint, train
 
 from megatron_xielu.checkpoints import fork
+from megatron_xielu.checkpoints.alphas import read_alphas
 from megatron_xielu.checkpoints.legacy import Legacy, open_legacy
 from megatron_xielu.checkpoints.reader import open_source
 from megatron_xielu.checkpoints.source import Refused
@@ -55,6 +57,15 @@ def replicas(run: Run, layer: int, alpha: str) -> list[float]:
     stage, local = divmod(layer, LAYERS // 2)
     dumps = run.dumps[2 * stage : 2 * stage + 2]
     return [dump["alphas"][f"0.{alpha_key(local, alpha)}"][0] for dump in dumps]
+
+
+def written(file: Path) -> dict[str, list[float]]:
+    """Raw alphas of a file of `convert alphas`."""
+    found = json.loads(file.read_text())
+    return {
+        alpha: [reference.inverse_softplus(one - floor).item() for one in found[alpha]]
+        for alpha, floor in zip(ALPHAS, (0, 0.5), strict=True)
+    }
 
 
 class TestLegacy:
@@ -153,6 +164,18 @@ class TestLegacy:
         legacy = Legacy(folder)
         for layer, module in enumerate(model.model.layers):
             assert torch.equal(module.mlp.act_fn.alpha_n, legacy.read(alpha_key(layer, "alpha_n")))
+
+    def test_its_alphas_are_written(self, drifted, tmp_path: Path, capsys) -> None:
+        _, folder = drifted
+        out = tmp_path / "alphas.json"
+        with pytest.raises(SystemExit, match=r"legacy checkpoint.*add --trust-pickle"):
+            cli.main(["alphas", str(folder.parent), str(out)])
+        cli.main(["alphas", str(folder.parent), str(out), "--trust-pickle"])
+        assert "replicas differ between tensor-parallel ranks" in capsys.readouterr().out
+        legacy, found = Legacy(folder), written(out)
+        for alpha in ALPHAS:
+            raw = [legacy.read(alpha_key(layer, alpha)).item() for layer in range(LAYERS)]
+            assert found[alpha] == pytest.approx(raw, rel=1e-9)
 
     def test_a_missing_rank_is_named(self, drifted, tmp_path: Path) -> None:
         _, folder = drifted
@@ -291,6 +314,16 @@ class TestForkTorchDist:
                 key = f"decoder.layers.mlp.activation_func.{alpha}"
                 assert exported.dtype == torch.float32
                 assert torch.equal(exported, source.read(key, layer))
+
+    def test_its_alphas_are_written_and_reported(self, old_layout: Path, tmp_path: Path) -> None:
+        out = tmp_path / "alphas.json"
+        cli.main(["alphas", str(old_layout), str(out)])
+        source, found = open_source(old_layout), written(out)
+        for alpha in ALPHAS:
+            raw = source.read(f"decoder.layers.mlp.activation_func.{alpha}").flatten().tolist()
+            assert found[alpha] == pytest.approx(raw, rel=1e-9)
+        saved, file = read_alphas({3: old_layout}, "xielu"), json.loads(out.read_text())
+        assert (saved.positive[-1], saved.negative[-1]) == (file["alpha_p"], file["alpha_n"])
 
     def test_of_this_package_nothing_is_said(self, same_in_torch_dist: Path) -> None:
         lines: list[str] = []
