@@ -502,6 +502,8 @@ def _refuse_other_groups(args: Namespace, saved: Namespace, folder: str) -> None
         if now != then and not starts_anew:
             if argument in catalog.ALPHA_GROUP:
                 how, fix = f"with {flag} {then:g}, not {now:g}", "give"
+                if not hasattr(args, argument):  # of a script that has only --spec from us
+                    fix = "train with python -m megatron_xielu.pretrain_gpt, which has"
             else:
                 how, fix = f"with{'' if then else 'out'} {flag}", "add" if then else "drop"
             raise ValueError(
