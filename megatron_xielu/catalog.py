@@ -34,6 +34,18 @@ PER_LAYER = {"xielu_alpha_p_init": "alpha_p", "xielu_alpha_n_init": "alpha_n"}
 # their weight decay. With these values they have no parameter group of their own.
 ALPHA_GROUP = {"xielu_alpha_lr_mult": 1.0, "xielu_alpha_weight_decay": 0.0}
 
+# By argument, what a change of it is called: in the name of a variant, and for people.
+ABLATIONS = {
+    "xielu_frozen_alphas": ("frozen", "alphas frozen"),
+    "xielu_shared_alphas": ("shared", "one pair for all layers"),
+    "xielu_recompute_output": ("recompute", "output recomputed"),
+    "xielu_alpha_p_init": ("init-p", "αp from"),
+    "xielu_alpha_n_init": ("init-n", "αn from"),
+    "xielu_beta": ("beta", "β"),
+    "xielu_alpha_lr_mult": ("lr", "learning rate of alphas ×"),
+    "xielu_alpha_weight_decay": ("decay", "weight decay of alphas"),
+}
+
 SPEC_MODULE = "megatron_xielu.layer_specs"
 
 
@@ -102,6 +114,17 @@ def alpha_group_of(arguments: Any) -> list[str]:
     lr_mult, decay = (getattr(arguments, name, None) for name in ALPHA_GROUP)
     words = [] if lr_mult in (None, 1) else [f"learning rate × {lr_mult:g}"]
     return words + ([f"weight decay {decay:g}"] if decay else [])
+
+
+def ablations_of(arguments: Any) -> list[str]:
+    """What arguments ask for of `ABLATIONS` that is not the default, in words."""
+    defaults = {**SETTINGS, **ALPHA_GROUP}
+    found = []
+    for name, (_, said) in ABLATIONS.items():
+        value = getattr(arguments, name, None)
+        if value not in (None, False, defaults.get(name)):
+            found.append(f"{said} {per_layer.in_words(value)}".strip())
+    return found
 
 
 def needs_ours(flag: str) -> str:

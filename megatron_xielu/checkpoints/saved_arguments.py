@@ -46,7 +46,7 @@ _NUMBERS_OR_NONE = (
 )
 _WHOLE_OR_NONE = ("seed", "null_tokenizer_eod_id", "null_tokenizer_pad_id")
 _SWITCHES = (
-    *("xielu", "xiprelu", "xielu_frozen_alphas", "xielu_shared_alphas"),
+    *("xielu", "xiprelu", "xielu_frozen_alphas", "xielu_shared_alphas", "xielu_recompute_output"),
     *("swiglu", "squared_relu", "quick_geglu", "openai_gelu", "add_bias_linear", "add_qkv_bias"),
     *("layernorm_zero_centered_gamma", "apply_layernorm_1p", "qk_layernorm", "qk_l2_norm"),
     *("apply_residual_connection_post_layernorm", "rotary_interleaved", "use_rope_scaling"),

@@ -76,6 +76,13 @@ def _of_file(word: str, flag: str, side: str, beta: float) -> list[float]:
     return getattr(file, side)
 
 
+def in_words(value: Any) -> str:
+    """A setting for people: of one number for each layer the least and the greatest."""
+    if isinstance(value, list):
+        return f"{min(value):g} to {max(value):g} by layer"
+    return f"{value:g}" if not isinstance(value, bool) else ""
+
+
 def of_layer(value: float | list[float], label: str) -> float:
     """The one of a layer, an expert in it or a prediction layer, which has the last layer's.
 

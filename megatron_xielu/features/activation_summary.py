@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_xielu import catalog
-from megatron_xielu.common import text
+from megatron_xielu.common import per_layer, text
 from megatron_xielu.features.layer_names import layer_label
 from megatron_xielu.megatron_activations import MegatronActivation
 
@@ -86,9 +86,7 @@ def found_in(activation: Any, args: Namespace) -> Found:
 
 def _start(args: Namespace, activation: MegatronActivation, setting: str) -> str:
     values = getattr(args, f"xielu_{setting}", None)
-    if isinstance(values, list):
-        return f"{min(values):g} to {max(values):g} by layer"
-    return f"{getattr(activation, setting):g}"
+    return per_layer.in_words(values if isinstance(values, list) else getattr(activation, setting))
 
 
 def say(mlps: dict[tuple[str, str], Found]) -> None:

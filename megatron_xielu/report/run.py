@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xielu.catalog import ACTIVATIONS, alpha_group_of
+from megatron_xielu.catalog import ACTIVATIONS, ablations_of
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report.evaluation import Evaluation, MeasuredLayer
 from megatron_xielu.report.events import Series
@@ -91,12 +91,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The activation, for people."""
+        """The activation and what was changed in it, for people."""
         label = ACTIVATIONS[self.activation].label if self.activation else "unknown"
-        for argument, word in (("frozen_alphas", "frozen"), ("shared_alphas", "shared")):
-            if getattr(self.arguments, f"xielu_{argument}", False):
-                label += f", {word} alphas"
-        return label + "".join(f", alphas' {what}" for what in alpha_group_of(self.arguments))
+        return ", ".join([label, *ablations_of(self.arguments)])
 
     @property
     def short(self) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from megatron_xielu import catalog
 from megatron_xielu.catalog import DEFAULT_ALPHA_INIT, DEFAULT_BETA, Activation
-from megatron_xielu.common.flags import argument_of
+from megatron_xielu.common.flags import flag_of
 
 ACTIVATIONS = {
     name: catalog.ACTIVATIONS[name] for name in ("xielu", "xiprelu", "relu2", "swiglu", "gelu")
@@ -29,27 +29,11 @@ ACTIVATIONS = {
 # Of Megatron's default: its fused form wants the linear biases that these models do not have.
 _GELU_FLAG = "--no-bias-gelu-fusion"
 
-# Ablations without a number: what they are called, and the flag.
-_SWITCHES = {
-    "frozen": ("alphas frozen", "--xielu-frozen-alphas"),
-    "shared": ("one pair for all layers", "--xielu-shared-alphas"),
-    "recompute": ("output recomputed", "--xielu-recompute-output"),
-}
-# Those with one: what they are called, and the flag.
-_NUMBERED = {
-    "beta": ("β", "--xielu-beta"),
-    "lr": ("learning rate of alphas ×", "--xielu-alpha-lr-mult"),
-    "decay": ("weight decay of alphas", "--xielu-alpha-weight-decay"),
-}
-# By argument: what a change of it is in a name, and in a label.
-_CHANGES = {
-    **{
-        argument_of(flag): (word, said)
-        for word, (said, flag) in [*_SWITCHES.items(), *_NUMBERED.items()]
-    },
-    "xielu_alpha_p_init": ("init-p", "αp from"),
-    "xielu_alpha_n_init": ("init-n", "αn from"),
-}
+_CHANGES = catalog.ABLATIONS
+_ABLATIONS = {word: (said, flag_of(argument)) for argument, (word, said) in _CHANGES.items()}
+# Without a number, and with one: what they are called, and the flag.
+_SWITCHES = {word: _ABLATIONS[word] for word in ("frozen", "shared", "recompute")}
+_NUMBERED = {word: _ABLATIONS[word] for word in ("beta", "lr", "decay")}
 _DEFAULTS = {**catalog.SETTINGS, **catalog.ALPHA_GROUP}
 _LONGEST = 40  # characters of a value, in a name and a label
 _LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas; within those of the others
@@ -134,11 +118,11 @@ def _with_inits(
     positive, negative = (*numbers, DEFAULT_ALPHA_INIT)[:2]
     if activation is ACTIVATIONS["xielu"] and negative <= DEFAULT_BETA:
         raise ValueError(f"{name!r}: αn of xIELU starts above β = {DEFAULT_BETA}")
-    label = f"{activation.label}, αp from {positive:g}"
-    flags = (*flags, "--xielu-alpha-p-init", f"{positive:g}")
-    if len(numbers) == 2:
-        label += f", αn from {negative:g}"
-        flags = (*flags, "--xielu-alpha-n-init", f"{negative:g}")
+    label = activation.label
+    for word, number in zip(("init-p", "init-n"), numbers, strict=False):
+        said, flag = _ABLATIONS[word]
+        label += f", {said} {number:g}"
+        flags = (*flags, flag, f"{number:g}")
     return Variant(name, label, activation, flags, (positive, negative))
 
 
