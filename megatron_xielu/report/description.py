@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from megatron_xielu.report.run import Run
+from megatron_xielu.catalog import ABLATIONS, ALPHA_GROUP, PER_LAYER, SETTINGS, TRAINABLE
+from megatron_xielu.common.flags import flag_of
+from megatron_xielu.common.per_layer import in_words
+from megatron_xielu.report.run import Run, shortened
 from megatron_xielu.report.settings import real_path
 from megatron_xielu.report.summary import MISSING, size
 
@@ -40,11 +43,49 @@ def alike(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def unlike(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """The names of the other facts, and each run's texts of them."""
+    """The names of the other facts, then flags of ours, and each run's texts of them."""
     of_runs = [facts(run) for run in runs]
     shared = alike(runs)
     heads = [name for name in dict.fromkeys(n for of in of_runs for n in of) if name not in shared]
-    return heads, [[of.get(name, MISSING) for name in heads] for of in of_runs]
+    rows = [[of.get(name, MISSING) for name in heads] for of in of_runs]
+    for name in ABLATIONS:
+        values = [_setting(run, name) for run in runs]
+        texts = apart(name, [value for value in values if value is not None])
+        if len(texts) > 1:
+            heads.append(flag_of(name))
+            for row, value in zip(rows, values, strict=True):
+                row.append(MISSING if value is None else texts[value])
+    return heads, rows
+
+
+def apart(name: str, values: Iterable[str]) -> dict[str, str]:
+    """A short text for each value that a setting has, unlike those of all others."""
+    short = {value: shortened(_in_words(name, value)) for value in values}
+    same: dict[str, list[str]] = {}
+    for value, text in short.items():
+        same.setdefault(text, []).append(value)
+    found = {}
+    for value, text in short.items():
+        of = same[text]
+        number = f", no. {of.index(value) + 1} of {len(of)} such" if len(of) > 1 else ""
+        found[value] = text + number
+    return found
+
+
+def _in_words(name: str, value: str) -> str:
+    """One number for each layer by the least and the greatest."""
+    if name in PER_LAYER and value.startswith("["):
+        return in_words([float(word) for word in value.strip("[]").split(",")])
+    return value
+
+
+def _setting(run: Run, name: str) -> str | None:
+    """One of ours, as `settings` has it; None of a run without our activations."""
+    if run.arguments is None or run.activation not in TRAINABLE:
+        return None
+    value = getattr(run.arguments, name, None)
+    value = {**SETTINGS, **ALPHA_GROUP}.get(name, False) if value is None else value
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def tokenizers(runs: Sequence[Run]) -> dict[str, list[Run]]:

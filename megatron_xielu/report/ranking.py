@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_xielu.catalog import ABLATIONS
 from megatron_xielu.report.description import (
     ARGUMENTS,
     DATA,
     SEQUENCE,
     VOCABULARY,
+    apart,
     differences,
     facts,
     names,
 )
-from megatron_xielu.report.run import Run, shortened
+from megatron_xielu.report.run import Run
 from megatron_xielu.report.settings import real_path, settings
 from megatron_xielu.report.summary import MISSING, decimal
 
@@ -35,25 +37,64 @@ class Ranking:
 
 
 def rank(runs: Sequence[Run]) -> Ranking | None:
-    """The runs in order, those that differ in nothing but their seed as one; None of one run."""
+    """The runs in order, those that differ in nothing but their seed as one; None of one run.
+
+    By the seeds that all of these entries have: a difference of seeds is none of trainings.
+    """
     if len(runs) < 2:
         return None
-    measure = _measure(runs)
+    entries = [(name, {_seed(run): run for run in members}) for name, members in groups(runs)]
+    shared = set.intersection(*(set(by_seed) for _, by_seed in entries))
+    if not shared:
+        return _unranked(
+            f"There is no seed that all entries have ({_with_seeds(entries)}): train them with the "
+            "same seeds."
+        )
+    kept = [
+        (name, [run for seed, run in by_seed.items() if seed in shared])
+        for name, by_seed in entries
+    ]
+    measure = _measure([run for _, members in kept for run in members])
     if measure is None:
-        return Ranking(
-            "Which is best cannot be said",
-            [],
-            "There is no loss that all runs have and that can be compared between them.",
+        return _unranked(
+            "There is no loss that all runs have and that can be compared between them."
         )
     title, of = measure
-    ranked, entries = [], groups(runs)
-    for name, members in entries:
+    ranked = []
+    for name, members in kept:
         good = [float(of(run) or 0.0) for run in members if _ended_well(run, of)]
-        ranked.append((len(good) < len(members), _mean(good), name, _said(members, good)))
-    ranked.sort(key=lambda group: group[:2])  # who diverged comes last
-    rows = [f"{name}: {said}" for _, _, name, said in ranked]
-    certainty = _certainty([len(members) for _, members in entries])
-    return Ranking(f"Best first, by {title}", rows, certainty)
+        ranked.append((len(good) < len(members), _mean(good), name, _said(members, good), good))
+    ranked.sort(key=lambda entry: entry[:2])  # who diverged comes last
+    rows = [f"{name}: {said}" for _, _, name, said, _ in ranked]
+    sentences = _certainty(len(shared), [name for *_, name, _, good in ranked if len(good) == 1])
+    others = [(name, by_seed.keys() - shared) for name, by_seed in entries]
+    if left_out := [(name, seeds) for name, seeds in others if seeds]:
+        sentences.append(
+            f"Ranked by {_seeds(shared)} alone, which all entries have; left out: "
+            f"{_with_seeds(left_out)}."
+        )
+    return Ranking(f"Best first, by {title}", rows, " ".join(sentences))
+
+
+def _unranked(why: str) -> Ranking:
+    return Ranking("Which is best cannot be said", [], why)
+
+
+def _seed(run: Run) -> str:
+    return facts(run).get("seed", MISSING)
+
+
+def _seeds(seeds: Collection[str]) -> str:
+    if set(seeds) == {MISSING}:
+        return "a seed that is not known"
+    return (
+        f"seed{'s' * (len(seeds) > 1)} {names(sorted(seeds, key=lambda seed: (len(seed), seed)))}"
+    )
+
+
+def _with_seeds(entries: Sequence[tuple[str, Collection[str]]]) -> str:
+    parts = [f"{name}: {_seeds(seeds)}" for name, seeds in entries]
+    return "; ".join(parts[:FEW] + [f"{len(parts) - FEW} more"] * (len(parts) > FEW))
 
 
 def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float | None]] | None:
@@ -119,7 +160,7 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     for run in runs:
         of = settings(run)
         key = str(run.folder) if of is None else repr((run.label, sorted(of.items())))
-        alike.setdefault(key, {}).setdefault(facts(run).get("seed", MISSING), []).append(run)
+        alike.setdefault(key, {}).setdefault(_seed(run), []).append(run)
     found: list[tuple[list[Run], str]] = []
     for seeds in alike.values():
         if once := [same[0] for same in seeds.values() if len(same) == 1]:
@@ -145,11 +186,12 @@ def _name(group: Sequence[Run], firsts: Sequence[Run], said: str) -> str:
         return group[0].short
     if len(rivals) == 1:
         return label
-    told = [
-        f"{name} {shortened(own.get(name, MISSING))}"
-        for name in dict.fromkeys(name for of in rivals for name in of)
-        if len({of.get(name) for of in rivals}) > 1
-    ]
+    told = []
+    for setting in dict.fromkeys(setting for of in rivals for setting in of):
+        values = {of.get(setting, MISSING): None for of in rivals}
+        if len(values) > 1:
+            _, word = ABLATIONS.get(setting, ("", setting))
+            told.append(f"{word} {apart(setting, values)[own.get(setting, MISSING)]}")
     if (more := len(told) - _TOLD) > 0:
         told[_TOLD:] = [f"{more} more"]
     told += [said] if said else []
@@ -185,13 +227,25 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.inf
 
 
-def _certainty(seeds: Sequence[int]) -> str:
-    if min(seeds) < 2:
-        return (
+def _certainty(seeds: int, single: Sequence[str]) -> list[str]:
+    """How sure the order is, in sentences.
+
+    Args:
+        seeds: of each entry.
+        single: entries of which one run alone ended well.
+    """
+    if seeds < 2:
+        return [
             "With one run each, whether a difference is more than chance cannot be said; "
             "train with three seeds or more."
-        )
-    return (
+        ]
+    found = [
         "Mean ± sample standard deviation over the seeds. Differences of about that size may be "
         "chance; tools/compare_activations.py tests them seed by seed."
-    )
+    ]
+    if single:
+        found.append(
+            f"Of {names(single)} one run alone ended well: whether a difference from others is "
+            "more than chance cannot be said."
+        )
+    return found

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import report_runs
 import torch
+from compare import variants
 from launch import REPOSITORY, train
 from matplotlib.colors import to_rgb
 from report_runs import statistics, write_checkpoint, write_events
@@ -31,11 +32,11 @@ from megatron_xielu.plan import flags as plan_flags
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report import events, page, terminal
 from megatron_xielu.report.__main__ import main
-from megatron_xielu.report.description import differences
+from megatron_xielu.report.description import differences, unlike
 from megatron_xielu.report.drawing import ACTIVATION_COLOURS, run_styles
 from megatron_xielu.report.load import find, load
 from megatron_xielu.report.nonlinearity import FIXED, Inputs, Shape, nonlinearity
-from megatron_xielu.report.ranking import rank
+from megatron_xielu.report.ranking import groups, rank
 from megatron_xielu.report.run import name_apart
 
 
@@ -48,18 +49,23 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.outside: list[str] = []
         self.text = ""
+        self.titles: dict[str, str] = {}  # of what is shown, where the mouse is on it
+        self._title: str | None = None
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
+        self._title = dict(attrs).get("title")
         for name, value in attrs:
             if name in ("src", "href") and not (value or "").startswith("data:"):
                 self.outside.append(str(value))
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self._title:
+            self.titles.setdefault(data, self._title)
 
 
 def report(folders: list[Path], output: Path) -> Page:
@@ -325,19 +331,23 @@ def test_other_padding_is_no_other_vocabulary(tmp_path):
 
 def test_the_best_run_comes_first_and_how_sure_that_is(tmp_path, capsys):
     gated = {"xielu": False, "swiglu": True}
-    folders = write_runs(tmp_path, ours=gated | {"seed": 1}, a={"seed": 1}, b={"seed": 2})
+    of_gated = {f"g{seed}": gated | {"seed": seed} for seed in (1, 2)}
+    folders = write_runs(tmp_path, **of_gated, a={"seed": 1}, b={"seed": 2})
     page = report(folders[::-1], tmp_path / "out")
     for text in (capsys.readouterr().out, page.text):
         assert "Best first, by the last validation loss during training" in text
-        assert text.index("SwiGLU: 3.4038") < text.index("xIELU: 3.5538 ± 0.0707 (2 seeds)")
-        assert "cannot be said" in text  # SwiGLU has one run
+        best = text.index("SwiGLU: 3.4538 ± 0.0707 (2 seeds)")
+        assert best < text.index("xIELU: 3.6538 ± 0.0707 (2 seeds)")
+        assert "Mean ± sample standard deviation" in text and "cannot be said" not in text
 
-    for folder, loss, size in zip(folders, (2.5, 2.4, 2.3), (9, 9, 9), strict=True):
+    folders = folders[1:]
+    for folder, loss, size in zip(folders, (2.35, 2.4, 2.3), (9, 9, 9), strict=True):
         of = {"loss": loss, "iteration": 50, "bits_per_byte": loss, "bytes": size, "data": ["x"]}
         (folder / "evaluation.json").write_text(json.dumps(of))
     found = rank([load(folder) for folder in folders])
     assert found is not None and "the loss of megatron_xielu.evaluate" in found.title
-    assert found.rows == ["xIELU: 2.3500 ± 0.0707 (2 seeds)", "SwiGLU: 2.5000"]
+    assert found.rows == ["xIELU: 2.3000", "SwiGLU: 2.3500"]  # of seed 2
+    assert "With one run each" in found.certainty
 
     # Of other tokenizers, on the same text.
     of["data"] = ["y"]
@@ -350,6 +360,24 @@ def test_the_best_run_comes_first_and_how_sure_that_is(tmp_path, capsys):
     assert found is not None and "validation loss during training" in found.title
 
 
+def test_entries_are_ranked_by_the_seeds_that_all_have(tmp_path):
+    """Seed 3 is a bad one, and one entry alone has it."""
+    gated = {"xielu": False, "swiglu": True}
+    ours, others = {f"x{seed}": {"seed": seed} for seed in (1, 2)}, {"g2": gated | {"seed": 2}}
+    folders = write_runs(tmp_path, **others, **ours, g3=gated | {"seed": 3})
+    found = rank([load(folder) for folder in folders])
+    assert found is not None and found.rows == ["SwiGLU: 3.4038", "xIELU: 3.6038"]
+    assert found.certainty.endswith(
+        "Ranked by seed 2 alone, which all entries have; left out: SwiGLU: seed 3; xIELU: seed 1."
+    )
+    found = rank([load(tmp_path / name) for name in ("x1", "x2", "g3")])
+    assert found is not None and not found.rows and "cannot be said" in found.title
+    assert found.certainty == (
+        "There is no seed that all entries have (xIELU: seeds 1, 2; SwiGLU: seed 3): train them "
+        "with the same seeds."
+    )
+
+
 def rows(folders: list[Path]) -> list[str]:
     """Of the ranking."""
     found = rank([load(folder) for folder in folders])
@@ -360,7 +388,6 @@ def rows(folders: list[Path]) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "apart"),
     [
-        ({"xielu_alpha_p_init": 0.4}, ("xielu_alpha_p_init 0.8", "xielu_alpha_p_init 0.4")),
         ({"qk_layernorm": True}, ("qk_layernorm –", "qk_layernorm True")),
         ({"adam_beta2": 0.99}, ("adam_beta2 –", "adam_beta2 0.99")),
         (
@@ -372,17 +399,69 @@ def rows(folders: list[Path]) -> list[str]:
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 def test_only_seeds_of_one_training_are_averaged(tmp_path, more, apart):
-    one, two = rows(write_runs(tmp_path, one={}, two={"seed": 1} | more))
-    assert one == f"xIELU, one ({apart[0]}): 3.4038"
-    assert two == f"xIELU, two ({apart[1]}): 3.5038"
+    folders = write_runs(tmp_path, one={}, two={"seed": 1} | more)
+    one, two = (name for name, _ in groups([load(folder) for folder in folders]))
+    assert one == f"xIELU, one ({apart[0]})"
+    assert two == f"xIELU, two ({apart[1]})"
+
+
+def test_what_was_changed_of_ours_has_one_word_everywhere(tmp_path):
+    """Of a comparison's variants, in its label and in the report; in the ranking, too."""
+    changes: dict[str, dict[str, object]] = {
+        "xielu": {},
+        "xielu-frozen": {"xielu_frozen_alphas": True},
+        "xielu-shared": {"xielu_shared_alphas": True},
+        "xielu-recompute": {"xielu_recompute_output": True},
+        "xielu-beta-0.3": {"xielu_beta": 0.3},
+        "xielu-lr-10": {"xielu_alpha_lr_mult": 10.0},
+        "xielu-decay-0.1": {"xielu_alpha_weight_decay": 0.1},
+        "xielu-init-0.4-1.2": {"xielu_alpha_p_init": 0.4, "xielu_alpha_n_init": 1.2},
+    }
+    folders = write_runs(tmp_path, **changes)
+    labels = [variants.parse(name).label for name in changes]
+    assert [load(folder).label for folder in folders] == labels
+    assert [row.rpartition(":")[0] for row in rows(folders)] == labels
+
+
+def test_settings_of_ours_that_differ_are_in_the_table(tmp_path):
+    """Files of other numbers do not look alike; what runs have of others' flags does not count."""
+    one, other = [0.46123456789, 0.7, 0.7, 0.89], [0.89, 0.7, 0.7, 0.46123456789]
+    folders = write_runs(
+        tmp_path,
+        a={"xielu_alpha_p_init": one, "xielu_frozen_alphas": True},
+        b={"xielu_alpha_p_init": other, "xielu_alpha_lr_mult": 10.0},
+        c={"xielu_alpha_p_init": 0.4, "xielu_alpha_weight_decay": 0.1},
+        d={"xielu": False, "swiglu": True, "xielu_beta": 0.3},
+    )
+    runs = [load(folder) for folder in folders]
+    heads, cells = unlike(runs)
+    assert heads == [
+        *("--xielu-frozen-alphas", "--xielu-alpha-p-init", "--xielu-alpha-lr-mult"),
+        "--xielu-alpha-weight-decay",
+    ]
+    by_layer = "0.461235 to 0.89 by layer, no. {} of 2 such"
+    assert cells == [
+        ["yes", by_layer.format(1), "1.0", "0.0"],
+        ["no", by_layer.format(2), "10.0", "0.0"],
+        ["no", "0.4", "1.0", "0.1"],
+        ["–"] * 4,
+    ]
+    folders = write_runs(
+        tmp_path / "files", a={"xielu_alpha_p_init": one}, b={"xielu_alpha_p_init": other}
+    )
+    start = "αp from 0.461235 to 0.89 by layer"
+    assert rows(folders) == [
+        f"xIELU, {start}, a ({start}, no. 1 of 2 such): 3.4038",
+        f"xIELU, {start}, b ({start}, no. 2 of 2 such): 3.5038",
+    ]
 
 
 def test_runs_of_other_lengths_are_not_averaged(tmp_path):
     folders = write_runs(tmp_path, one={}, two={"seed": 1}, three={"seed": 2})
-    arguments = report_runs.ARGUMENTS | TOKENS | {"data_path": ["d"], "seed": 3}
+    arguments = report_runs.ARGUMENTS | TOKENS | {"data_path": ["d"], "seed": 1}
     write_events(tmp_path / "short", range(1, 31), arguments=arguments, validate_every=30)
     first, second = rows([*folders, tmp_path / "short"])
-    told = "xIELU, one, two, three (iterations 50; last validation 50): 3.5038 ± 0.1000 (3 seeds)"
+    told = "xIELU, one, two, three (iterations 50; last validation 50): 3.5038"
     assert first == told
     assert second == "xIELU, short (iterations 30; last validation 30): 3.9196"
 
@@ -397,7 +476,8 @@ def test_seeds_are_averaged_whatever_their_folders_and_layout(tmp_path):
     folders = write_runs(tmp_path, one={"save": "a/checkpoints"}, two={"seed": 1} | more)
     assert rows(folders) == ["xIELU: 3.4538 ± 0.0707 (2 seeds)"]
     experts = {"num_experts": 4}  # whose balance is that of a micro-batch
-    assert len(rows(write_runs(tmp_path, three=experts, four=experts | {"seed": 1} | more))) == 2
+    apart = write_runs(tmp_path, three=experts, four=experts | {"seed": 1} | more)
+    assert len(groups([load(folder) for folder in apart])) == 2
     for seed, folder in enumerate(folders):
         arguments = {"seed": seed, "data_path": ["d"], "cuda_graph_modules": [signal.SIGTERM]}
         write_checkpoint(folder / "checkpoints", 50, {"x": torch.ones(1)}, **TOKENS, **arguments)
@@ -433,13 +513,15 @@ def test_runs_whose_arguments_are_not_known_are_not_ranked_by_loss(tmp_path, cap
     for text in (capsys.readouterr().out, page.text):
         assert "Which is best cannot be said" in text
         assert "the arguments of unknown are not known: whether the losses can be compared" in text
+        assert "xIELU: seeds 1, 42; unknown: a seed that is not known)" in text
+    assert not differences([load(tmp_path / "unknown")])
+    folders = write_runs(tmp_path, one={}, two={"xielu": False, "vocab_size": 100})
     for folder in folders:
         of = {"loss": 2.5, "iteration": 50, "bits_per_byte": 0.5, "bytes": 9, "data": ["x"]}
         (folder / "evaluation.json").write_text(json.dumps(of))
     found = rank([load(folder) for folder in folders])
     assert found is not None and "bits per byte" in found.title
-    assert [row.partition(":")[0] for row in found.rows] == ["xIELU", "unknown"]
-    assert not differences([load(tmp_path / "unknown")])
+    assert [row.partition(":")[0] for row in found.rows] == ["xIELU", "GELU"]
 
 
 def test_a_column_has_its_losses_from_one_place(tmp_path, capsys):
@@ -461,6 +543,7 @@ def test_the_page_says_what_each_run_was(tmp_path):
     ):
         assert text in page.text
     two = report(write_runs(tmp_path, one=arguments, two={"lr": 0.1}), tmp_path / "both")
+    assert "Mean over the last 1 %" in two.titles["training loss"]
     assert "Where they differ" in two.text and "lr 0.1" in two.text
     assert two.text.count("4 layers × 32") == 1  # what is alike stands once
 
