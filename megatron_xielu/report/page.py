@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from megatron_xielu import __version__
 from megatron_xielu.common.text import visible
@@ -41,13 +43,14 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),
         autoescape=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) else value,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
     environment.filters |= {
         "base64": _base64,
+        "breakable": _breakable,
         "colour": share_colour,
         "ink": ink_on,
     }
@@ -59,6 +62,7 @@ def render(
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=__version__,
         made_by=MADE_BY,
+        about=summary.ABOUT,
         run_columns=run_columns,
         run_rows=_uncoloured(run_rows),
         of_all=[*notes, *description.differences(runs).values()],
@@ -89,6 +93,12 @@ def render(
 
 def _uncoloured(rows: Sequence[Sequence[str]]) -> list[list[tuple[str, float | None]]]:
     return [[(text, None) for text in row] for row in rows]
+
+
+def _breakable(name: str) -> Markup:
+    """A run's name, which breaks behind a slash before it breaks elsewhere."""
+    part = Markup('<span class="part">{}</span>').format
+    return Markup().join(part(visible(text)) for text in re.findall("[^/]*/|[^/]+", name))
 
 
 def _base64(content: bytes) -> str:

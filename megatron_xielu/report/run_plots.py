@@ -28,6 +28,7 @@ from megatron_xielu.report.summary import decimal, scientific
 
 _OUTLIER = 2.0  # times the median
 _FEW = 40  # points
+_STRETCHES = 20  # of a run, each with its median step time
 _CUT_OFF = 0.05  # of the steepest part of a loss curve, which would flatten all the rest
 
 
@@ -218,9 +219,10 @@ def _train_loss_by_flops(runs: Sequence[Run], losses: _Losses) -> Picture | None
         return None
     title = "Training loss against FLOPs"
     drawing = Drawing(title, "training FLOPs", f"training loss [{losses.unit}]")
-    windows = []
+    windows, per_token = [], {}
     for style, run in shown:
         assert run.train is not None and run.model is not None
+        per_token[run.short] = scientific(run.model.flops_per_token())
         series = run.believed(run.train)
         tokens = run.tokens(series.steps)
         assert tokens is not None
@@ -228,14 +230,13 @@ def _train_loss_by_flops(runs: Sequence[Run], losses: _Losses) -> Picture | None
         windows.append(_line(drawing, style, x, losses.of(run, series)))
     drawing.axes.set_xscale("log")
     drawing.legend()
-    per_token = _by_text(
-        [run for _, run in shown],
-        lambda run: scientific(run.model.flops_per_token() if run.model else None),
-    )
+    alike = len(set(per_token.values())) == 1
+    of_each = _by_text([run for _, run in shown], lambda run: f"with {per_token[run.short]}")
     return drawing.finish(
         f"train-loss-flops{losses.suffix}.png",
-        f"FLOPs as Megatron counts them (forward and backward, no recomputation); per token: "
-        f"{per_token}. {_smoothing(windows)}{losses.note}",
+        "FLOPs as Megatron counts them (forward and backward, no recomputation), "
+        + (f"{min(per_token.values())} per token. " if alike else f"per token: {of_each}. ")
+        + f"{_smoothing(windows)}{losses.note}",
         f"{title} on a logarithmic axis; at the end "
         f"{_finals(shown, lambda run: run.total_flops)} FLOPs",
     )
@@ -293,13 +294,21 @@ def _gradient_norm(runs: Sequence[Run]) -> Picture | None:
 def _speed(runs: Sequence[Run]) -> Picture | None:
     return _curve(
         runs,
-        lambda run: run.step_time,
+        lambda run: run.step_time and _medians(run.step_time),
         "Step time",
         "seconds per iteration",
         "step-time.png",
-        "By Megatron's timers where they are logged (--log-timers-to-tensorboard), else the time "
-        "between two written losses.",
+        f"Medians of {_STRETCHES} stretches of each run, by Megatron's timers where they are "
+        "logged (--log-timers-to-tensorboard), else by the time between two written losses.",
     )
+
+
+def _medians(series: Series) -> Series:
+    """Of each stretch: single steps wait for a disk or a validation, and hide all others."""
+    parts = np.array_split(np.arange(len(series.steps)), min(_STRETCHES, len(series.steps)))
+    middle = [part[len(part) // 2] for part in parts]
+    values = np.array([np.median(series.values[part]) for part in parts])
+    return Series(series.steps[middle], values, series.times[middle])
 
 
 def _curve(

@@ -28,6 +28,19 @@ RUN_COLUMNS = (
     "tokens/s",
 )
 
+# Of columns, what they are.
+ABOUT = {
+    "training loss": "Mean over the last 1 % of logged iterations, at least 10; nats per token.",
+    "validation loss": "The last of Megatron's validation during training; nats per token.",
+    "validation PPL": "The exponential of the validation loss.",
+    "evaluate: loss": "Of a checkpoint, by megatron_xielu.evaluate: another loss than the "
+    "validation's, on its own data.",
+    "evaluate: bits/byte": "Of the same evaluation.",
+    "FLOPs": "Of training, forward and backward, as Megatron counts them: attention with a causal "
+    "mask, no recomputation.",
+    "tokens/s": "Of the whole run, all GPUs together, at the median step time.",
+}
+
 
 def run_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows; a column that no run has a text for is left out."""

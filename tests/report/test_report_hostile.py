@@ -354,14 +354,40 @@ def test_a_spike_that_passed(tmp_path):
 
 
 def test_a_seed_that_diverged(tmp_path):
-    write_run(tmp_path / "other", [loss + 1 for loss in FALLING], **GATED)
     for seed in range(3):
+        losses = [loss + 1 for loss in FALLING]
+        write_run(tmp_path / f"other_{seed}", losses, **GATED, seed=seed)
         end = math.nan if seed == 1 else 2.1 + 0.1 * seed
         write_run(tmp_path / str(seed), [*FALLING, *[end] * 10], seed=seed)
-    found = rank(show(tmp_path / "other", *(tmp_path / str(seed) for seed in range(3))))
+    folders = [tmp_path / f"{other}{seed}" for seed in range(3) for other in ("", "other_")]
+    found = rank(show(*folders))
     first, last = found.rows
     assert first.startswith("SwiGLU")
     assert last.endswith(": 1 of 3 seeds diverged; the others 2.2000 ± 0.1414 (2 seeds)")
+    found = rank(show(*folders[:4]))
+    assert found.rows[1].endswith(": 1 of 2 seeds diverged; the others 2.1000")
+    assert "Of xIELU one run alone ended well: whether" in found.certainty
+
+
+def test_single_slow_steps_do_not_hide_the_others(tmp_path):
+    """Of a disk, or of validation: the picture is of medians."""
+    steps = [(step, 9.0 if step % 7 == 0 else 1.0) for step in range(1, 201)]
+    write_scalars(tmp_path, {"lm loss": LOSS, "iteration-time": steps})
+    made = {picture.file: picture for picture in run_plots.pictures(show(tmp_path))}
+    assert "The axis ends" not in made["step-time.png"].caption
+    assert made["step-time.png"].alt.endswith("medians: test_single_slow_steps_do_not_0 1.000")
+
+
+def test_flops_of_a_token_are_told_once(tmp_path):
+    for name, size in (("a", 32), ("b", 32), ("c", 64)):
+        write_run(tmp_path / name, FALLING, hidden_size=size)
+    for names, told in (
+        ("ab", r"tion\), (\S+) per token\. "),
+        ("bc", "per token: b with .*; c with "),
+    ):
+        made = run_plots.pictures(show(*(tmp_path / name for name in names)))
+        (caption,) = [one.caption for one in made if one.file == "train-loss-flops.png"]
+        assert re.search(told, caption)
 
 
 def test_one_step_and_one_layer(tmp_path):

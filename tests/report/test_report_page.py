@@ -35,6 +35,10 @@ def page(tmp_path_factory) -> Path:
     write_events(two / "tensorboard", range(1, 301), layers=0, arguments=gated, shift=0.05)
     main([str(one), str(two), "--output", str(folder / "out")])
     main([str(two), "--output", str(folder / "out" / "long")])
+    named = [folder / f"xielu-decay-0.{number}" / "seed_42" for number in (1, 2)]
+    for run in named:
+        write_events(run, range(1, 11), layers=0)
+    main([*map(str, named), "--output", str(folder / "out" / "named")])
     return folder / "out" / "report.html"
 
 
@@ -101,4 +105,11 @@ def test_report_in_a_browser(page):
         tab = chromium.new_page(viewport={"width": 360, "height": 900}, is_mobile=True)
         tab.goto((page.parent / "long" / "report.html").as_uri())
         assert tab.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+        tab.goto((page.parent / "named" / "report.html").as_uri())
+        lines = "document.querySelector('.runs td').innerText"
+        rows = "[...document.querySelectorAll('.runs td:first-child .part')].map(e => "
+        rows += "[e.innerText, e.getClientRects().length, e.offsetTop])"
+        assert tab.evaluate(lines) == "xielu-decay-0.1/seed_42"
+        (first, _, above), (second, _, below) = tab.evaluate(rows)[:2]
+        assert (first, second) == ("xielu-decay-0.1/", "seed_42") and above < below
         chromium.close()
