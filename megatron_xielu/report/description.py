@@ -83,8 +83,9 @@ def _setting(run: Run, name: str) -> str | None:
     """One of ours, as `settings` has it; None of a run without our activations."""
     if run.arguments is None or run.activation not in TRAINABLE:
         return None
-    value = getattr(run.arguments, name, None)
-    value = {**SETTINGS, **ALPHA_GROUP}.get(name, False) if value is None else value
+    value = getattr(run.arguments, name, {**SETTINGS, **ALPHA_GROUP}.get(name, False))
+    if value is None:  # of a model from elsewhere
+        return "not known"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 

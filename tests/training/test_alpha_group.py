@@ -158,7 +158,7 @@ def test_a_resume_has_the_same(saved, start_checkpoint, parse):
         arguments.check_checkpoint(parse(f"--xielu {MULT} 10 --load {start_checkpoint}"))
     stock = parse(f"--xielu {load}")
     del stock.xielu_alpha_lr_mult  # a script that does not know the flag
-    with pytest.raises(ValueError, match="; train with python -m megatron_xielu.pretrain_gpt, "):
+    with pytest.raises(ValueError, match=r"; train with python -m megatron_xielu\.pretrain_gpt, "):
         arguments.check_checkpoint(stock)
     for another in (f"{MULT} 10 {load} --no-load-optim", f"{MULT} 10 {load} --finetune"):
         arguments.check_checkpoint(parse(f"--xielu {another}"))
