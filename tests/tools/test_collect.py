@@ -188,6 +188,7 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
         run_of(tmp_path / "fast", xielu_alpha_lr_mult=10.0, xielu_beta=0.3),
         run_of(tmp_path / "own", xielu_alpha_p_init=[0.1, 0.2, 0.3, 0.4]),
         run_of(tmp_path / "gelu", xielu=False, weight_decay=0.0),
+        run_of(tmp_path / "slow", lr=0.001),
     ]
     shown, found = collected([*runs, *more], baseline="xielu")
     assert {name: of["label"] for name, of in found["variants"].items()} == {
@@ -197,7 +198,8 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
         "xielu-low": "xIELU, αp from 0.4",
         "xielu-lr-10-beta-0.3": "xIELU, learning rate of alphas × 10, β 0.3",
         "xielu-init-p-values-by-layer": "xIELU, αp from values by layer",
-        "gelu-weight-decay-0": "GELU, weight decay 0",
+        "gelu-weight-decay=0": "GELU, weight decay 0",
+        "xielu-lr=0.001": "xIELU, lr 0.001",
     }
     assert list(found["variants"]["xielu"]["seeds"]) == ["1", "2", "3"]
     betas = {name: of.variant.beta for name, of in collect.group(load_all(more)).items()}
@@ -215,7 +217,11 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
         ({"seq_length": 64}, "the runs differ in sequence length ("),
         ({"global_batch_size": 16}, "the runs differ in batch ("),
         ({"tokenizer_type": "Other"}, "the runs differ in tokenizer or vocabulary ("),
-        ({"train_iters": 20, "last": 20}, "the last iterations that were logged differ ("),
+        (
+            {"train_iters": 20, "last": 20},
+            "the runs differ in --train-iters (a_1, a_2, b_1 and 1 more: 40; c: 20): name those of",
+        ),
+        ({"last": 45}, "the last iterations that were logged differ ("),
         ({"lr_decay_style": "cosine"}, "the runs differ in --lr-decay-style ("),
         ({"eval_iters": 3}, "the runs differ in --eval-iters ("),
         (

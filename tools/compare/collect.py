@@ -205,6 +205,8 @@ def _check_finished(runs: Sequence[Run]) -> None:
     if unfinished:
         raise Refused(f"not finished, or event files are missing: {'; '.join(unfinished)}")
     if apart := _apart(runs, [f"{run.train.steps[-1]:,}" for run in runs]):
+        if lengths := _apart(runs, [str(run.planned_iterations) for run in runs]):
+            raise Refused(f"the runs differ in --train-iters ({lengths}): name those of one length")
         raise Refused(f"the last iterations that were logged differ ({apart}): see --log-interval")
 
 

@@ -101,7 +101,11 @@ def is_change(argument: str, value: str) -> bool:
 
 
 def told(argument: str, value: str) -> tuple[str, str]:
-    """A saved argument of a run as its variant's name has it (``lr-10``), and as the label."""
+    """A saved argument of a run as its variant's name has it, and as the label.
+
+    What is not among the ablations has ``=`` in its name: ``lr-10`` is of alphas, ``lr=0.001`` the
+    model's.
+    """
     plain = re.sub(r"[^\w.+-]+", "_", value)[:_LONGEST].removesuffix(".0")
     if value.startswith("["):
         plain = "values by layer"
@@ -109,7 +113,8 @@ def told(argument: str, value: str) -> tuple[str, str]:
         plain = ""
     said = argument.removeprefix("xielu_").replace("_", " ")
     word, label = _CHANGES.get(argument, (said, said))
-    return f"{word} {plain}".strip().replace(" ", "-"), f"{label} {plain}".strip()
+    name = f"{word} {plain}" if argument in _CHANGES else f"{word}={plain or value}"
+    return name.strip().replace(" ", "-"), f"{label} {plain}".strip()
 
 
 def _with_inits(
