@@ -46,13 +46,15 @@ from compare.runs import (
     choose_text,
     context,
     describe_run,
-    do_run,
+    do_all,
     finished_records,
     folder_of,
     hold_lock,
     parse_seeds,
     plan_runs,
     prepare_text,
+    show_seeds,
+    show_text,
     this_machine,
 )
 from compare.settings import PRESETS, Settings
@@ -269,10 +271,16 @@ def _compare(
         swept = sweep.train_all(options, out, settings, machine, text, lock, said)
         for name in own:
             own[name] = replace(settings, learning_rate=swept.best(name))
-        sweep.check_rates(out, before, own)
         runs = plan_runs(options, out, settings, machine, text, own)
-    for number, run in enumerate(runs, 1):
-        do_run(run, f"[{number}/{len(runs)}]", own[run.variant.name], machine, lock)
+        sweep.check_rates(runs, before, own)
+    rates = "give --lr-sweep lower rates" if swept else "find other learning rates with --lr-sweep"
+    do_all(
+        [("", run, own[run.variant.name]) for run in runs],
+        machine,
+        lock,
+        instead="leave them out with --seeds, --activations or --ablation, or "
+        f"{rates} and another --out",
+    )
     records = finished_records(out, options.variants, options.seeds)
     notes = (*(swept.notes(labels) if swept else ()), *results.other_regime(records))
     setup = _setup(options, settings, machine, text, described, swept, notes)
@@ -351,6 +359,9 @@ def _setup(
     swept: sweep.Sweep | None,
     notes: Sequence[str],
 ) -> results.Setup:
+    if swept:
+        rates = {variant.name: swept.best(variant.name) for variant in options.variants}
+        described = {**described, "settings": {**described["settings"], "learning_rate": rates}}
     return results.Setup(
         preset=options.preset,
         unit=text.unit,
@@ -367,13 +378,14 @@ def _setup(
         context={
             "command": " ".join(["tools/compare_activations.py", *_words(options)]),
             **context(machine),
+            "text": show_text(described["text"]),
             "run": f"{settings.iterations} iterations of {settings.tokens_per_iteration:,} "
             f"{text.unit}s, {settings.iterations * settings.tokens_per_iteration:,} in all, of "
             f"{text.tokens['train']:,} there are; tensor parallel {machine.tensor_parallel}",
             "model": f"{settings.layers} layers of width {settings.hidden}, sequences of "
             f"{settings.sequence:,}, batches of {settings.batch}; initial weights of "
             f"{settings.init_std:g}, {'bf16' if settings.bf16 else 'fp32'}",
-            "schedule": f"learning rate {settings.learning_rate:g}{' or as swept' * bool(swept)}, "
+            "schedule": f"learning rate {'as swept' if swept else f'{settings.learning_rate:g}'}, "
             f"{settings.warmup} iterations of warm-up and {settings.decay} of decay",
             "held out": f"{settings.validation_batches * settings.tokens_per_iteration:,} "
             f"{text.unit}s a validation, of {text.tokens['valid']:,} there are",
@@ -386,8 +398,7 @@ def _setup(
 
 def _words(options: argparse.Namespace) -> list[str]:
     """The options that give these results again."""
-    which = ",".join(map(str, options.seeds))
-    words = [options.preset, "--seeds", which if len(options.seeds) > 1 else f"{which},"]
+    words = [options.preset, "--seeds", show_seeds(options.seeds)]
     if options.activations != list(ACTIVATIONS):
         words += ["--activations", *options.activations]
     words += ["--ablation", *options.ablation] if options.ablation else []

@@ -411,10 +411,10 @@ class TestResume:
 
     def test_new_then_finished(self, tmp_path: Path, trained: list[str], capsys) -> None:
         run = make_run(tmp_path)
-        tool.do_run(run, "[1/1]", settings.QUICK, CPU, 0)
+        runs.do_run(run, "[1/1]", settings.QUICK, CPU, 0)
         assert trained == ["[1/1] SwiGLU, seed 42:"]
         assert "resumes" not in capsys.readouterr().out
-        tool.do_run(run, "[1/1]", settings.QUICK, CPU, 0)
+        runs.do_run(run, "[1/1]", settings.QUICK, CPU, 0)
         assert len(trained) == 1
         assert "finished before" in capsys.readouterr().out
 
@@ -422,9 +422,29 @@ class TestResume:
         run = make_run(tmp_path)
         (run.folder / "checkpoints").mkdir(parents=True)
         (run.folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("20")
-        tool.do_run(run, "[1/1]", settings.QUICK, CPU, 0)
+        runs.do_run(run, "[1/1]", settings.QUICK, CPU, 0)
         assert len(trained) == 1
         assert "resumes from iteration 20" in capsys.readouterr().out
+
+    def test_one_that_diverges_ends_no_other(
+        self, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        def diverge(label: str, flags: list[str], **rest: object) -> int:
+            trained.append(label)
+            if "seed 43" in label:
+                raise training.Diverged(f"compare: {label} diverged")
+            return 0
+
+        monkeypatch.setattr(runs, "train", diverge)
+        planned = [("", make_run(tmp_path, seed=seed), settings.QUICK) for seed in (42, 43, 44)]
+        with pytest.raises(SystemExit) as end:
+            runs.do_all(planned, CPU, 0, instead="leave them out with --seeds")
+        assert end.value.code == (
+            "compare: 1 of 3 runs diverged (SwiGLU, seed 43), and there are no results without "
+            "them; leave them out with --seeds"
+        )
+        assert trained == [f"[{n}/3] SwiGLU, seed {41 + n}:" for n in (1, 2, 3)]
+        assert "compare: [2/3] SwiGLU, seed 43: diverged\n" in capsys.readouterr().out
 
     def test_changed_settings_are_refused_by_name(self, library: Path, tmp_path: Path) -> None:
         wanted = tool.describe_run(settings.QUICK, CPU, library, {})
@@ -581,14 +601,36 @@ class TestSweep:
         with pytest.raises(SystemExit, match="gelu diverged at every rate of --lr-sweep"):
             found.best("gelu")
 
+    def test_a_rate_that_diverged_is_at_the_upper_edge(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[plots.Drawing] = []
+        monkeypatch.setattr(plots.Drawing, "png", lambda self: drawn.append(self) or b"")
+        kinds = [variants.parse(name) for name in self.LABELS]
+        for last in (None, 1.5):
+            losses = {"xielu": {1e-3: 2.0, 4e-3: last}, "gelu": {1e-3: 2.1, 4e-3: last}}
+            found = sweep.Sweep(losses, "")
+            plots.plot_sweep(found, kinds, tmp_path / "sweep.png", caption="", unit="byte")
+        diverged, none = drawn
+        edges = [line for line in diverged.axes.lines if line.get_clip_on() is False]
+        assert [line.get_xydata().tolist() for line in edges] == [[[4e-3, 1]]] * 2
+        (x, y), (other_x, other_y) = (
+            line.get_transform().transform(line.get_xydata()[0]) for line in edges
+        )
+        assert y == other_y == diverged.axes.bbox.ymax and x + 5 < other_x
+        assert "diverged" in diverged.axes.get_xlabel()
+        assert "diverged" not in none.axes.get_xlabel()
+
     def test_runs_that_another_choice_has_trained_are_refused(self, tmp_path: Path) -> None:
         own = {"swiglu": dataclasses.replace(settings.QUICK, learning_rate=4e-3)}
+        planned = [make_run(tmp_path)]
+        sweep.check_rates(planned, {}, own)
         for rate in (None, 4e-3):
             made = dataclasses.replace(make_record("swiglu"), learning_rate=rate)
-            sweep.check_rates(tmp_path, {"swiglu": {42: made}}, own)
+            sweep.check_rates(planned, {"swiglu": {42: made}}, own)
         made = dataclasses.replace(make_record("swiglu"), learning_rate=1e-3)
         with pytest.raises(SystemExit, match=r"seed_42 was trained at the learning rate 0\.001"):
-            sweep.check_rates(tmp_path, {"swiglu": {42: made}}, own)
+            sweep.check_rates(planned, {"swiglu": {42: made}}, own)
 
     def test_trains_at_each_rate_then_all_seeds_at_the_best(self, tmp_path: Path) -> None:
         """Of the rates the last is so high that the loss is NaN in the third step."""
@@ -615,8 +657,28 @@ class TestSweep:
         assert re.search(r"SwiGLU +3\.\d+ +2\.\d+ +diverged +0\.004\n", again)
         assert (tmp_path / "results" / "sweep.png").stat().st_size < 150_000
 
+        assert written["settings"]["settings"]["learning_rate"] == {"swiglu": 4e-3}
+        results_md = (tmp_path / "results" / "results.md").read_text()
+        assert "- schedule: learning rate as swept, 4 iterations of warm-up" in results_md
+        folder = tool.folder_of(tmp_path / "sweep" / "1e+25", "swiglu", 41)
+        assert (folder / "diverged.txt").read_text() == (
+            "compare: the training of [learning rate 1e+25] SwiGLU, seed 41 diverged: NaN in local "
+            f"grad; its whole log: {folder / 'log.txt'}\n"
+        )
+
         with pytest.raises(SystemExit, match=r"lr_sweep: \[0\.001, 0\.004, 1e\+25\] there, None"):
             tool.main(options[:-2])
+
+        # Another rate is the best, and of the compared run there is a checkpoint alone.
+        copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
+        record = tool.folder_of(copy / "sweep" / "0.004", "swiglu", 41) / "record.json"
+        content = json.loads(record.read_text())
+        content["valid"][-1][1] = 9.0
+        record.write_text(json.dumps(content))
+        (tool.folder_of(copy, "swiglu", 42) / "record.json").unlink()
+        said = r"seed_42 was trained at the learning rate 0\.004, and the sweep now has 0\.001 as "
+        with warm_trainings(), pytest.raises(SystemExit, match=said):
+            tool.main([*options, "--out", str(copy)])
 
 
 NAMES, SEEDS = ("xielu", "swiglu", "xielu-shared"), (42, 43)
@@ -691,7 +753,7 @@ def train_xielu(out: Path, prepared: Path, *, ranks: int, name: str = "xielu") -
     made = tool.prepare_text(settings.QUICK, prepared / "text", None)
     (run,) = tool.plan_runs(options, out, settings.QUICK, machine, made)
     lock = tool.hold_lock(out)
-    tool.do_run(run, "[1/1]", settings.QUICK, machine, lock)
+    runs.do_run(run, "[1/1]", settings.QUICK, machine, lock)
     os.close(lock)
     return tool.finished_records(out, [run.variant], [42])[name][42]
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import platform
 import random
 import re
 import signal
@@ -266,10 +267,39 @@ class TestResults:
         shown, content = write(tmp_path, (1,), ("swiglu", "xielu"))
         assert "| +0.0000 | +0.1000 | +0.2000 | +0.1155 | – | one seed: cannot say |" in shown
         assert content["lines"]["xielu"]["slope"]["interval"] is None
+        assert "interval" not in shown and "over seeds" not in shown
 
     def test_the_baseline_alone_has_no_gaps(self, tmp_path: Path) -> None:
         shown, content = write(tmp_path, (1, 2), ("swiglu",))
         assert "Gap to" not in shown and content["gaps"] == {}
+
+
+def test_one_that_diverges_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def train(label: str, flags: list[str], **rest: object) -> int:
+        started.append(label)
+        if "width 32, xIELU" in label:
+            raise training.Diverged(f"compare: {label} diverged")
+        return 0
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(
+        runs, "read_record", lambda _, of, variant, seed, **more: make_record(variant.name, seed)
+    )
+    options = [*OPTIONS, "--text", str(Path(megatron_xielu.__file__).parent)]
+    options += ["--out", str(tmp_path)]
+    said = (
+        r"1 of 4 runs diverged \(width 32, xIELU, seed 42\), and there are no results without "
+        "them; leave them out with --sizes, --seeds or --activations"
+    )
+    with pytest.raises(SystemExit, match=said):
+        tool.main(options)
+    assert len(started) == 4
+    tool.main([*options, "--activations", "swiglu"])
+    assert len(started) == 4 and "what to open: " in capsys.readouterr().out
 
 
 NAMES = ("xielu", "swiglu")
@@ -336,6 +366,14 @@ class TestRealLadder:
         assert names == {"scaling.md", "scaling.json", "scaling.png"}
         shown = (out / "results" / "scaling.md").read_text()
         assert "one seed: cannot say" in shown and "no evidence" in shown
+        command = re.search(r"- command: tools/compare_activations.py (.*)", shown)[1].split()
+        there, again = (scaling.parse_options(words[1:]) for words in (OPTIONS, command))
+        for name in ("sizes", "variants", "seeds", "baseline", "ladder"):
+            assert getattr(again, name) == getattr(there, name)
+        said = f"standard library of Python {platform.python_version()} (sha256 "
+        assert f"- text: {said}" in shown
+        context = json.loads((out / "results" / "scaling.json").read_text())["context"]
+        assert context["command"].split()[1:] == command and context["text"].startswith(said)
         assert "no evidence" in second
 
     def test_again_trains_nothing(

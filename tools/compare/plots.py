@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.transforms import offset_copy
+
 from compare import scaling_fit
 from compare.paired import DIFFERENCE, Comparison, Spread
 from compare.records import Records, with_alphas
@@ -192,21 +194,32 @@ def plot_alphas(records: Records, variants: Sequence[Variant], path: Path, *, ca
 def plot_sweep(
     sweep: Sweep, variants: Sequence[Variant], path: Path, *, caption: str, unit: str
 ) -> None:
-    """Held-out loss by learning rate; the best of each variant is filled."""
+    """Held-out loss by learning rate; the best of each variant is filled, and one that diverged is
+    at the upper edge."""
+    some = any(None in losses.values() for losses in sweep.losses.values())
     drawing = Drawing(
         f"Held-out loss by learning rate\n{caption}",
-        f"learning rate (one run at each, seed {SEED}; filled: the best)",
+        f"learning rate (one run at each, seed {SEED};\nfilled: the best"
+        f"{'; at the upper edge: diverged' * some})",
         f"held-out loss [nats per {unit}]",
     )
     axes, styles = drawing.axes, _styles(variants)
     for number, variant in enumerate(variants):
         losses = sweep.losses[variant.name]
         points = [(rate, loss) for rate, loss in losses.items() if loss is not None]
+        diverged = [rate for rate, loss in losses.items() if loss is None]
         marker, style = _MARKERS[number % len(_MARKERS)], styles[variant.name]
         best = sweep.best(variant.name)
         axes.plot(*zip(*points, strict=True), marker=marker, mfc="white", **style)
         axes.plot(best, losses[best], marker=marker, color=style["color"], label=variant.label)
+        # A little apart, since several may diverge at one rate.
+        aside = 7 * (number - (len(variants) - 1) / 2)
+        edge = offset_copy(axes.get_xaxis_transform(), drawing.figure, aside, units="points")
+        look = {"color": style["color"], "marker": marker, "mfc": "white", "linestyle": "none"}
+        at = {"transform": edge, "clip_on": False, "in_layout": False}
+        axes.plot(diverged, [1] * len(diverged), **look, **at)
     axes.set_xscale("log")
+    axes.margins(x=0.1)
     axes.set_xticks([*sweep.losses[variants[0].name]], minor=False)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()

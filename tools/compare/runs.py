@@ -24,7 +24,7 @@ from compare.package_text import Source
 from compare.records import Record, read_record
 from compare.settings import PAPER_INPUT_STD, Settings, megatron_flags
 from compare.text import Text, write_json
-from compare.training import train
+from compare.training import Diverged, train
 from compare.variants import Variant
 from megatron_xielu import __version__
 from megatron_xielu.checkpoints.folder import checkpoints, read_tracker
@@ -82,6 +82,11 @@ def parse_seeds(value: str) -> list[int]:
     if 0 in numbers:
         raise argparse.ArgumentTypeError("a seed is 1 or more")  # Megatron's rule
     return numbers
+
+
+def show_seeds(seeds: Sequence[int]) -> str:
+    """As `parse_seeds` takes them: which."""
+    return ",".join(map(str, seeds)) + "," * (len(seeds) == 1)
 
 
 def this_machine(settings: Settings, ranks: int | None) -> Machine:
@@ -227,6 +232,17 @@ def describe_run(
     }
 
 
+def show_text(described: Mapping[str, Any]) -> str:
+    """Of the ``text`` of `describe_run`, whose it is."""
+    if "source" in described:
+        described = {described["source"]: described["sha256"]}
+    return ", ".join(
+        f"{name} (sha256 {digest[:12]}…)"
+        for name, digest in described.items()
+        if isinstance(digest, str)
+    )
+
+
 def check_settings(out: Path, wanted: dict[str, Any]) -> None:
     """Keep ``wanted`` in ``out/settings.json``, or refuse if that holds something else.
 
@@ -265,6 +281,34 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{key}": value}
         )
     return flat
+
+
+def do_all(
+    planned: Sequence[tuple[str, Run, Settings]], machine: Machine, lock: int, *, instead: str
+) -> None:
+    """`do_run` of each; one that diverges keeps none after it from being trained.
+
+    Args:
+        planned: runs, each with what to say before its label, and its settings.
+        machine: where they run.
+        lock: that they hold.
+        instead: what else can be done about runs that diverge.
+
+    Raises:
+        SystemExit: some diverged; names them, and what to leave out.
+    """
+    diverged = []
+    for number, (before, run, settings) in enumerate(planned, 1):
+        try:
+            do_run(run, f"[{number}/{len(planned)}]{before}", settings, machine, lock)
+        except Diverged as error:
+            print(error, flush=True)
+            diverged.append(f"{before} {run.label}".strip())
+    if diverged:
+        raise SystemExit(
+            f"compare: {len(diverged)} of {len(planned)} runs diverged ({'; '.join(diverged)}), "
+            f"and there are no results without them; {instead}"
+        )
 
 
 def do_run(run: Run, place: str, settings: Settings, machine: Machine, lock: int) -> None:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from compare import equal_cost, results, runs, scaling_results
 from compare.scaling_results import Size
@@ -207,6 +208,7 @@ def _run(options: argparse.Namespace, out: Path, lock: int) -> None:
         runs.finished_records(_folder(out, width), options.variants, options.seeds)  # readable
     machine = runs.Machine("cpu", 1)
     source = runs.choose_text(ladder.preset, out / "text", options.text)
+    described: dict[str, Any] = {}
     if not options.prepare_text:  # another machine may be going to train
         machine = runs.this_machine(ladder.preset, None)
         for width, settings in options.sizes.items():
@@ -233,9 +235,12 @@ def _run(options: argparse.Namespace, out: Path, lock: int) -> None:
     )
     if options.prepare_text:
         return
-    for number, (size, run) in enumerate(planned, 1):
-        place = f"[{number}/{len(planned)}] width {size.width},"
-        runs.do_run(run, place, size.settings, machine, lock)
+    runs.do_all(
+        [(f" width {size.width},", run, size.settings) for size, run in planned],
+        machine,
+        lock,
+        instead="leave them out with --sizes, --seeds or --activations",
+    )
     records = [
         runs.finished_records(_folder(out, width), options.variants, options.seeds)
         for width in options.sizes
@@ -253,6 +258,8 @@ def _run(options: argparse.Namespace, out: Path, lock: int) -> None:
             *dict.fromkeys(note for of_size in records for note in results.other_regime(of_size)),
         ),
         context={
+            "command": " ".join(["tools/compare_activations.py scaling", *_words(options)]),
+            "text": runs.show_text(described["text"]),
             "sizes": f"{options.ladder} ladder, {options.ratio:g} {text.unit}s for each parameter "
             "of the layers' matrices, learning rate with 1/√width",
             "seeds": ", ".join(map(str, options.seeds)),
@@ -261,6 +268,17 @@ def _run(options: argparse.Namespace, out: Path, lock: int) -> None:
     )
     print("\n" + results.for_terminal(shown))
     print(f"what to open: {out / 'results' / 'scaling.md'}; its picture lies beside it")
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    """The options that give these results again, whatever the ladder's come to be."""
+    return [
+        *("--ladder", options.ladder, "--sizes", *map(str, options.sizes)),
+        *("--tokens-per-parameter", f"{options.ratio:g}"),
+        *("--activations", *(variant.name for variant in options.variants)),
+        *("--seeds", runs.show_seeds(options.seeds), "--baseline", options.baseline),
+        *(["--text", "FOLDER"] if options.text else []),
+    ]
 
 
 def _folder(out: Path, width: int) -> Path:

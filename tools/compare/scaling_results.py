@@ -158,10 +158,12 @@ def _loss_lines(
     labels: Mapping[str, str],
     unit: str,
 ) -> list[str]:
+    several = any(line.slope.interval for line in lines.values())
+    spread = ", mean ± sample standard deviation over seeds," if several else ""
     return [
-        f"Held-out loss in nats per {unit}, mean ± sample standard deviation over seeds, and what "
-        "a factor of ten of FLOPs adds to it on the line L = a − b·log10 C, with a 95 % interval. "
-        "“Off” is how far a mean lies from the line at most.",
+        f"Held-out loss in nats per {unit}{spread} and what a factor of ten of FLOPs adds to it on "
+        f"the line L = a − b·log10 C{', with a 95 % interval' * several}. “Off” is how far a "
+        f"{'mean' if several else 'loss'} lies from the line at most.",
         "",
         f"| | {_widths(sizes)} | per ×10 FLOPs | off |",
         "|---|" + "---|" * (len(sizes) + 2),
@@ -177,9 +179,10 @@ def _loss_lines(
 def _gap_lines(
     sizes: Sequence[Size], gaps: Mapping[str, Gap], labels: Mapping[str, str], baseline: str
 ) -> list[str]:
+    several = any(gap.line.slope.interval for gap in gaps.values())
     shown = [
-        f"Gap to {labels[baseline]}, paired by seed, each with a 95 % interval; negative is better "
-        f"than {labels[baseline]}.",
+        f"Gap to {labels[baseline]}, paired by seed{', each with a 95 % interval' * several}; "
+        f"negative is better than {labels[baseline]}.",
         "",
         f"| | {_widths(sizes)} | per ×10 FLOPs | p, Holm | the gap |",
         "|---|" + "---|" * (len(sizes) + 3),
@@ -191,13 +194,17 @@ def _gap_lines(
             f"| {labels[name]} | {means} | {gap.line.slope.show('+.4f')} | {p_holm} | "
             f"{gap.verdict} |"
         )
+    bounds = (
+        "Nothing is said beyond these sizes, this text, and a learning rate that is tuned for none."
+    )
+    if not several:
+        return [*shown, "", bounds, ""]
     shown += [
         "",
         f"“{scaling_fit.GROWS}” and “{scaling_fit.SHRINKS}” are about the gap's size on its line, "
         "from the smallest model to the largest, where Holm's adjusted p of the slope is below "
         f"0.05; “{scaling_fit.TURNS}” where one is better at one end and the other at the other, "
-        f"each by its interval. “{scaling_fit.UNCLEAR}” does not say that it stays. Nothing is "
-        "said beyond these sizes, this text, and a learning rate that is tuned for none.",
+        f"each by its interval. “{scaling_fit.UNCLEAR}” does not say that it stays. {bounds}",
         "",
     ]
     return shown

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from compare.equal_cost import Cost
 from compare.records import Record
-from compare.runs import Machine, do_run, finished_records, folder_of, plan_runs
+from compare.runs import Machine, Run, do_run, finished_records, plan_runs
 from compare.settings import Settings
 from compare.text import Text
 from compare.training import Diverged
 from compare.variants import Variant
 from megatron_xielu.catalog import NUMBERS
+from megatron_xielu.checkpoints.folder import complete_checkpoints
+from megatron_xielu.checkpoints.source import Refused
 from megatron_xielu.common import files
 
 SEED = 41
@@ -144,18 +146,36 @@ def train_all(
 
 
 def check_rates(
-    out: Path, finished: dict[str, dict[int, Record]], own: dict[str, Settings]
+    runs: Sequence[Run], finished: Mapping[str, Mapping[int, Record]], own: Mapping[str, Settings]
 ) -> None:
     """Refuse runs that another choice has trained: on a GPU a sweep that is repeated may differ.
+
+    Args:
+        runs: those that are compared.
+        finished: their records, by variant and seed; of the others a checkpoint says the rate.
+        own: settings by variant.
 
     Raises:
         SystemExit: there is one; names its folder and both rates.
     """
-    for name, of_seed in finished.items():
-        for seed, record in of_seed.items():
-            if record.learning_rate not in (None, own[name].learning_rate):
-                raise SystemExit(
-                    f"compare: {folder_of(out, name, seed)} was trained at the learning rate "
-                    f"{record.learning_rate:g}, and the sweep now has {own[name].learning_rate:g} "
-                    "as the best; delete it, and the same command makes it again"
-                )
+    for run in runs:
+        record, best = finished.get(run.variant.name, {}).get(run.seed), own[run.variant.name]
+        rate = record.learning_rate if record else _rate_of_checkpoint(run.folder)
+        if rate not in (None, best.learning_rate):
+            raise SystemExit(
+                f"compare: {run.folder} was trained at the learning rate {rate:g}, and the sweep "
+                f"now has {best.learning_rate:g} as the best; delete it, and the same command "
+                "makes it again"
+            )
+
+
+def _rate_of_checkpoint(folder: Path) -> float | None:
+    """Of the last one of a run; None where there is none that can be read."""
+    from megatron_xielu.checkpoints.torch_dist import TorchDist  # needs PyTorch
+
+    checkpoints = list(complete_checkpoints(folder / "checkpoints").values())
+    try:
+        rate = getattr(TorchDist(checkpoints[-1]).arguments, "lr", None)
+    except (IndexError, OSError, Refused):
+        return None
+    return rate if isinstance(rate, float) else None

@@ -99,7 +99,7 @@ def train(
 
     Raises:
         Stopped: a stop signal came; the child has saved a checkpoint and ended, or was killed.
-        Diverged: a loss or gradient was NaN or Inf.
+        Diverged: a loss or gradient was NaN or Inf; what to do about it is the caller's to say.
         SystemExit: the training failed; the message ends with the log's last lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -133,12 +133,12 @@ def train(
             gained = lines.read()
         if found := _NOT_A_NUMBER.search(gained):
             raise Diverged(
-                f"compare: the training of {label} diverged: {found[0]}; --lr-sweep finds a "
-                f"learning rate at which it does not. Its whole log: {log}"
+                f"compare: the training of {label.rstrip(':')} diverged: {found[0]}; its whole "
+                f"log: {log}"
             )
         raise SystemExit(
-            f"{last_words(gained)}\ncompare: the training of {label} failed; its whole log: {log}\n"
-            "Run the same command again to go on from its last checkpoint."
+            f"{last_words(gained)}\ncompare: the training of {label.rstrip(':')} failed; its whole "
+            f"log: {log}\nThe same command tries it again."
         )
     progress.end("stopped" if stopped else "done")
     return peak
