@@ -30,6 +30,7 @@ Array = NDArray[np.float64]
 
 RISES, FALLS, CANNOT_SAY = "rises with depth", "falls with depth", "cannot say"
 COLUMNS = ("layer", "nonlinearity at the start", "at the end", "change", "95 % interval")
+_ROUNDING = 1e-6  # alphas in float32 that are alike, or do not move, differ by less
 _NORMAL = 1.959964
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
@@ -114,6 +115,9 @@ def of_seeds(
 ) -> Adaptation | None:
     """Of effective alphas; None of fewer than two layers, or where seeds share no iteration.
 
+    None, too, where there is no trend to find: of alphas that did not train, or are one pair for
+    all layers.
+
     Args:
         label: what the trainings are called.
         activation: ``xielu`` or ``xiprelu``.
@@ -138,6 +142,9 @@ def of_seeds(
     numbers = np.arange(values.shape[-1]) if layers is None else np.asarray(layers, np.int64)
     if len(numbers) < 2 or not len(shared):
         return None
+    moved = len(shared) == 1 or np.ptp(values, axis=1).max() > _ROUNDING
+    if not moved or np.ptp(values, axis=2).max() <= _ROUNDING:
+        return None
     return Adaptation(label, shared, numbers, values)
 
 
@@ -147,6 +154,8 @@ def of_runs(runs: Sequence[Run]) -> list[Adaptation]:
     for label, members in groups(runs):
         of = [run for run in members if run.layers and run.diverged is None]
         if not of or of[0].activation not in TRAINABLE:
+            continue
+        if getattr(of[0].arguments, "xielu_frozen_alphas", False):
             continue
         layers = [layer.depth for layer in of[0].layers]
         names = of[0].alpha_names

@@ -9,7 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from megatron_xielu.report.depth import Adaptation, over_seeds
-from megatron_xielu.report.drawing import ACTIVATION_COLOURS, Drawing, Picture, depth_colour
+from megatron_xielu.report.drawing import (
+    ACTIVATION_COLOURS,
+    LEAST_HEIGHT,
+    Drawing,
+    Picture,
+    depth_colour,
+)
 
 _COLOUR = ACTIVATION_COLOURS["xielu"]
 NONLINEARITY = "1 − R² of the best straight line"
@@ -20,9 +26,11 @@ def pictures(found: Sequence[Adaptation]) -> list[Picture]:
     made = []
     for number, one in enumerate(found, 1):
         several = one.seeds > 1
-        bands = "; bands and bars: 95 % interval over seeds" if several else ""
+        bands = "; bands and bars: 95 % interval over seeds, dots: seeds" if several else ""
+        (axis,) = limits([one])
         drawing = Drawing("Nonlinearity over time", "training iteration", NONLINEARITY)
         over_time(drawing.axes, one)
+        drawing.axes.set_ylim(axis)
         drawing.depth_bar(int(one.layers[-1]))
         made.append(
             drawing.finish(
@@ -33,6 +41,7 @@ def pictures(found: Sequence[Adaptation]) -> list[Picture]:
         )
         drawing = Drawing("Nonlinearity by depth, at the end", "layer", NONLINEARITY)
         by_depth(drawing.axes, one)
+        drawing.axes.set_ylim(axis)
         drawing.legend()
         made.append(
             drawing.finish(
@@ -42,6 +51,26 @@ def pictures(found: Sequence[Adaptation]) -> list[Picture]:
             )
         )
     return made
+
+
+def limits(found: Sequence[Adaptation]) -> list[tuple[float, float]]:
+    """Of the vertical axis of each, with its intervals and seeds; all are equally high.
+
+    It is one axis for all, unless they lie so far apart that it would flatten them.
+    """
+    spans = []
+    for one in found:
+        mean, half = over_seeds(one.nonlinearity)
+        half = np.nan_to_num(half)
+        shown = np.stack([mean - half, mean + half, *one.nonlinearity])
+        spans.append((shown.min(), shown.max()))
+    low, high = np.array(spans).T
+    height = max(LEAST_HEIGHT, (high - low).max())
+    if (whole := high.max() - low.min()) < 2 * height:
+        low, high, height = np.full_like(low, low.min()), np.full_like(high, high.max()), whole
+    middle, half_height = (low + high) / 2, 0.55 * max(LEAST_HEIGHT, height)
+    ends = zip(middle - half_height, middle + half_height, strict=True)
+    return [(float(bottom), float(top)) for bottom, top in ends]
 
 
 def over_time(axes: Axes, one: Adaptation) -> None:
@@ -54,9 +83,6 @@ def over_time(axes: Axes, one: Adaptation) -> None:
         if one.seeds > 1:
             low, high = middle - width, middle + width
             axes.fill_between(one.iterations, low, high, color=colour, alpha=0.12, linewidth=0)
-    # Of three seeds intervals can be wide; the lines shall be seen.
-    margin = 0.5 * np.ptp(mean) or 0.01
-    axes.set_ylim(mean.min() - margin, mean.max() + margin)
 
 
 def by_depth(axes: Axes, one: Adaptation) -> None:

@@ -7,6 +7,7 @@ viridis, light to dark: colour-blind readers can tell them apart.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +67,15 @@ _STYLE: Any = {
     "ytick.color": "0.35",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
     "legend.frameon": False,
     "legend.fontsize": 10.5,
     "lines.linewidth": 1.7,
     "mathtext.default": "regular",
 }
 _LEGEND_ROW = 0.24  # inches
+_TITLE_LETTERS, _LEGEND_LETTERS = 8.5, 10  # an inch
+LEAST_HEIGHT = 0.01  # of an axis of alphas or nonlinearity: less is rounding, and no movement
 _SHOWN_POINTS = 1500  # more are not to be told apart
 _SMOOTHED_SHARE = 0.01
 _LOG_FROM = 30.0  # ratio of the largest to the smallest number from which an axis is logarithmic
@@ -94,11 +98,10 @@ class Drawing:
     """Axes in the common look: one pair, or a grid of panels.
 
     Args:
-        title: above everything; the page shows it too.
+        title: above everything; the page shows it too. Lines that are too long are wrapped.
         x_label, y_label: with units; of the lowest row, and of the first column.
-        rows, columns: of panels. See ``shared``: the x axis of all, and the y axis in a row.
+        rows, columns: of panels.
         size: of the whole, in inches.
-        shared: whether panels share their axes.
     """
 
     def __init__(
@@ -110,21 +113,19 @@ class Drawing:
         rows: int = 1,
         columns: int = 1,
         size: tuple[float, float] = _SIZE,
-        shared: bool = True,
     ) -> None:
         with matplotlib.rc_context(_STYLE):
             self.figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
-            self.panels = self.figure.subplots(
-                rows, columns, squeeze=False, sharex=shared, sharey="row" if shared else False
-            )
+            self.panels = self.figure.subplots(rows, columns, squeeze=False)
             self.axes: Axes = self.panels[0, 0]
             for axes in self.panels[-1]:
                 axes.set_xlabel(x_label)
             for axes in self.panels[:, 0]:
                 axes.set_ylabel(y_label)
-            if self.panels.size == 1:
+            if self.panels.size == 1 and "\n" not in title:
                 self.axes.set_title(title)
             else:
+                title = wrapped(title, _TITLE_LETTERS * size[0])
                 self.figure.suptitle(title, x=0.01, horizontalalignment="left")
 
     def legend(self, **options: Any) -> None:
@@ -134,11 +135,13 @@ class Drawing:
             if len(handles) <= 4 and all(len(label) <= 32 for label in labels):
                 self.axes.legend(**options)
             else:
-                room = int(10 * self.figure.get_figwidth())  # letters
+                room = int(_LEGEND_LETTERS * self.figure.get_figwidth())
                 columns = max(1, room // max(28, *map(len, labels)))
-                rows = -(-len(labels) // columns)
+                labels = [wrapped(label, room - 6) for label in labels]
+                lines = sum(label.count("\n") + 1 for label in labels)
+                rows = -(-lines // columns) + ("title" in options)
                 self.figure.set_figheight(self.figure.get_figheight() + _LEGEND_ROW * rows)
-                options |= {"loc": "outside lower left", "ncols": columns}
+                options |= {"loc": "outside lower left", "ncols": columns, "alignment": "left"}
                 self.figure.legend(handles, labels, **options)
 
     def layers_below(self) -> None:
@@ -156,7 +159,8 @@ class Drawing:
             return
         with matplotlib.rc_context(_STYLE):
             key = ScalarMappable(Normalize(0, deepest), DEPTHS)
-            bar = self.figure.colorbar(key, ax=self.panels, label="layer", pad=0.02, aspect=30)
+            slim = max(30, 5 * self.figure.get_figheight())
+            bar = self.figure.colorbar(key, ax=self.panels, label="layer", pad=0.02, aspect=slim)
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
             bar.ax.invert_yaxis()  # the first layer on top, as it stands in a table
@@ -207,6 +211,20 @@ def depth_colour(depth: int, deepest: int) -> Any:
 def plain(text: str) -> str:
     """Text that Matplotlib shall show as it is, where ``$`` starts a formula, and ``_`` hides."""
     return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))
+
+
+def wrapped(text: str, letters: float) -> str:
+    """Lines of ``letters`` at most."""
+    lines = [textwrap.wrap(line, int(letters)) for line in text.split("\n")]
+    return "\n".join("\n".join(line) for line in lines)
+
+
+def not_of_rounding(axes: Axes) -> None:
+    """Widen a vertical axis that is lower than `LEAST_HEIGHT`."""
+    low, high = axes.get_ylim()
+    if high - low < LEAST_HEIGHT:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - LEAST_HEIGHT / 2, middle + LEAST_HEIGHT / 2)
 
 
 def unit(largest: float) -> tuple[float, str]:

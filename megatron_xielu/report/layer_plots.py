@@ -14,6 +14,7 @@ from megatron_xielu.report.drawing import (
     Picture,
     depth_colour,
     envelope,
+    not_of_rounding,
     smoothed,
     wants_log,
 )
@@ -105,6 +106,8 @@ def _lines(run: Run, drawing: Drawing, x: Array, columns: Array) -> None:
 def _alpha_scale(drawing: Drawing, values: Array) -> None:
     if wants_log(values):
         drawing.axes.set_yscale("log")
+    else:
+        not_of_rounding(drawing.axes)
 
 
 def _over_time(run: Run, side: str) -> Picture:

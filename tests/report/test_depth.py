@@ -59,7 +59,6 @@ def test_intervals_are_students():
         ((-0.3, 0.25, -0.35), CANNOT_SAY),
         ((-0.3, -0.05, -0.6), CANNOT_SAY),  # of one sign, but three are few
         ((-0.3,), CANNOT_SAY),
-        ((0.0, 0.0, 0.0), CANNOT_SAY),  # frozen
     ],
 )
 def test_verdicts(slopes, verdict):
@@ -69,6 +68,18 @@ def test_verdicts(slopes, verdict):
     assert np.sign(found.trends[:, 1]).tolist() == np.sign(slopes).tolist()
     assert ("one seed" in found.sentence) == (len(slopes) == 1)
     assert "-0.0000" not in found.sentence
+
+
+@pytest.mark.parametrize("layers", [[0.8] * 3, [0.8, 0.7, 0.6]], ids=["flag", "file"])
+def test_alphas_that_did_not_train_have_no_trend(layers):
+    """Frozen: the start as the flag or file has it, later as float32 has it."""
+    history = [layers, np.float32(layers), np.float32(layers)]
+    assert depth.of_seeds("x", "xielu", 0.5, [[0, 1, 2]] * 2, [history] * 2, [history] * 2) is None
+
+
+def test_one_pair_for_all_layers_has_no_trend():
+    shared = [[0.8] * 3, [0.9] * 3]
+    assert depth.of_seeds("x", "xielu", 0.5, [[0, 1]], [shared], [shared]) is None
 
 
 def test_trend_and_changes_are_those_of_the_layers():

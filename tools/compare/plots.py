@@ -17,11 +17,19 @@ from compare.variants import Variant
 from megatron_xielu.common import files
 from megatron_xielu.report import depth_plots
 from megatron_xielu.report.depth import Adaptation
-from megatron_xielu.report.drawing import Drawing, depth_colour, run_styles
+from megatron_xielu.report.drawing import (
+    Drawing,
+    depth_colour,
+    not_of_rounding,
+    run_styles,
+    wrapped,
+)
 from megatron_xielu.report.events import Curve
 
 _MARKERS = "os^DvP*X<>"  # tell variants and layers apart in grey too
 _SMOOTHED = 10  # logged losses: a single batch's loss is too noisy to compare
+_IN_A_ROW = 3  # variants, where each has panels of its own
+_LABEL = 28  # letters in a line, beside an axis
 _SHOWN_FROM = 15  # the first 1/15 falls so far that it would flatten all the rest; it is cut off
 
 
@@ -30,12 +38,11 @@ def plot_losses(
 ) -> None:
     """Training loss (running mean) and held-out loss, mean over seeds with the seeds' range."""
     drawing = Drawing(
-        f"Loss by activation\n{caption}",
+        f"Loss by activation\n{caption}{_range(records, variants)}",
         "training iteration",
         f"loss [nats per {unit}]",
         columns=2,
         size=(11, 4.8),
-        shared=False,  # the first validation comes late, when much of the loss has gone
     )
     left, right = drawing.panels[0]
     top = 0.0
@@ -48,9 +55,7 @@ def plot_losses(
         final = Spread.of([record.valid_loss for record in of_seed]).show(".3f")
         _band(left, train, label=f"{variant.label}: {final}", **style)
         _band(right, valid, marker=_MARKERS[number % len(_MARKERS)], **style)
-    seeds = max(map(len, records.values()))
-    band = f";\nbands: lowest to highest of {seeds} seeds" if seeds > 1 else ""
-    left.set_title(f"training text (mean of {_SMOOTHED} logged losses{band})")
+    left.set_title(f"training text (mean of {_SMOOTHED} logged losses)")
     right.set_title("held-out text (other axes)")
     left.set_ylim(top=top)
     drawing.legend(title="held-out loss after the last iteration")
@@ -72,13 +77,14 @@ def plot_scaling(
 
     ``flops``: of a run, by what its size is called.
     """
+    several = any(mean.interval for line in losses.values() for mean in line.means)
+    bars = "; bars: 95 % interval" if several else ", one seed"
     drawing = Drawing(
-        f"Loss and compute, by activation\n{caption}",
+        f"Loss and compute, by activation\n{caption}\ndots: means{bars}; lines: a − b·log10 C",
         "FLOPs of a run",
         f"held-out loss [nats per {unit}]",
         columns=2,
         size=(11, 5),
-        shared=False,
     )
     left, right = drawing.panels[0]
     styles = _styles(variants)
@@ -98,10 +104,8 @@ def plot_scaling(
                 capsize=3,
                 label=f"{variant.label}: {line.slope.value:+.3f}",
             )
-    several = any(mean.interval for line in losses.values() for mean in line.means)
-    bars = ", 95 % intervals" if several else ", one seed"
-    left.set_title(f"means{bars}; lines: a − b·log10 C")
-    right.set_title(f"gap to {baseline}; below 0 is better")
+    left.set_title("held-out loss")
+    right.set_title(wrapped(f"gap to {baseline}; below 0 is better", 50))
     right.axhline(0, color="0.35", linewidth=1)
     for axes in (left, right):
         axes.set_xscale("log")
@@ -125,12 +129,17 @@ def plot_differences(
     baseline = labels[comparisons[0].baseline]
     several = any(comparison.interval for comparison in comparisons)
     key = "dots: seeds, diamond: mean, bar: 95 % interval" if several else "one seed"
+    names = {
+        one.variant: wrapped(labels[one.variant], _LABEL) + (f"\n{one.verdict}" if several else "")
+        for one in comparisons
+    }
+    lines = max(name.count("\n") + 1 for name in names.values())
     drawing = Drawing(
-        f"Paired differences to {baseline}\n{caption}",
-        f"held-out loss minus that of {baseline} with the same seed [nats per {unit}]\n"
-        f"← better        {key}        worse →",
+        f"Paired differences to {baseline}\n{caption}\n{key}",
+        "held-out loss minus the baseline's, seed by seed\n"
+        f"← better      [nats per {unit}]      worse →",
         "",
-        size=(8.5, 1.9 + 0.62 * len(comparisons)),
+        size=(8.5, 2.2 + (0.2 + 0.21 * lines) * len(comparisons)),
     )
     axes = drawing.axes
     axes.margins(x=0.08)
@@ -149,33 +158,27 @@ def plot_differences(
         axes.plot(differences, [place] * len(differences), "o", color=colour, alpha=0.45, ms=5)
         filled = colour if comparison.verdict == DIFFERENCE else "white"
         axes.plot(comparison.mean, place, "D", color=colour, markerfacecolor=filled, ms=9)
-    axes.set_yticks(
-        range(len(comparisons)),
-        [labels[c.variant] + (f"\n{c.verdict}" if several else "") for c in comparisons],
-    )
+    axes.set_yticks(range(len(comparisons)), [names[one.variant] for one in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     files.write(path, drawing.png())
 
 
 def plot_alphas(records: Records, variants: Sequence[Variant], path: Path, *, caption: str) -> None:
-    """Effective αp and αn of every layer over time, mean over seeds; a column per variant."""
+    """Effective αp and αn of every layer over time, mean over seeds; two panels per variant."""
     trained = with_alphas(records, variants)
-    drawing = Drawing(
-        f"Alphas by layer\n{caption}",
-        "training iteration",
-        "effective alpha",
-        rows=2,
-        columns=len(trained),
-        size=(5.0 * len(trained) + 1, 7),
+    drawing, pairs = _pairs(
+        f"Alphas by layer\n{caption}{_range(records, trained)}", "effective alpha", len(trained)
     )
     deepest = 0
-    for column, variant in zip(drawing.panels.T, trained, strict=True):
+    for pair, variant in zip(pairs, trained, strict=True):
         alphas = [r.alphas for r in records[variant.name].values() if r.alphas]
         deepest = len(alphas[0].positive[0]) - 1
-        for axes, side, symbol in zip(
-            column, ("positive", "negative"), ("αp, x > 0", "αn, x ≤ 0"), strict=True
+        for axes, first, side, symbol in zip(
+            pair, pairs[0], ("positive", "negative"), ("αp, x > 0", "αn, x ≤ 0"), strict=True
         ):
+            if axes is not first:
+                axes.sharey(first)
             for layer in range(deepest + 1):
                 curves = [
                     [
@@ -186,7 +189,11 @@ def plot_alphas(records: Records, variants: Sequence[Variant], path: Path, *, ca
                 ]
                 marker = _MARKERS[layer % len(_MARKERS)]
                 _band(axes, over_seeds(curves), color=depth_colour(layer, deepest), marker=marker)
-            axes.set_title(f"{variant.label}: {symbol}")
+            whole = symbol.replace(" ", "\u00a0")  # in one line
+            axes.set_title(wrapped(f"{variant.label}: {whole}", _LABEL))
+            axes.set_xlabel("training iteration")
+    for axes in pairs[0]:
+        not_of_rounding(axes)
     drawing.depth_bar(deepest)
     files.write(path, drawing.png())
 
@@ -198,9 +205,9 @@ def plot_sweep(
     at the upper edge."""
     some = any(None in losses.values() for losses in sweep.losses.values())
     drawing = Drawing(
-        f"Held-out loss by learning rate\n{caption}",
-        f"learning rate (one run at each, seed {SEED};\nfilled: the best"
-        f"{'; at the upper edge: diverged' * some})",
+        f"Held-out loss by learning rate\n{caption}\nof one run, seed {SEED}; filled: the best"
+        f"{'; at the upper edge: diverged' * some}",
+        "learning rate",
         f"held-out loss [nats per {unit}]",
     )
     axes, styles = drawing.axes, _styles(variants)
@@ -228,24 +235,54 @@ def plot_sweep(
 
 
 def plot_depth(adapted: Sequence[Adaptation], path: Path, *, caption: str) -> None:
-    """Nonlinearity of every layer over time, and over depth at the end; a column per variant."""
-    drawing = Drawing(
-        f"Nonlinearity by depth\n{caption}",
-        "layer",
-        depth_plots.NONLINEARITY,
-        rows=2,
-        columns=len(adapted),
-        size=(5.0 * len(adapted) + 1, 7),
-        shared=False,
+    """Nonlinearity of every layer over time, and over depth at the end; two panels per variant."""
+    seeds = _seeds([one.seeds for one in adapted])
+    bands = f"\nbands and bars: 95 % interval over {seeds}; dots: seeds" if seeds else ""
+    drawing, pairs = _pairs(
+        f"Nonlinearity by depth\n{caption}{bands}", depth_plots.NONLINEARITY, len(adapted)
     )
-    for (above, below), one in zip(drawing.panels.T, adapted, strict=True):
-        above.set_title(one.label)
+    for (above, below), one, axis in zip(pairs, adapted, depth_plots.limits(adapted), strict=True):
+        above.set_title(wrapped(one.label, _LABEL))
         above.set_xlabel("training iteration")
+        below.set_xlabel("layer")
         depth_plots.over_time(above, one)
         depth_plots.by_depth(below, one)
         below.legend(frameon=False)
+        for axes in (above, below):
+            axes.set_ylim(axis)
     drawing.depth_bar(int(adapted[0].layers[-1]))
     files.write(path, drawing.png())
+
+
+def _pairs(title: str, y_label: str, count: int) -> tuple[Drawing, Any]:
+    """Two panels, one above the other, for each of ``count``, some in a row: [count, 2]."""
+    rows = -(-count // _IN_A_ROW)
+    columns = -(-count // rows)
+    drawing = Drawing(
+        title,
+        "",
+        y_label,
+        rows=2 * rows,
+        columns=columns,
+        size=(11 if columns > 1 else 6, 1 + 3 * 2 * rows),
+    )
+    pairs = drawing.panels.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)
+    for axes in pairs[count:].flat:
+        axes.set_visible(False)
+    return drawing, pairs[:count]
+
+
+def _range(records: Records, variants: Sequence[Variant]) -> str:
+    """A line of the caption: what the bands of `_band` are."""
+    seeds = _seeds([len(records[variant.name]) for variant in variants])
+    return f"\nbands: lowest to highest of {seeds}" if seeds else ""
+
+
+def _seeds(counts: Sequence[int]) -> str:
+    """How many each has; nothing where none has several."""
+    if max(counts) == 1:
+        return ""
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) + " seeds"
 
 
 def _styles(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:

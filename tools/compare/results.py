@@ -305,7 +305,7 @@ def _alpha_lines(records: Records, variants: Sequence[Variant]) -> list[str]:
 
 
 def adaptations(records: Records, variants: Sequence[Variant]) -> list[Adaptation]:
-    """Nonlinearity by depth of every variant whose layers have alphas of their own."""
+    """Nonlinearity by depth of every variant that trained alphas of each layer's own."""
     from megatron_xielu.report import depth  # needs PyTorch
 
     found = []
@@ -330,7 +330,10 @@ def adaptations(records: Records, variants: Sequence[Variant]) -> list[Adaptatio
 def _depth_lines(adapted: Sequence[Adaptation]) -> list[str]:
     from megatron_xielu.report.depth import COLUMNS
 
-    lines = ["Nonlinearity by depth (1 − R² of the best straight line, on standard normal inputs):"]
+    lines = [
+        "Nonlinearity by depth (1 − R² of the best straight line, on standard normal inputs). "
+        "Alphas that did not train, or are one pair for all layers, have no trend and are left out."
+    ]
     for one in adapted:
         lines += ["", one.sentence, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in one.rows()]
