@@ -102,9 +102,9 @@ def test_without_a_depth():
     assert depth.of_seeds("x", "xielu", 0.5, [[1], [2]], [two, two], [two, two]) is None
 
 
-def write_seed(folder: Path, seed: int, end: float = 2.0) -> str:
+def write_seed(folder: Path, seed: int, end: float = 2.0, **more: bool) -> str:
     """Four layers whose αp falls, the more the deeper."""
-    values = report_runs.ARGUMENTS | {"seed": seed, "train_iters": 6}
+    values = report_runs.ARGUMENTS | {"seed": seed, "train_iters": 6, **more}
     report_runs.write_events(folder, range(1, 1), arguments=values)
     writer = SummaryWriter(str(folder), filename_suffix="later")
     for step in range(1, 7):
@@ -127,3 +127,11 @@ def test_page_and_terminal_say_it(tmp_path, capsys):
     html = (tmp_path / "out" / "report.html").read_text()
     assert line in html and "depth-1.png" in html and "depth-1-over-time.png" in html
     assert html.count("<td>0.3834</td>") == 5  # each layer's start, and the first one's end
+
+
+def test_nothing_is_said_of_frozen_alphas(tmp_path, capsys):
+    """By their flag, since a single checkpoint of them does not show it."""
+    run = write_seed(tmp_path / "run", 0, xielu_frozen_alphas=True)
+    main([run, "--output", str(tmp_path / "out")])
+    assert "Trend" not in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("depth-*"))

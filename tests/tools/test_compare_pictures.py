@@ -125,7 +125,9 @@ def draw(picture: str, of: list[variants.Variant], path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "label"), [(2, LONG), (2, "xIELU 1234"), (6, LONG), (12, LONG), (12, "x" * 60)]
+    ("count", "label"),
+    [(2, LONG), (2, "xIELU 1234"), (6, LONG), (12, LONG), (12, "x" * 60)],
+    ids=["2-long", "2-short", "6-long", "12-long", "12-one-word"],
 )
 @pytest.mark.parametrize("picture", ["loss", "differences", "alphas", "depth", "sweep", "scaling"])
 def test_all_text_is_inside_and_apart(picture, count, label, tmp_path, drawn):
