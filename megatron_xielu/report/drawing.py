@@ -7,6 +7,7 @@ viridis, light to dark: colour-blind readers can tell them apart.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -214,7 +215,8 @@ def plain(text: str) -> str:
 
 
 def wrapped(text: str, letters: float) -> str:
-    """Lines of ``letters`` at most."""
+    """Lines of ``letters`` at most; a number stays with the word before it."""
+    text = re.sub(r" (?=[\d.]+(,|$))", "\u00a0", text, flags=re.M)
     lines = [textwrap.wrap(line, int(letters)) for line in text.split("\n")]
     return "\n".join("\n".join(line) for line in lines)
 

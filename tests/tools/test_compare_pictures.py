@@ -19,7 +19,7 @@ from test_compare import make_record
 
 from megatron_xielu.checkpoints.alphas import Alphas
 from megatron_xielu.report import depth_plots, layer_plots
-from megatron_xielu.report.drawing import Drawing
+from megatron_xielu.report.drawing import Drawing, wrapped
 
 WIDEST, HIGHEST = 2200, 5200  # pixels
 LONG = "xIELU, learning rate of alphas × 10, αp from 0.25, αn from 1.75"
@@ -204,3 +204,7 @@ def test_activations_far_apart_do_not_flatten_each_other():
     same = many(2, "xIELU")
     first, second = depth_plots.limits(results.adaptations(moving(same), same))
     assert first == second
+
+
+def test_a_number_stays_with_its_word():
+    assert wrapped("xIELU, αp from 0.5, αn from 1.2", 28) == "xIELU, αp from\u00a00.5, αn\nfrom\u00a01.2"
