@@ -204,7 +204,10 @@ def test_variants_are_told_apart_and_layouts_are_not(runs, tmp_path):
     assert list(found["variants"]["xielu"]["seeds"]) == ["1", "2", "3"]
     betas = {name: of.variant.beta for name, of in collect.group(load_all(more)).items()}
     assert betas["xielu-lr-10-beta-0.3"] == 0.3  # of which nonlinearity depends
-    assert "Seeds without a partner count in means, and are not paired: swiglu 3;" in shown
+    assert (
+        "Seeds without a partner count in means, and are not paired: xielu 3 (swiglu has none);"
+        in shown
+    )
 
 
 @pytest.mark.parametrize(

@@ -207,4 +207,7 @@ def test_activations_far_apart_do_not_flatten_each_other():
 
 
 def test_a_number_stays_with_its_word():
-    assert wrapped("xIELU, αp from 0.5, αn from 1.2", 28) == "xIELU, αp from\u00a00.5, αn\nfrom\u00a01.2"
+    assert (
+        wrapped("xIELU, αp from 0.5, αn from 1.2", 28)
+        == "xIELU, αp from\u00a00.5, αn\nfrom\u00a01.2"
+    )

@@ -404,9 +404,10 @@ def _setup(
         if apart := _apart(runs, [description.facts(run).get(what, "") for run in runs]):
             notes += (f"The runs differ in {what} ({apart}): their times and memory may, too.",)
     unpaired = [
-        f"{name} {', '.join(map(str, sorted(alone)))}"
-        for name, of in groups.items()
-        if (alone := of.runs.keys() ^ groups[baseline].runs.keys())
+        f"{one} {', '.join(map(str, sorted(alone)))} ({other} has none)"
+        for name in groups
+        for one, other in ((name, baseline), (baseline, name))
+        if (alone := groups[one].runs.keys() - groups[other].runs.keys())
     ]
     if unpaired:
         said = "; ".join(unpaired)
