@@ -368,7 +368,8 @@ def _setup(
         baseline=options.baseline,
         notes=(
             *results.caveats(
-                tiny=options.preset in ("quick", "tiny", "overnight"),
+                tiny=options.preset in ("tiny", "overnight"),
+                quick=options.preset == "quick",
                 on_gpu=machine.on_gpu,
                 seeds=len(options.seeds),
                 swept=bool(options.lr_sweep),

@@ -25,6 +25,9 @@ from megatron_xielu.common import files, text
 if TYPE_CHECKING:
     from megatron_xielu.report.depth import Adaptation
 
+_QUICK_NOTE = (
+    "`quick` exercises the pipeline: these losses, and differences between them, mean nothing."
+)
 _TINY_NOTE = (
     "These are tiny models on very little text, far from the paper's 1.1B parameters and 125B "
     "tokens: they show that each activation trains, and are no evidence for or against the paper's "
@@ -78,9 +81,12 @@ def other_regime(records: Records) -> tuple[str, ...]:
     )
 
 
-def caveats(*, tiny: bool, on_gpu: bool, seeds: int, swept: bool = True) -> tuple[str, ...]:
+def caveats(
+    *, tiny: bool, on_gpu: bool, seeds: int, swept: bool = True, quick: bool = False
+) -> tuple[str, ...]:
     """What to keep in mind with the results: in the terminal, in results.md and on the page."""
     notes = [
+        (_QUICK_NOTE, quick),
         (_TINY_NOTE, tiny),
         (_ONE_RATE_NOTE, not swept),
         (_CPU_NOTE, not on_gpu),

@@ -52,14 +52,14 @@ class Sweep:
         """What to keep in mind: the rates, best ones at an edge, and trainings that diverged."""
         count = len(next(iter(self.losses.values())))
         notes = [f"The learning rate of each is the best of {count}, by one run with seed {SEED}."]
+        rates = next(iter(self.losses.values()))
+        for edge, what in ((min(rates), "lowest"), (max(rates), "highest")):
+            if at_it := [labels[name] for name in self.losses if self.best(name) == edge]:
+                notes.append(
+                    f"The best learning rate of {', '.join(at_it)} is the {what} of the sweep, "
+                    f"{edge:g}: one beyond it may be better."
+                )
         for name, losses in self.losses.items():
-            best = self.best(name)
-            for edge, what in ((min(losses), "lowest"), (max(losses), "highest")):
-                if best == edge:
-                    notes.append(
-                        f"{labels[name]}'s best learning rate, {best:g}, is the {what} of the "
-                        "sweep: one beyond it may be better."
-                    )
             diverged = ", ".join(f"{rate:g}" for rate, loss in losses.items() if loss is None)
             if diverged:
                 notes.append(f"{labels[name]} diverged at the learning rate {diverged}.")
