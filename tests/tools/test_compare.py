@@ -618,8 +618,8 @@ class TestSweep:
             line.get_transform().transform(line.get_xydata()[0]) for line in edges
         )
         assert y == other_y == diverged.axes.bbox.ymax and x + 5 < other_x
-        assert "diverged" in diverged.axes.get_title()
-        assert "diverged" not in none.axes.get_title()
+        assert "diverged" in diverged.figure.get_suptitle()
+        assert "diverged" not in none.figure.get_suptitle()
 
     def test_runs_that_another_choice_has_trained_are_refused(self, tmp_path: Path) -> None:
         own = {"swiglu": dataclasses.replace(settings.QUICK, learning_rate=4e-3)}
@@ -859,7 +859,7 @@ class TestQuick:
         assert f"  {page}: " in shown
         written = comparison.out / "results" / "results.md"
         assert f"  {written}: " in shown
-        caveats = results.caveats(tiny=True, on_gpu=False, seeds=2, swept=False)
+        caveats = results.caveats(tiny=False, on_gpu=False, seeds=2, swept=False, quick=True)
         assert "tuned for none" in caveats[1] and "say nothing of GPUs" in caveats[2]
         html = page.read_text()
         for said in (shown, written.read_text(), unescape(html)):

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from megatron_xielu.report.depth import Adaptation
 
 _QUICK_NOTE = (
-    "`quick` exercises the pipeline: these losses, and differences between them, mean nothing."
+    "The preset quick exercises the pipeline: these losses, and differences between them, mean "
+    "nothing."
 )
 _TINY_NOTE = (
     "These are tiny models on very little text, far from the paper's 1.1B parameters and 125B "
