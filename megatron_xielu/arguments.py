@@ -223,13 +223,12 @@ def validate(args: Namespace) -> None:
     builder = activation_builder(args)
     for problem in (*catalog.out_of_range(args), *catalog.contradictions(args)):
         raise ValueError(problem)
-    numbers = (*catalog.SETTINGS, *catalog.ALPHA_GROUP)
     if builder is None:
         switches = ("xielu_recompute_output", "xielu_check_tp_sync", *_TRAINED_ALPHAS)
-        for argument in (*switches, *numbers):
+        for argument in (*switches, *catalog.DEFAULTS):
             if getattr(args, argument) not in (None, 0):
                 raise ValueError(catalog.needs_ours(flag_of(argument)))
-    for argument in numbers:  # as checkpoints keep them, with any activation
+    for argument in catalog.DEFAULTS:  # as checkpoints keep them, with any activation
         setattr(args, argument, _setting(args, argument))
     if builder is None:
         return

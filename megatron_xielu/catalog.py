@@ -34,6 +34,9 @@ PER_LAYER = {"xielu_alpha_p_init": "alpha_p", "xielu_alpha_n_init": "alpha_n"}
 # their weight decay. With these values they have no parameter group of their own.
 ALPHA_GROUP = {"xielu_alpha_lr_mult": 1.0, "xielu_alpha_weight_decay": 0.0}
 
+# All of these, with their defaults.
+DEFAULTS = {**SETTINGS, **ALPHA_GROUP}
+
 # By argument, what a change of it is called: in the name of a variant, and for people.
 ABLATIONS = {
     "xielu_frozen_alphas": ("frozen", "alphas frozen"),
@@ -118,11 +121,10 @@ def alpha_group_of(arguments: Any) -> list[str]:
 
 def ablations_of(arguments: Any) -> list[str]:
     """What arguments ask for of `ABLATIONS` that is not the default, in words."""
-    defaults = {**SETTINGS, **ALPHA_GROUP}
     found = []
     for name, (_, said) in ABLATIONS.items():
         value = getattr(arguments, name, None)
-        if value not in (None, False, defaults.get(name)):
+        if value not in (None, False, DEFAULTS.get(name)):
             found.append(f"{said} {per_layer.in_words(value)}".strip())
     return found
 

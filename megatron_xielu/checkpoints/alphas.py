@@ -138,9 +138,8 @@ def initial_alphas(
 
     None where the alphas of the run began otherwise: see `megatron_xielu.arguments`.
     """
-    positive, negative = (getattr(arguments, name, DEFAULT_ALPHA_INIT) for name in PER_LAYER)
-    if positive is None or negative is None:
+    starts = [getattr(arguments, name, DEFAULT_ALPHA_INIT) for name in PER_LAYER]
+    if None in starts:
         return None
-    return [of_layer(positive, name) for name in names], [
-        of_layer(negative, name) for name in names
-    ]
+    positive, negative = ([of_layer(start, name) for name in names] for start in starts)
+    return positive, negative

@@ -148,8 +148,7 @@ def _flags(plan: Plan) -> Iterator[str]:
     else:
         name, excluded = "this entry", [*catalog.BY_ENTRY]
         switches = ("recompute_output", "check_tp_sync", "frozen_alphas", "shared_alphas")
-        numbers = (*catalog.SETTINGS, *catalog.ALPHA_GROUP)
-        for argument in (*(f"xielu_{switch}" for switch in switches), *numbers):
+        for argument in (*(f"xielu_{switch}" for switch in switches), *catalog.DEFAULTS):
             if flag_of(argument) in given:
                 yield catalog.needs_ours(flag_of(argument))
     if args.xielu_shared_alphas:

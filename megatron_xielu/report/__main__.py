@@ -90,13 +90,13 @@ def write(
         run_plots,
         terminal,
     )
-    from megatron_xielu.report.load import find, load_all
+    from megatron_xielu.report.load import find_all, load_all
     from megatron_xielu.report.ranking import FEW, shown_closely
     from megatron_xielu.report.run import readable
 
     if output is None:
-        own = {os.path.realpath(folder): folder for folder in map(find, folders)}
-        output = next(iter(own.values())) / "report" if len(own) == 1 else Path("report")
+        own = find_all(folders)
+        output = own[0] / "report" if len(own) == 1 else Path("report")
     if output.exists() and not output.is_dir():
         raise NoReport(f"--output {output} is a file; name a folder")
     runs = load_all(folders) if runs is None else runs

@@ -6,7 +6,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron_xielu.catalog import ABLATIONS, ALPHA_GROUP, PER_LAYER, SETTINGS, TRAINABLE
+from megatron_xielu.catalog import ABLATIONS, DEFAULTS, PER_LAYER, TRAINABLE
 from megatron_xielu.common.flags import flag_of
 from megatron_xielu.common.per_layer import in_words
 from megatron_xielu.report.run import Run, shortened
@@ -83,7 +83,7 @@ def _setting(run: Run, name: str) -> str | None:
     """One of ours, as `settings` has it; None of a run without our activations."""
     if run.arguments is None or run.activation not in TRAINABLE:
         return None
-    value = getattr(run.arguments, name, {**SETTINGS, **ALPHA_GROUP}.get(name, False))
+    value = getattr(run.arguments, name, DEFAULTS.get(name, False))
     if value is None:  # of a model from elsewhere
         return "not known"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)

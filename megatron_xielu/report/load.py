@@ -60,6 +60,11 @@ def find(folder: Path) -> Path:
     return folder if folder.is_dir() and _event_files(folder) else run_folder(folder)
 
 
+def find_all(folders: Sequence[Path]) -> list[Path]:
+    """`find` of each, once."""
+    return list({os.path.realpath(folder): folder for folder in map(find, folders)}.values())
+
+
 def load_all(folders: Sequence[Path]) -> list[Run]:
     """Read runs, each once and with a name of its own, and say on standard error which.
 
@@ -70,7 +75,7 @@ def load_all(folders: Sequence[Path]) -> list[Run]:
         NoReport: a folder is no run.
     """
     runs = []
-    for folder in {os.path.realpath(folder): folder for folder in map(find, folders)}.values():
+    for folder in find_all(folders):
         print(f"reading {folder}", file=sys.stderr, flush=True)
         runs.append(load(folder))
     name_apart(runs)

@@ -34,7 +34,6 @@ _ABLATIONS = {word: (said, flag_of(argument)) for argument, (word, said) in _CHA
 # Without a number, and with one: what they are called, and the flag.
 _SWITCHES = {word: _ABLATIONS[word] for word in ("frozen", "shared", "recompute")}
 _NUMBERED = {word: _ABLATIONS[word] for word in ("beta", "lr", "decay")}
-_DEFAULTS = {**catalog.SETTINGS, **catalog.ALPHA_GROUP}
 _LONGEST = 40  # characters of a value, in a name and a label
 _LIMITS = catalog.NUMBERS["--xielu-beta"]  # and of the initial alphas; within those of the others
 
@@ -95,8 +94,8 @@ def parse(name: str) -> Variant:
 
 def is_change(argument: str, value: str) -> bool:
     """Whether a run's saved argument is one of ours, and not at its default."""
-    if argument in _DEFAULTS:
-        return value != str(_DEFAULTS[argument])
+    if argument in catalog.DEFAULTS:
+        return value != str(catalog.DEFAULTS[argument])
     return argument.startswith("xielu_") and value == "True"
 
 
