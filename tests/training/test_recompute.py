@@ -81,7 +81,8 @@ def test_a_missing_compiler_is_said_at_the_start(tmp_path):
         succeeds=False,
     )
     errors = [line for line in run.output.splitlines() if "error: --" in line]
-    assert len(errors) == 2, run.output[-3000:]
+    # torchrun ends the other rank as soon as one has said it.
+    assert errors, run.output[-3000:]
     for error in errors:
         assert error.startswith(f"megatron_xielu: error: {FLAG} needs a C++ compiler and ninja")
     assert "Traceback" not in run.output
