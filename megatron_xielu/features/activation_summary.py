@@ -17,7 +17,7 @@ import torch
 
 from megatron_xielu import catalog
 from megatron_xielu.common import per_layer, text
-from megatron_xielu.features.layer_names import layer_label
+from megatron_xielu.features.layer_names import mlp_labels
 from megatron_xielu.megatron_activations import MegatronActivation
 
 # Two of the ways to train can meet: ``--spec`` or this package's entry, in a patched checkout.
@@ -45,14 +45,14 @@ def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
     """
     if _said:
         return model
-    mine = {}
+    mine: dict[tuple[str, str], Found] = {}
     for chunk in model:
         modules = dict(chunk.named_modules())
         for name, module in modules.items():
             if hasattr(module, "activation_func"):
                 # T5 has a layer 0 in its encoder, and one in its decoder.
-                place = name.partition(".")[0], layer_label(name, modules)
-                mine[place] = found_in(module.activation_func, args)
+                part, found = name.partition(".")[0], found_in(module.activation_func, args)
+                mine |= {(part, label): found for label in mlp_labels(name, modules)}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     say({place: found for of_rank in everyone for place, found in of_rank.items()})
@@ -101,7 +101,7 @@ def line(mlps: dict[tuple[str, str], Found]) -> str:
     """What was found, in one line.
 
     Args:
-        mlps: of the whole model, by the part that each is in, and `layer_label`.
+        mlps: of the whole model, by the part that each is in, and its `mlp_labels`.
     """
     said = []
     for activation, settings in dict.fromkeys((f.activation, f.settings) for f in mlps.values()):

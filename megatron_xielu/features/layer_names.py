@@ -28,3 +28,20 @@ def layer_label(name: str, modules: dict[str, Any]) -> str:
         elif part in ("experts", "shared_experts"):
             label.append(part)
     return ".".join(label)
+
+
+def mlp_labels(name: str, modules: dict[str, Any]) -> list[str]:
+    """`layer_label` of each MLP that a module is, or is a part of, in the order of its alphas.
+
+    That is one, unless the module is of grouped experts: those of this rank.
+
+    Args:
+        name: of the module in its model chunk.
+        modules: ``named_modules()`` of the chunk.
+    """
+    label = layer_label(name, modules)
+    if not label.endswith(".experts"):
+        return [label]
+    path = name.split(".")
+    layer = modules[".".join(path[: path.index("experts")])]
+    return [f"{label}.{expert:03d}" for expert in layer.local_expert_indices]

@@ -20,7 +20,8 @@ def gather_alphas(
     """The alphas of all ranks of ``group``; collective.
 
     Returns:
-        Values of shape [ranks, 2·layers], and for each column whether the ranks' bits differ.
+        Values of shape [ranks, alphas], for each module its alpha_p and then its alpha_n, and for
+        each column whether the ranks' bits differ.
     """
     mine = torch.cat([a.detach() for m in modules for a in (m.alpha_p, m.alpha_n)])
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
@@ -33,7 +34,7 @@ def gather_alphas(
 def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
     """Stop unless all tensor-parallel ranks hold bitwise equal alphas in ``model``.
 
-    One all-gather of 8 bytes per MLP and one host synchronisation, and the same again for experts.
+    One all-gather of 8 bytes for each pair and one host synchronisation, and another for experts.
     Call it on all ranks.
 
     Args:
@@ -54,7 +55,12 @@ def check_tp_sync(model: torch.nn.Module, iteration: int) -> None:
         if group is None or group.size() == 1:
             continue
         members = {name: m for name, m in activations.items() if m.tp_group is group}
-        names = [f"{name}.{a}" for name in members for a in ("alpha_p", "alpha_n")]
+        names = [
+            f"{name}.{side}" + (f"[{expert}]" if module.alpha_p.numel() > 1 else "")
+            for name, module in members.items()
+            for side in ("alpha_p", "alpha_n")
+            for expert in range(module.alpha_p.numel())
+        ]
         values, differs = gather_alphas(members.values(), group)
         found += [f"{name}: {values[:, i].tolist()}" for i, name in enumerate(names) if differs[i]]
     if found:

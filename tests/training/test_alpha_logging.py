@@ -6,12 +6,17 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from event_curves import curves
-from launch import load_checkpoint, train
+from launch import load_checkpoint, start, train, wait
 from wandb.proto.wandb_internal_pb2 import Record
+
+from megatron_xielu.features import tp_sync
+from megatron_xielu.features.alpha_logging import elements_in_shard
+from megatron_xielu.megatron_activations import MegatronXIELU
 
 LAST = 6  # iteration
 LAYOUTS = {
@@ -49,6 +54,43 @@ def test_curves_are_the_alphas_of_the_checkpoint(layout, tmp_path):
             tag = f"alpha_grad_norm/layer_{layer:02d}"
             expected = [value for step, value in plain[tag] if step % 2 == 0]
             assert [value for _, value in found[tag]] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("start_at", "count"), [(0, 1), (3, 1), (5, 7), (6, 4), (0, 20), (11, 9)])
+@pytest.mark.parametrize("shard", [4, 5, 10, 20])
+def test_each_element_is_in_the_shard_of_its_place(start_at, count, shard):
+    bucket = torch.arange(20).split(shard)  # as a reduce-scatter deals it out
+    for rank, places in enumerate(bucket):
+        owned = elements_in_shard(start_at, count, shard=shard, rank=rank)
+        assert [start_at + e for e in owned] == [
+            place for place in places.tolist() if start_at <= place < start_at + count
+        ]
+
+
+def test_experts_in_one_tensor_that_ranks_share(tmp_path):
+    """Cut by the shards of the distributed optimizer, over expert-parallel ranks, and frozen."""
+    log = tmp_path / "log.txt"
+    script = str(Path(__file__).with_name("alpha_table_two_ranks.py"))
+    assert wait(start([], ranks=2, log=log, command=[script])) == [0, 0], log.read_text()
+    assert "megatron_xielu: xIELU in 1 MLP and 200 experts, αp 0.8" in log.read_text()
+
+
+def test_copies_of_experts_that_differ_are_named(monkeypatch):
+    module, group = MegatronXIELU(), Mock(**{"size.return_value": 2})
+    module.alpha_p, module.alpha_n = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    module.tp_group = group
+    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleDict({"activation_func": module})})
+
+    def gather(modules, of):
+        assert list(modules) == [module] and of is group
+        values = torch.zeros(2, 6)
+        values[1, 4] = 0.5  # of [three alpha_p, three alpha_n]
+        return values, [False] * 4 + [True, False]
+
+    monkeypatch.setattr(tp_sync, "gather_alphas", gather)
+    said = r"by rank\): experts\.activation_func\.alpha_n\[1\]: \[0.0, 0.5\]$"
+    with pytest.raises(RuntimeError, match=said):
+        tp_sync.check_tp_sync(model, 1)
 
 
 def offline_records(path: Path) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ own. Differences come from the order of summation alone.
 
 import pytest
 import torch
+from event_curves import alpha_curves
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
 
 MOE = (
@@ -42,6 +43,8 @@ LAYERS = {
     "mtp.layers.0.transformer_layer.mlp.shared_experts": (1,),
 }
 
+KINDS_OF_CURVES = ("alpha_p", "alpha_n", "alpha_p_raw", "alpha_n_raw", "alpha_grad_norm")
+
 
 def alphas_of(folder):
     """The alphas in a checkpoint, by key."""
@@ -59,15 +62,16 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, start):
-    """One rank, from iteration 1 to 4: the run, and its alphas at the end."""
+    """One rank, from iteration 1 to 4: the run, its alphas at the end, and their curves."""
     folder = tmp_path_factory.mktemp("moe_one")
-    run = train(folder, f"{start} --save checkpoints")
-    return run, alphas_of(folder / "checkpoints" / "iter_0000004")
+    run = train(folder, f"{start} --save checkpoints --tensorboard-dir events")
+    alphas = alphas_of(folder / "checkpoints" / "iter_0000004")
+    return run, alphas, alpha_curves(folder / "events")
 
 
 def test_every_mlp_trains_its_own_pair(one, start):
     """None has another activation (the audit), a fixed one, or one that is shared."""
-    run, alphas = one
+    run, alphas, _ = one
     names = [f"{layer}.activation_func.{a}" for layer in LAYERS for a in ("alpha_p", "alpha_n")]
     assert alphas.keys() == set(names)
     assert [tuple(alphas[name].shape) for name in names[::2]] == list(LAYERS.values())
@@ -77,12 +81,48 @@ def test_every_mlp_trains_its_own_pair(one, start):
     assert all(any(grad) for grad in run.dumps[0]["grads"].values())
 
 
+def test_curves_are_of_all_experts_of_a_layer(one):
+    """And none is of a single expert; beside them, one a layer for each other pair."""
+    run, alphas, curves = one
+    mlps = ("layer_00", "layer_01.shared_experts", "mtp_0.shared_experts")
+    statistics = {
+        "mean": torch.mean,
+        "std": lambda values: values.std(correction=0),
+        "min": torch.min,
+        "max": torch.max,
+    }
+    expected = {f"{kind}/{mlp}" for mlp in mlps for kind in KINDS_OF_CURVES}
+    layers = {"layer_01": "decoder.layers.1.mlp", "mtp_0": "mtp.layers.0.transformer_layer.mlp"}
+    for label, layer in layers.items():
+        for side, floor in (("alpha_p", 0.0), ("alpha_n", 0.5)):
+            raw = alphas[f"{layer}.experts.experts.activation_func.{side}"].double()
+            effective = floor + torch.nn.functional.softplus(raw)
+            assert effective.std() > 1e-4
+            for statistic, of in statistics.items():
+                tag = f"{side}/{label}.experts.{statistic}"
+                step, value = curves[tag][-1]
+                assert (step, value) == (4, pytest.approx(of(effective).item(), rel=1e-5))
+                expected.add(tag)
+        tag = f"alpha_grad_norm/{label}.experts"
+        gradients = [
+            gradient
+            for name, gradient in run.dumps[0]["grads"].items()
+            if (".mtp." in f".{name}") == ("mtp" in label) and "local_experts" in name
+        ]
+        assert len(gradients) == 2 * 4
+        norm = torch.tensor(gradients).norm().item()
+        assert curves[tag][-1] == (4, pytest.approx(norm, rel=1e-5))
+        expected.add(tag)
+    assert curves.keys() == expected
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trains_as_one_rank(layout, tmp_path, start, one):
     ranks, flags = LAYOUTS[layout]
-    expected_run, expected = one
+    expected_run, expected, curves = one
     save = "--save checkpoints" if layout in ("tp2-etp2-ep2", "pp2") else ""  # it takes a while
-    run = train(tmp_path, f"{start} {save} --xielu-check-tp-sync 1 {flags}", ranks=ranks)
+    more = f"{save} --xielu-check-tp-sync 1 --tensorboard-dir events"
+    run = train(tmp_path, f"{start} {more} {flags}", ranks=ranks)
     assert run.output.count("megatron_xielu: xIELU in 3 MLPs and 8 experts, ") == 1
     assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
@@ -97,11 +137,20 @@ def test_trains_as_one_rank(layout, tmp_path, start, one):
                 assert dump["grads"][name] == grad, name
             seen.add(same)
     assert seen == wanted["alphas"].keys()
+    assert_alike(alpha_curves(tmp_path / "events"), curves)
     if save:
         actual = alphas_of(tmp_path / "checkpoints" / "iter_0000004")
         assert actual.keys() == expected.keys()
         for key in expected:
             torch.testing.assert_close(actual[key], expected[key], rtol=2e-5, atol=1e-6)
+
+
+def assert_alike(curves, expected):
+    """But for rounding, which the spread of alphas that are nearly alike has much of."""
+    assert curves.keys() == expected.keys()
+    for tag, curve in expected.items():
+        tolerance = {"rel": 2e-4, "abs": 1e-6 if "grad" in tag else 2e-5}
+        assert curves[tag] == [(step, pytest.approx(value, **tolerance)) for step, value in curve]
 
 
 def as_on_one_rank(name, ep_rank, flags):
