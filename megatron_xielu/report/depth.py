@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_xielu.catalog import TRAINABLE
 from megatron_xielu.checkpoints.alphas import beta as beta_of
+from megatron_xielu.report.experts import has_experts
 from megatron_xielu.report.nonlinearity import trained
 from megatron_xielu.report.ranking import groups
 from megatron_xielu.report.run import Run
@@ -159,7 +160,9 @@ def of_runs(runs: Sequence[Run]) -> list[Adaptation]:
             continue
         layers = [layer.depth for layer in of[0].layers]
         names = of[0].alpha_names
-        if len(set(layers)) < len(layers) or any(run.alpha_names != names for run in of):
+        if len(set(layers)) < len(layers) or has_experts(names):
+            continue
+        if any(run.alpha_names != names for run in of):
             continue
         p, n = ([getattr(run, f"alpha_{side}") for run in of] for side in "pn")
         found.append(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_xielu.report import expert_plots
 from megatron_xielu.report.drawing import (
     RUN_COLOURS,
     SHARES,
@@ -18,6 +19,7 @@ from megatron_xielu.report.drawing import (
     smoothed,
     wants_log,
 )
+from megatron_xielu.report.experts import has_experts
 from megatron_xielu.report.run import History, Run, depth
 from megatron_xielu.report.run_plots import TimeAxis
 
@@ -39,11 +41,18 @@ def pictures(run: Run, prefix: str) -> list[Picture]:
         made += [_curves(run, slope=False), _curves(run, slope=True), _nonlinearity(run)]
     if run.alpha_grad_norm is not None and len(run.alpha_grad_norm.iterations):
         made.append(_gradient_norms(run, run.alpha_grad_norm))
+    if run.experts is not None:
+        made += expert_plots.pictures(run.experts)
     return [replace(picture, file=prefix + picture.file) for picture in made]
 
 
 def _depths(run: Run) -> list[int]:
-    return [depth(name, getattr(run.arguments, "num_layers", 0)) for name in run.alpha_names]
+    return [depth(name, _count(run)) for name in run.alpha_names]
+
+
+def _count(run: Run) -> int:
+    """Of layers, which those of prediction follow."""
+    return getattr(run.arguments, "num_layers", 0)
 
 
 def _by_depth(run: Run) -> Picture:
@@ -57,31 +66,43 @@ def _by_depth(run: Run) -> Picture:
         (run.alpha_n, _SIDES["n"], RUN_COLOURS[1], "s"),
     ):
         first, last = history.values[0], history.values[-1]
-        line = "-" if len(set(depths)) == len(depths) else ""
+        line = "-" if len(set(depths)) == len(depths) else "none"
         drawing.axes.plot(
             depths,
             last,
-            line,
+            linestyle=line,
             color=colour,
             marker=marker,
             markersize=5,
             label=f"{symbol} ({where})",
         )
         drawing.axes.plot(
-            depths, first, "--" if line else "_", color=colour, alpha=0.5, linewidth=1.2
+            depths, first, "--" if line == "-" else "_", color=colour, alpha=0.5, linewidth=1.2
         )
         everything += [first, last]
+        if run.experts is not None:
+            values = run.experts.alpha_p if history is run.alpha_p else run.experts.alpha_n
+            ends = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+            beside = -0.15 if history is run.alpha_p else 0.15  # not over one another
+            layers = [depth(name, _count(run)) + beside for name in run.experts.layers]
+            drawing.axes.vlines(layers, *ends, color=colour, alpha=0.35, linewidth=4)
+            everything += ends
     _alpha_scale(drawing, np.concatenate(everything))
     drawing.layers_below()
     drawing.legend()
     start, end = run.alpha_p.iterations[0], run.alpha_p.iterations[-1]
+    bars = "" if run.experts is None else ", bars from the least to the greatest"
     return drawing.finish(
         "alphas-by-depth.png",
-        f"After iteration {end:,}; dashed: {_moment(int(start))}.",
+        f"After iteration {end:,}; dashed: {_moment(int(start))}{_of_experts(run)}{bars}.",
         f"{title}: αp from {run.alpha_p.values[-1][0]:.4g} in the first to "
         f"{run.alpha_p.values[-1][-1]:.4g} in the last layer, αn from "
         f"{run.alpha_n.values[-1][0]:.4g} to {run.alpha_n.values[-1][-1]:.4g}",
     )
+
+
+def _of_experts(run: Run) -> str:
+    return "; of a layer's routed experts their mean" if has_experts(run.alpha_names) else ""
 
 
 def _moment(iteration: int) -> str:
@@ -122,7 +143,7 @@ def _over_time(run: Run, side: str) -> Picture:
     _alpha_scale(drawing, history.values)
     return drawing.finish(
         f"alpha-{side}-over-time.png",
-        "A line for each layer, light to dark with depth.",
+        f"A line for each layer, light to dark with depth{_of_experts(run)}.",
         f"{title}: from {history.values[0].min():.4g}–{history.values[0].max():.4g} "
         f"{_moment(int(history.iterations[0]))} to "
         f"{history.values[-1].min():.4g}–{history.values[-1].max():.4g} at the end",
@@ -214,7 +235,10 @@ def _gradient_norms(run: Run, history: History) -> Picture:
         drawing.axes.set_yscale("log")
     return drawing.finish(
         "alpha-gradient-norm.png",
-        "Of each layer's pair of raw alphas, as the optimizer applied it; means over 1 % of the "
-        "points.",
+        "Of each layer's pair of raw alphas, or of all pairs of its routed experts, as the "
+        "optimizer applied it; means over 1 % of the points."
+        if has_experts(run.alpha_names)
+        else "Of each layer's pair of raw alphas, as the optimizer applied it; means over 1 % of "
+        "the points.",
         f"{title}; median of all: {np.median(history.values):.3g}",
     )

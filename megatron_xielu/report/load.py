@@ -39,7 +39,7 @@ from megatron_xielu.common.schema import Malformed
 from megatron_xielu.common.text import is_number
 from megatron_xielu.plan.flags import PlanError
 from megatron_xielu.plan.model import Model
-from megatron_xielu.report import events
+from megatron_xielu.report import events, experts
 from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.evaluation import Evaluation
 from megatron_xielu.report.events import Series
@@ -254,8 +254,11 @@ def _described(argument: str, value: Any, folder: Path) -> float | None:
 
 def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
     name = str(run.activation)
-    written = {side: _rows(run.scalars, f"alpha_{side}") for side in "pn"}
+    written = {side: experts.one_a_layer(_rows(run.scalars, f"alpha_{side}")) for side in "pn"}
     saved = _saved_alphas(checkpoints, name, run.notes) if name in TRAINABLE else None
+    if saved is not None:
+        run.experts = experts.of_last(saved, name, beta_of(run.arguments))
+        saved = experts.means(saved)
     if single := written["p"].keys() ^ written["n"].keys():
         run.notes.append(f"event files have only one alpha of {', '.join(sorted(single)[:3])}")
     names = in_order(written["p"].keys() & written["n"].keys()) or (saved.names if saved else [])
@@ -282,6 +285,8 @@ def _add_alphas(run: Run, checkpoints: dict[int, Path]) -> None:
                 np.concatenate([[0], old.iterations]),
                 np.concatenate([[row], old.values]),
             )
+    if run.experts is None and experts.has_experts(names):
+        run.notes.append("no checkpoint has the alphas of each expert: no maps of them")
     run.alpha_names, run.alpha_p, run.alpha_n = names, histories["p"], histories["n"]
     norms = _rows(run.scalars, "alpha_grad_norm")
     if set(names) <= set(norms):

@@ -22,6 +22,7 @@ from megatron_xielu.catalog import ACTIVATIONS, ablations_of
 from megatron_xielu.plan.model import Model
 from megatron_xielu.report.evaluation import Evaluation, MeasuredLayer
 from megatron_xielu.report.events import Series
+from megatron_xielu.report.experts import Experts
 from megatron_xielu.report.nonlinearity import Shape
 
 Array = NDArray[np.float64]
@@ -50,7 +51,8 @@ class Layer:
     """One trained activation at the end of a run.
 
     Attributes:
-        name: as `megatron_xielu.features.alpha_logging` calls it.
+        name: as `megatron_xielu.features.alpha_logging` calls it; of a layer's routed experts
+            together ``layer_07.experts``, with the means of their alphas.
         depth: of its layer, from 0; MTP layers follow the last.
         shape: the activation with its final alphas.
         start: effective (αp, αn) at the start; None where that is not known.
@@ -85,6 +87,7 @@ class Run:
     alpha_n: History | None = None
     alpha_grad_norm: History | None = None
     layers: list[Layer] = field(default_factory=list)
+    experts: Experts | None = None
     measured: dict[str, MeasuredLayer] = field(default_factory=dict)  # by layer
     notes: list[str] = field(default_factory=list)  # what is missing, and how to get it
     number: int | None = None  # of several; only where shortened names do not tell them apart

@@ -138,6 +138,7 @@ def test_a_real_run(trained, tmp_path, capsys):
 
 
 def test_experts_and_prediction_layers_have_the_names_of_the_curves(tmp_path):
+    """A layer's experts are one row, of their means; the checkpoint has each."""
     train(
         tmp_path,
         "--xiprelu --num-layers 2 --num-experts 2 --moe-router-topk 2 --moe-layer-freq [0,1] "
@@ -145,13 +146,24 @@ def test_experts_and_prediction_layers_have_the_names_of_the_curves(tmp_path):
         "--save checkpoints --tensorboard-dir events",
     )
     run = load(tmp_path)
-    assert {"layer_00", "layer_01.experts.001", "layer_01.shared_experts"} < set(run.alpha_names)
-    assert [layer.depth for layer in run.layers if layer.name.startswith("mtp_0")] == [2, 2, 2]
+    assert run.alpha_names == [
+        *("layer_00", "layer_01.experts", "layer_01.shared_experts"),
+        *("mtp_0.experts", "mtp_0.shared_experts"),
+    ]
+    assert [layer.depth for layer in run.layers if layer.name.startswith("mtp_0")] == [2, 2]
+    assert run.experts and run.experts.layers == ["layer_01", "mtp_0"]
+    saved = read_alphas(complete_checkpoints(tmp_path / "checkpoints"), "xiprelu")
+    of = dict(zip(saved.names, saved.positive[-1], strict=True))
+    each = [[of[f"{layer}.experts.{e:03d}"] for e in range(2)] for layer in run.experts.layers]
+    assert (
+        run.experts.alpha_p.tolist() == each and len({alpha for row in each for alpha in row}) == 4
+    )
     # The curves agree with the checkpoint, or a note would say so.
     assert run.alpha_p is not None and run.alpha_p.iterations.tolist() == [0, 1]
     assert run.notes == []
     assert run.model and run.model.parameters() == run.parameters
     assert run.parameters and run.activation == "xiprelu"
+    assert run.alpha_grad_norm is not None and run.alpha_grad_norm.values.shape == (1, 5)
 
 
 def test_attempts_of_a_resumed_run(tmp_path):
