@@ -5,6 +5,7 @@ q = heads × kv_channels, k = query groups × kv_channels; t tensor-parallel siz
 
     kept per token      8h/t' + (6q + 6k + 4·heads + MLP)/t    bytes a layer, bf16, rope, no dropout
     MLP                 2f + 2f; 2f with --xielu-recompute-output; 4f + 2f with a gate
+    routed expert       MLP + 2f, the output before it was weighted; with --moe-grouped-gemm 2f + 2f
     logits              6V/t, 10V/t with --cross-entropy-loss-fusion    of one micro-batch
 
 t' = t with sequence parallelism, else 1. Of a layer with experts, under balanced routing, the MLP
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_xielu.catalog import TRAINABLE
 from megatron_xielu.checkpoints.optimizer_format import (
     DP,
     FULL,
@@ -253,17 +255,28 @@ class Plan:
 
         Under balanced routing every rank computes top_k copies of its share of the tokens: their
         inputs, which all expert-tensor-parallel ranks hold whole, and what their MLPs keep. Ungated
-        ones keep the output once more, times the router's probability (a gated one is fused with
-        it). The router's logits and probabilities are fp32. Not counted: the buffers of the
-        all-to-all, padding, and what an uneven router sends to one rank.
+        ones keep the output once more, times the router's probability: x, f(x) and w·f(x). A pass
+        that does both keeps x and w·f(x) alone: of gated ones, and of ours in grouped experts,
+        where ``moe_act`` recomputes either and leaves x. The router's logits and probabilities are
+        fp32. Not counted: the buffers of the all-to-all, padding, and what an uneven router sends
+        to one rank.
         """
-        e, element = self.model.experts, self.element
+        e, element, grouped = self.model.experts, self.element, self.args.moe_grouped_gemm
         if not e:
             return 0.0
+        in_one_pass = self.model.gated or (grouped and self.model.activation in TRAINABLE)
+        if grouped and self.recomputes("moe_act"):
+            kept = float(element * e.ffn * (2 if self.model.gated else 1))
+        else:
+            kept = self.mlp_bytes_per_token(e.ffn) + element * e.ffn * (not in_one_pass)
         inputs = element * self.model.hidden * self.expert_tensor
-        routed = inputs + self.mlp_bytes_per_token(e.ffn)
-        routed += element * e.ffn * (not self.model.gated)
-        return e.top_k * routed + 8 * e.count
+        return e.top_k * (inputs + kept) + 8 * e.count
+
+    def recomputes(self, module: str) -> bool:
+        """Whether selective recomputation is of this one of ``--recompute-modules``."""
+        args = self.args
+        selective = args.recompute_activations or args.recompute_granularity == "selective"
+        return selective and module in (args.recompute_modules or ["core_attn"])
 
     def layer_bytes_per_token(self, *, experts: bool = False) -> float:
         """What a layer keeps on one GPU for its backward pass, per token.
@@ -275,8 +288,6 @@ class Plan:
         a real layer. Attention that is not fused keeps scores too.
         """
         args, m, element = self.args, self.model, self.element
-        modules = args.recompute_modules
-        selective = args.recompute_activations or args.recompute_granularity == "selective"
         # The inputs of both norms and their outputs, and a byte of mask for each dropout.
         whole = 4.0 * element * m.hidden + 2 * m.hidden * (args.hidden_dropout > 0)
         split = element * (2.0 * m.query_width + 2 * m.key_width) + 4 * m.heads
@@ -284,16 +295,14 @@ class Plan:
             split += element * (m.query_width + m.key_width)
         if m.groups < m.heads and (m.qk_layernorm or not m.rope):
             split += element * m.query_width  # queries are copied out of their groups
-        if self.attention_keeps_scores and not (
-            selective and (not modules or "core_attn" in modules)
-        ):
+        if self.attention_keeps_scores and not self.recomputes("core_attn"):
             dropout = (element + 1) * (args.attention_dropout > 0)
             split += m.heads * m.sequence * (element + dropout)
-        if not experts and not (selective and "mlp" in modules):
+        if not experts and not self.recomputes("mlp"):
             split += self.mlp_bytes_per_token()
-        if experts and m.experts and not (selective and "moe" in modules):
+        if experts and m.experts and not self.recomputes("moe"):
             split += self.experts_bytes_per_token()
-            if not (selective and "shared_experts" in modules):
+            if not self.recomputes("shared_experts"):
                 split += self.mlp_bytes_per_token(m.experts.shared_ffn)
         return whole / (self.tensor if self.sequence_parallel else 1) + split / self.tensor
 

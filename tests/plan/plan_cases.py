@@ -56,7 +56,7 @@ def main() -> None:
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).tril() < 0.5
     rope = RotaryEmbedding(HIDDEN // HEADS, 1.0)(SEQUENCE)
 
-    def bytes_per_token(**options) -> float:
+    def bytes_per_token(module=layer, **options) -> float:
         saved: dict[int, torch.Tensor] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def main() -> None:
 
         x = torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(x, attention_mask=mask, **options)
+            module(x, **options)
         kept = [
             tensor.untyped_storage().nbytes()
             for key, tensor in saved.items()
@@ -76,7 +76,13 @@ def main() -> None:
         ]
         return sum(kept) / (SEQUENCE * BATCH)
 
-    cases = {"rope": bytes_per_token(rotary_pos_emb=rope), "learned": bytes_per_token()}
+    probabilities = torch.rand(SEQUENCE, BATCH, requires_grad=True)  # fp32: not counted
+    cases = {
+        "rope": bytes_per_token(attention_mask=mask, rotary_pos_emb=rope),
+        "learned": bytes_per_token(attention_mask=mask),
+        # An expert is the same MLP, whose output the router weights.
+        "expert": bytes_per_token(layer.mlp, per_token_scale=probabilities),
+    }
     print("CASES " + json.dumps(cases))
 
 

@@ -148,6 +148,9 @@ def test_a_layer_keeps_what_a_real_one_keeps(tmp_path):
         # The inputs of two norms in bf16, and the statistics of a fused softmax: not counted there.
         elsewhere = 2 * 2 * c.HIDDEN + 4 * c.HEADS
         assert plan.layer_bytes_per_token() - elsewhere == measured[positions]
+    experts = f"--hidden-size {c.HIDDEN} --num-experts 4 --moe-ffn-hidden-size {c.FFN}"
+    plan = plan_1b(f"{experts} --moe-router-topk 1")
+    assert plan.experts_bytes_per_token() - 8 * 4 == measured["expert"]  # without the router's
 
 
 # Megatron's own formulas
@@ -361,6 +364,32 @@ def test_experts_keep_activations_of_the_tokens_sent_to_them():
     assert one.expert_optimizer_shards() == 11 and one.optimizer_shards() == 88
     ahead = plan_1b(f"{flags} --mtp-num-layers 1").memory()
     assert ahead.logits == 2 * one.memory().logits
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),  # of the ffn width, 16-bit numbers a token copy
+    [
+        ("--xielu", 3),
+        ("--xielu --moe-grouped-gemm", 2),
+        ("--xielu --moe-grouped-gemm --recompute-activations --recompute-modules moe_act", 1),
+        ("--xielu --recompute-activations --recompute-modules moe_act", 3),  # of grouped ones alone
+        ("--xielu --xielu-recompute-output", 2),
+        ("--xielu --xielu-recompute-output --moe-grouped-gemm", 1),
+        ("--squared-relu", 3),
+        ("--squared-relu --moe-grouped-gemm", 3),
+        ("--swiglu", 3),  # gate and up, and the weighted product of both
+        ("--swiglu --moe-grouped-gemm", 3),
+        ("--swiglu --moe-grouped-gemm --recompute-activations --recompute-modules moe_act", 2),
+    ],
+)
+def test_what_a_routed_expert_keeps(flags, kept):
+    """And nothing else changes with experts in one grouped layer."""
+    command = f"{PAPER_1B} --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 1024"
+    plan = Plan([*command.split(), *flags.split()], cluster=Cluster(nodes=22))
+    assert plan.experts_bytes_per_token() == 2 * (2 * 1536 + 2 * 1024 * kept) + 8 * 8
+    alone = Plan([*command.split(), flags.split()[0]], cluster=Cluster(nodes=22))
+    assert plan.model == alone.model and plan.model.parameters() == alone.model.parameters()
+    assert plan.expert_parameters_on(0) == alone.expert_parameters_on(0)
 
 
 def test_a_pipeline_stage_has_its_own_experts():
