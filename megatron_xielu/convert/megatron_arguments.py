@@ -16,6 +16,7 @@ from megatron_xielu.catalog import (
     DEFAULT_BETA,
     PER_LAYER,
     SPEC_MODULE,
+    TRAINABLE,
     activation_of,
     activations_of,
 )
@@ -80,6 +81,7 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
     for name in _NEEDED:
         if not hasattr(arguments, name):
             raise Refused(f"the checkpoint's arguments have no {name}")
+    _check_experts(arguments)
     for name, accepted in IMPLIED.items():
         value = getattr(arguments, name, accepted[0])
         if value not in accepted:
@@ -122,6 +124,17 @@ def architecture_of(arguments: Namespace, vocabulary: int) -> Architecture:
         beta=float(getattr(arguments, "xielu_beta", DEFAULT_BETA)),
         init_std=float(getattr(arguments, "init_method_std", 0.02)),
     )
+
+
+def _check_experts(arguments: Namespace) -> None:
+    """Those of our activations: why there is no class for them (read in transformers 5.23)."""
+    experts, activation = getattr(arguments, "num_experts", None), activation_of(arguments)
+    if experts and activation in TRAINABLE:
+        raise Refused(
+            f"the checkpoint has num_experts = {experts} and the activation {activation}: no "
+            "language model with experts in transformers has a pair of alphas for each expert, and "
+            "this command writes dense models alone"
+        )
 
 
 def _activation(arguments: Namespace) -> str:

@@ -312,6 +312,20 @@ def test_what_hugging_face_lacks_is_refused_by_name(argument, value, trained):
         architecture_of(changed, 128)
 
 
+@pytest.mark.parametrize("activation", ["xielu", "xiprelu"])
+def test_experts_with_trainable_activations_are_refused(activation, tmp_path, capsys):
+    """By name, with the reason, in one line, and before anything is written."""
+    flags = f"--{activation} --num-layers 1 --num-experts 4 --moe-router-topk 2 --train-iters 1"
+    train(tmp_path, f"{flags} --save checkpoints --no-save-optim")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        convert("to-hf", tmp_path / "checkpoints", tmp_path / "out")
+    said = str(error.value)
+    assert f"num_experts = 4 and the activation {activation}: no language model" in said
+    assert "a pair of alphas for each expert" in said and "\n" not in said
+    assert not (tmp_path / "out").exists() and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     "changes",
     [
