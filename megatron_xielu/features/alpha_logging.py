@@ -72,11 +72,16 @@ def install() -> None:
 
     def write_if_due(iteration: int) -> None:
         if iteration % get_args().tensorboard_log_interval == 0:
-            values = trained[0].gather()
-            scalars.write(lambda: trained[0].scalars(values), iteration)
+            write(trained[0], iteration)
 
     training.train = train_and_log
     call_after_training_log(write_if_due)
+
+
+def write(table: AlphaTable, iteration: int) -> None:
+    """Write what ``table`` holds now. Collective over all ranks."""
+    values = table.gather()
+    scalars.write(lambda: table.scalars(values), iteration)
 
 
 class AlphaTable:
@@ -144,9 +149,12 @@ class AlphaTable:
         shape = len(self.names) * _COLUMNS
         table = torch.zeros(shape, dtype=torch.float64, device=self._device)
         if self._alphas:
-            gradients = [getattr(a, "main_grad", torch.zeros_like(a)) for a in self._alphas]
+            gradients = [
+                a.main_grad if hasattr(a, "main_grad") else torch.zeros_like(a)  # frozen
+                for a in self._alphas
+            ]
             table[self._places] = torch.cat(self._alphas).double()[self._elements]
-            table[self._places + 2] = torch.cat(gradients).double()[self._elements]  # 0: frozen
+            table[self._places + 2] = torch.cat(gradients).double()[self._elements]
         torch.distributed.all_reduce(table)
         return table.view(-1, _COLUMNS)
 
@@ -164,19 +172,17 @@ class AlphaTable:
             "alpha_grad_norm": table[:, 2:].norm(dim=1),
         }
         experts = _rows_of_experts(self.names)
-        routed = {row for rows in experts.values() for row in rows}
+        others = sorted(set(range(len(self.names))).difference(*experts.values()))
         values = {
-            f"{what}/{name}": value
+            f"{what}/{self.names[row]}": column[row].item()
             for what, column in columns.items()
-            for row, (name, value) in enumerate(zip(self.names, column.tolist(), strict=True))
-            if row not in routed
+            for row in others
         }
         for layer, rows in experts.items():
             for what, column in effective.items():
-                values |= {
-                    f"{what}/{layer}.{statistic}": of(column[rows]).item()
-                    for statistic, of in _STATISTICS.items()
-                }
+                own = column[rows]
+                for statistic, of in _STATISTICS.items():
+                    values[f"{what}/{layer}.{statistic}"] = of(own).item()
             values[f"alpha_grad_norm/{layer}"] = table[rows, 2:].norm().item()
         return values
 

@@ -532,3 +532,12 @@ def test_of_data_takes_whole_megabytes(
     with pytest.raises(SystemExit):
         bench_data.main()
     assert "argument --megabytes: must be" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_logging_alphas_costs_is_measured() -> None:
+    """On a model so small that it takes seconds; the numbers are what they are."""
+    tool = Path(bench_activation.__file__).with_name("measure_alpha_logging.py")
+    small = "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --seq-length 32 --train-iters 48"
+    done = subprocess.run([sys.executable, tool, *small.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "pairs of steps, medians" in done.stdout and "the writing alone" in done.stdout
