@@ -160,6 +160,14 @@ def test_alphas_that_are_not_known_are_left_out(tmp_path):
     assert "alphas.png" not in (out / "results.md").read_text()
 
 
+def test_alphas_of_experts_are_not_those_of_layers(tmp_path):
+    folder = run_of(tmp_path / "run")
+    (run,) = load_all([folder])
+    assert collect._alphas(run) is not None
+    run.alpha_names[1] = "layer_01.experts"
+    assert collect._alphas(run) is None
+
+
 def test_the_loss_of_an_evaluation_where_all_have_it(runs):
     for number, folder in enumerate(runs):
         assert collected(runs)[1]["context"]["held-out loss"].startswith("of the last validation")

@@ -35,6 +35,7 @@ from megatron_xielu.common.text import is_utf8, one_line
 from megatron_xielu.report import description
 from megatron_xielu.report.errors import NoReport
 from megatron_xielu.report.events import Curve, Series
+from megatron_xielu.report.experts import has_experts
 from megatron_xielu.report.load import load_all
 from megatron_xielu.report.ranking import evaluated_alike
 from megatron_xielu.report.run import Run, readable
@@ -374,9 +375,12 @@ def _losses(series: Series | None) -> Curve:
 
 
 def _alphas(run: Run) -> Alphas | None:
-    """At iterations that all runs share, which event files need not have: between two of theirs."""
+    """At iterations that all runs share, which event files need not have: between two of theirs.
+
+    None of a model with experts, which has other than one pair a layer.
+    """
     p, n, end = run.alpha_p, run.alpha_n, run.train.steps[-1]
-    if p is None or p.iterations[-1] < end:
+    if p is None or p.iterations[-1] < end or has_experts(run.alpha_names):
         return None
     at = np.unique(np.linspace(0, end, ALPHA_POINTS + 1).round().astype(np.int64))
     at = at[at >= p.iterations[0]]
