@@ -27,7 +27,7 @@ about -100.
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,129 +38,160 @@ from megatron_xielu.kernels import choose, reference
 
 __all__ = ["xielu", "xiprelu"]
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 if "_library" in globals():  # at importlib.reload: a process can define an operator once
     globals()["_library"]._destroy()
 _library = torch.library.Library("megatron_xielu", "DEF")
 
 
-def _define_operators(name: str) -> Callable[..., Tensor]:
-    """Register ``megatron_xielu::<name>`` and its backward operator; return the first."""
+class Implementation(Protocol):
+    """Who computes a pair of operators.
+
+    `extra` is a tensor that has a gradient, or None: a bias, say. The backward pass returns the
+    gradients of x, of both alphas and of `extra`, None if there is none.
+    """
 
     def forward(
-        x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
-    ) -> Tensor:
-        return choose.choose(x).forward(name, x, alpha_p, alpha_n, beta, bias)
+        self,
+        name: str,
+        x: Tensor,
+        alpha_p: Tensor,
+        alpha_n: Tensor,
+        beta: float,
+        extra: Tensor | None,
+        /,
+    ) -> Tensor: ...
 
-    def forward_fake(
-        x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None = None
-    ) -> Tensor:
+    def backward(
+        self,
+        name: str,
+        dy: Tensor,
+        x: Tensor,
+        alpha_p: Tensor,
+        alpha_n: Tensor,
+        beta: float,
+        extra: Tensor | None,
+        /,
+    ) -> Gradients: ...
+
+
+def define_operators(
+    library: torch.library.Library,
+    operator: str,
+    name: str,
+    more_arguments: str,
+    backend: Callable[[Tensor, Any], Implementation],
+    closed_forms: Callable[[Any], Implementation],
+) -> torch._ops.OpOverload:
+    """Register ``megatron_xielu::<operator>`` and its backward operator; return the first.
+
+    Args:
+        name: of the activation, as the backends know it.
+        more_arguments: of the operators, after beta: `Implementation`'s `extra`, and `ranges`, a
+            tensor without a gradient, if there is one.
+        backend: who computes it for this x and `ranges` (None if there are none).
+        closed_forms: what PyTorch differentiates for all but the first derivatives.
+    """
+
+    def forward(x, alpha_p, alpha_n, beta, extra=None, ranges=None):
+        return backend(x, ranges).forward(name, x, alpha_p, alpha_n, beta, extra)
+
+    def forward_fake(x, alpha_p, alpha_n, beta, extra=None, ranges=None):
         _before_dtensor()
         return x.new_empty(x.shape)
 
-    def backward(
-        dy: Tensor,
-        x: Tensor,
-        alpha_p: Tensor,
-        alpha_n: Tensor,
-        beta: float,
-        bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, d_alpha_p, d_alpha_n, d_bias = choose.choose(x).backward(
-            name, dy, x, alpha_p, alpha_n, beta, bias
+    def backward(dy, x, alpha_p, alpha_n, beta, extra=None, ranges=None):
+        dx, d_alpha_p, d_alpha_n, d_extra = backend(x, ranges).backward(
+            name, dy, x, alpha_p, alpha_n, beta, extra
         )
-        # An operator returns tensors: an empty one where there is no bias.
-        return dx, d_alpha_p, d_alpha_n, x.new_empty(0) if d_bias is None else d_bias
+        # An operator returns tensors: an empty one where there is no such input.
+        return dx, d_alpha_p, d_alpha_n, x.new_empty(0) if d_extra is None else d_extra
 
-    def backward_fake(
-        dy: Tensor,
-        x: Tensor,
-        alpha_p: Tensor,
-        alpha_n: Tensor,
-        beta: float,
-        bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward_by_formula(dy, x, alpha_p, alpha_n, beta, extra=None, ranges=None):
+        dx, d_alpha_p, d_alpha_n, d_extra = closed_forms(ranges).backward(
+            name, dy, x, alpha_p, alpha_n, beta, extra
+        )
+        return dx, d_alpha_p, d_alpha_n, x.new_empty(0) if d_extra is None else d_extra
+
+    def backward_fake(dy, x, alpha_p, alpha_n, beta, extra=None, ranges=None):
         _before_dtensor()
         return (
             x.new_empty(x.shape),
             alpha_p.new_empty(alpha_p.shape),
             alpha_n.new_empty(alpha_n.shape),
-            x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+            x.new_empty(0) if extra is None else extra.new_empty(extra.shape),
         )
 
     # `torch.library.custom_op` would register the same, and make each call dearer by Python that
     # looks for what these operators cannot do (tools/bench/measure_host_cost.py times both).
-    _library.define(
-        f"{name}(Tensor x, Tensor alpha_p, Tensor alpha_n, float beta, Tensor? bias=None) -> Tensor"
-    )
-    _library.define(
-        f"{name}_backward(Tensor dy, Tensor x, Tensor alpha_p, Tensor alpha_n, float beta,"
-        " Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    forward_op = getattr(torch.ops.megatron_xielu, name).default
-    backward_op = getattr(torch.ops.megatron_xielu, f"{name}_backward").default
+    inputs = f"Tensor x, Tensor alpha_p, Tensor alpha_n, float beta, {more_arguments}"
+    library.define(f"{operator}({inputs}) -> Tensor")
+    library.define(f"{operator}_backward(Tensor dy, {inputs}) -> (Tensor, Tensor, Tensor, Tensor)")
+    forward_op = getattr(torch.ops.megatron_xielu, operator).default
+    backward_op = getattr(torch.ops.megatron_xielu, f"{operator}_backward").default
 
-    def backward_below_autograd(*inputs):
+    def forward_below_autograd(x, alpha_p, alpha_n, beta, extra, ranges):
         with torch._C._AutoDispatchBelowAutograd():
-            return backward_op(*inputs)
+            if ranges is None:
+                return forward_op(x, alpha_p, alpha_n, beta, extra)
+            return forward_op(x, alpha_p, alpha_n, beta, extra, ranges)
+
+    def backward_below_autograd(dy, x, alpha_p, alpha_n, beta, extra, ranges):
+        with torch._C._AutoDispatchBelowAutograd():
+            if ranges is None:
+                return backward_op(dy, x, alpha_p, alpha_n, beta, extra)
+            return backward_op(dy, x, alpha_p, alpha_n, beta, extra, ranges)
 
     class Activation(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, alpha_p, alpha_n, beta, bias):
-            ctx.save_for_backward(x, alpha_p, alpha_n, bias)
+        def forward(ctx, x, alpha_p, alpha_n, beta, extra, ranges):
+            ctx.save_for_backward(x, alpha_p, alpha_n, extra, ranges)
             ctx.beta = beta
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward_op(x, alpha_p, alpha_n, beta, bias)
+            return forward_below_autograd(x, alpha_p, alpha_n, beta, extra, ranges)
 
         @staticmethod
         def backward(ctx, dy):
-            x, alpha_p, alpha_n, bias = ctx.saved_tensors
-            inputs = dy, x, alpha_p, alpha_n, ctx.beta, bias
-            if torch.is_grad_enabled() or _in_forward_mode():  # create_graph, or a tangent of dy
-                dx, d_alpha_p, d_alpha_n, d_bias = _backward_by_formula(name, *inputs)
+            x, alpha_p, alpha_n, extra, ranges = ctx.saved_tensors
+            inputs = dy, x, alpha_p, alpha_n, ctx.beta, extra, ranges
+            if torch.is_grad_enabled() or in_forward_mode():  # create_graph, or a tangent of dy
+                dx, d_alpha_p, d_alpha_n, d_extra = backward_by_formula(*inputs)
             else:
-                dx, d_alpha_p, d_alpha_n, d_bias = backward_below_autograd(*inputs)
-            return dx, d_alpha_p, d_alpha_n, None, None if bias is None else d_bias
+                dx, d_alpha_p, d_alpha_n, d_extra = backward_below_autograd(*inputs)
+            return dx, d_alpha_p, d_alpha_n, None, None if extra is None else d_extra, None
 
     # The name is what grad_fn and profilers show.
-    activation = type(name, (Activation,), {})
+    activation = type(operator, (Activation,), {})
 
-    def forward_with_autograd(x, alpha_p, alpha_n, beta, bias=None):
+    def forward_with_autograd(x, alpha_p, alpha_n, beta, extra=None, ranges=None):
         if torch._C._are_functorch_transforms_active():
-            return _forward_by_formula(name, x, alpha_p, alpha_n, beta, bias)
-        _refuse_tangents(x, alpha_p, alpha_n, bias)
-        return activation.apply(x, alpha_p, alpha_n, beta, bias)
+            return closed_forms(ranges).forward(name, x, alpha_p, alpha_n, beta, extra)
+        _refuse_tangents(x, alpha_p, alpha_n, extra)
+        return activation.apply(x, alpha_p, alpha_n, beta, extra, ranges)
 
-    def backward_with_autograd(dy, x, alpha_p, alpha_n, beta, bias=None):
+    def backward_with_autograd(dy, x, alpha_p, alpha_n, beta, extra=None, ranges=None):
         if torch.is_grad_enabled():
-            return _backward_by_formula(name, dy, x, alpha_p, alpha_n, beta, bias)
-        _refuse_tangents(dy, x, alpha_p, alpha_n, bias)
-        return backward_below_autograd(dy, x, alpha_p, alpha_n, beta, bias)
+            return backward_by_formula(dy, x, alpha_p, alpha_n, beta, extra, ranges)
+        _refuse_tangents(dy, x, alpha_p, alpha_n, extra)
+        return backward_below_autograd(dy, x, alpha_p, alpha_n, beta, extra, ranges)
 
-    def decomposition(x, alpha_p, alpha_n, beta, bias=None):
-        """For exporters to where there is no such operator; ONNX's looks for one by itself."""
-        from megatron_xielu.kernels import cpu_compiled
-
-        return cpu_compiled.formula(name, x, alpha_p, alpha_n, beta, bias)
-
-    for operator, function, fake, with_autograd in (
-        (name, forward, forward_fake, forward_with_autograd),
-        (f"{name}_backward", backward, backward_fake, backward_with_autograd),
+    for registered, function, fake, with_autograd in (
+        (operator, forward, forward_fake, forward_with_autograd),
+        (f"{operator}_backward", backward, backward_fake, backward_with_autograd),
     ):
-        _library.impl(operator, function, "CompositeExplicitAutograd")
-        _library.impl(operator, with_autograd, "Autograd")
-        torch.library.register_fake(f"megatron_xielu::{operator}", fake, lib=_library)
-    torch._decomp.register_decomposition(forward_op)(decomposition)
+        library.impl(registered, function, "CompositeExplicitAutograd")
+        library.impl(registered, with_autograd, "Autograd")
+        torch.library.register_fake(f"megatron_xielu::{registered}", fake, lib=library)
     return forward_op
 
 
-def _in_forward_mode() -> bool:
+def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """In a graph that was compiled without them, the operators meet them behind `xielu`'s back."""
-    if _in_forward_mode() and any(
+    if in_forward_mode() and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
         raise RuntimeError(
@@ -173,26 +204,30 @@ def _shifted(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x.double() + bias.double()
 
 
-def _forward_by_formula(
-    name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None
-) -> Tensor:
-    formula = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[name]
-    return formula(_shifted(x, bias), alpha_p, alpha_n, beta=beta).to(x.dtype)
+class ClosedForms:
+    """Those of `reference`, in x's dtype; arguments and results are those of a backend."""
 
+    @staticmethod
+    def forward(
+        name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None
+    ) -> Tensor:
+        formula = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[name]
+        return formula(_shifted(x, bias), alpha_p, alpha_n, beta=beta).to(x.dtype)
 
-def _backward_by_formula(
-    name: str,
-    dy: Tensor,
-    x: Tensor,
-    alpha_p: Tensor,
-    alpha_n: Tensor,
-    beta: float,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    formula = {"xielu": reference.xielu_backward, "xiprelu": reference.xiprelu_backward}[name]
-    dx, d_alpha_p, d_alpha_n = formula(dy, _shifted(x, bias), alpha_p, alpha_n, beta=beta)
-    d_bias = x.new_empty(0) if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
-    return dx.to(x.dtype), d_alpha_p.to(alpha_p.dtype), d_alpha_n.to(alpha_n.dtype), d_bias
+    @staticmethod
+    def backward(
+        name: str,
+        dy: Tensor,
+        x: Tensor,
+        alpha_p: Tensor,
+        alpha_n: Tensor,
+        beta: float,
+        bias: Tensor | None,
+    ) -> Gradients:
+        formula = {"xielu": reference.xielu_backward, "xiprelu": reference.xiprelu_backward}[name]
+        dx, d_alpha_p, d_alpha_n = formula(dy, _shifted(x, bias), alpha_p, alpha_n, beta=beta)
+        d_bias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
+        return dx.to(x.dtype), d_alpha_p.to(alpha_p.dtype), d_alpha_n.to(alpha_n.dtype), d_bias
 
 
 def _before_dtensor() -> None:
@@ -202,8 +237,27 @@ def _before_dtensor() -> None:
         _register_shardings()
 
 
-_xielu_op = _define_operators("xielu")
-_xiprelu_op = _define_operators("xiprelu")
+def _define_dense(name: str) -> torch._ops.OpOverload:
+    def decomposition(x, alpha_p, alpha_n, beta, bias=None):
+        """For exporters to where there is no such operator; ONNX's looks for one by itself."""
+        from megatron_xielu.kernels import cpu_compiled
+
+        return cpu_compiled.formula(name, x, alpha_p, alpha_n, beta, bias)
+
+    operator = define_operators(
+        _library,
+        name,
+        name,
+        "Tensor? bias=None",
+        lambda x, ranges: choose.choose(x),
+        lambda ranges: ClosedForms,
+    )
+    torch._decomp.register_decomposition(operator)(decomposition)
+    return operator
+
+
+_xielu_op = _define_dense("xielu")
+_xiprelu_op = _define_dense("xiprelu")
 
 
 @functools.cache
@@ -245,7 +299,7 @@ def _register_shardings() -> None:
     )
 
 
-def _check_dense(name: str, tensor: Any) -> None:
+def check_dense(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -253,18 +307,28 @@ def _check_dense(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, not {kind}")
 
 
-def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None) -> None:
-    """Raise on what the operators do not support; looks at metadata only, never at values."""
-    _check_dense("x", x)
+def check(
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float,
+    shapes: tuple[tuple[int, ...], ...],
+    meaning: str,
+) -> None:
+    """Raise on what the operators do not support; looks at metadata only, never at values.
+
+    Args:
+        shapes: which the alphas may have.
+        meaning: of the shapes, for the message.
+    """
+    check_dense("x", x)
     dtype, device = x.dtype, x.device
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, not {dtype}")
     for name, alpha in (("alpha_p", alpha_p), ("alpha_n", alpha_n)):
-        _check_dense(name, alpha)
-        if alpha.shape not in ((1,), ()):
-            raise ValueError(
-                f"{name} must have one element, in shape (1,) or (), not {tuple(alpha.shape)}"
-            )
+        check_dense(name, alpha)
+        if alpha.shape not in shapes:
+            raise ValueError(f"{name} must have {meaning}, not {tuple(alpha.shape)}")
         if alpha.dtype not in (torch.float32, dtype):
             raise TypeError(
                 f"{name} is {alpha.dtype}: keep it in float32 (call .float() on it), "
@@ -278,18 +342,29 @@ def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tenso
         raise ValueError(
             f"beta must be from {FLOAT32_LEAST} to {FLOAT32_MOST} (float32), not {beta}"
         )
+
+
+def check_extra(name: str, extra: Tensor, x: Tensor) -> None:
+    """Raise unless a bias, or whatever else is applied to x, has a dtype and device for it."""
+    if extra.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"{name} is {extra.dtype}: keep it in float32 or in x's dtype, {x.dtype}")
+    if extra.device != x.device:
+        raise ValueError(f"{name} is on {extra.device} and x on {x.device}: move one of them")
+
+
+def _check_all(
+    x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None
+) -> None:
+    check(x, alpha_p, alpha_n, beta, ((1,), ()), "one element, in shape (1,) or ()")
     if bias is None:
         return
-    _check_dense("bias", bias)
+    check_dense("bias", bias)
     if x.dim() == 0 or bias.shape != x.shape[-1:] or bias.numel() == 0:
         raise ValueError(
             f"bias must have one element for each of x's columns: x is {tuple(x.shape)} and bias "
             f"{tuple(bias.shape)}"
         )
-    if bias.dtype not in (torch.float32, dtype):
-        raise TypeError(f"bias is {bias.dtype}: keep it in float32 or in x's dtype, {dtype}")
-    if bias.device != device:
-        raise ValueError(f"bias is on {bias.device} and x on {device}: move one of them")
+    check_extra("bias", bias, x)
 
 
 def xielu(
@@ -317,9 +392,9 @@ def xielu(
         TypeError: not a dense tensor, another dtype, or a beta that is not a Python number.
         ValueError: an alpha or bias of another shape or device, or a beta out of range.
     """
-    _check(x, alpha_p, alpha_n, beta, bias)
-    if _in_forward_mode():
-        return _forward_by_formula("xielu", x, alpha_p, alpha_n, float(beta), bias)
+    _check_all(x, alpha_p, alpha_n, beta, bias)
+    if in_forward_mode():
+        return ClosedForms.forward("xielu", x, alpha_p, alpha_n, float(beta), bias)
     return _xielu_op(x, alpha_p, alpha_n, float(beta), bias)
 
 
@@ -335,7 +410,7 @@ def xiprelu(
 
     Arguments, result and errors are those of `xielu`.
     """
-    _check(x, alpha_p, alpha_n, beta, bias)
-    if _in_forward_mode():
-        return _forward_by_formula("xiprelu", x, alpha_p, alpha_n, float(beta), bias)
+    _check_all(x, alpha_p, alpha_n, beta, bias)
+    if in_forward_mode():
+        return ClosedForms.forward("xiprelu", x, alpha_p, alpha_n, float(beta), bias)
     return _xiprelu_op(x, alpha_p, alpha_n, float(beta), bias)

@@ -8,6 +8,9 @@ backend             used for                       where
 ``eager``           float64, and whatever is left  `eager`
 ==================  =============================  ==============================================
 
+Rows of experts are computed by `grouped_triton` where that is ``triton``, else by the same backends
+in a loop over the experts (`grouped_loop`).
+
 ``MEGATRON_XIELU_BACKEND=triton|compiled|eager`` forces one, for debugging; what it cannot compute
 is then an error. Without it a backend that cannot run here is replaced by the eager one, and the
 reason is logged once.
@@ -19,12 +22,13 @@ import functools
 import logging
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_xielu.catalog import DEFAULT_BETA
-from megatron_xielu.kernels import eager
+from megatron_xielu.kernels import eager, grouped_loop
 
 VARIABLE = "MEGATRON_XIELU_BACKEND"
 
@@ -112,6 +116,16 @@ def choose(x: Tensor) -> ModuleType:
     """The backend module for x; see the top of this file."""
     forced = os.environ.get(VARIABLE)
     return _forced(forced, x.device, x.dtype) if forced else _default(x)
+
+
+def choose_grouped(x: Tensor, ranges: Tensor) -> Any:
+    """The implementation for the rows of experts: Triton's kernels, or a loop of another's."""
+    dense = choose(x)
+    if dense is not _triton():
+        return grouped_loop.Loop(dense, ranges)
+    from megatron_xielu.kernels import grouped_triton
+
+    return grouped_triton.Kernels(ranges)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ often as one likes, also where a branch begins and at a raw alpha of 0: `functio
 derivatives from here that the kernels do not compute.
 """
 
+from collections.abc import Iterator
 from math import factorial
 
 import torch
@@ -37,6 +38,8 @@ from megatron_xielu.catalog import DEFAULT_BETA
 
 __all__ = [
     "expm1_minus_x",
+    "grouped",
+    "grouped_backward",
     "inverse_softplus",
     "sigmoid",
     "softplus",
@@ -192,3 +195,74 @@ def xiprelu_backward(
         _alpha_gradient(raw_p, dy_pos, pos, pos),
         _alpha_gradient(raw_n, dy_neg, neg, neg),
     )
+
+
+_FORWARD = {"xielu": xielu, "xiprelu": xiprelu}
+_BACKWARD = {"xielu": xielu_backward, "xiprelu": xiprelu_backward}
+
+
+def _expert_slices(ranges: Tensor, rows: int) -> Iterator[tuple[slice, int]]:
+    """Of each expert its real rows, and how many rows of padding come after them."""
+    starts, ends = ranges.clamp(0, rows).tolist()
+    for start, end, next_start in zip(starts, ends, [*starts[1:], rows], strict=True):
+        yield slice(start, end), next_start - end
+
+
+def grouped(
+    activation: str,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    ranges: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    beta: float = DEFAULT_BETA,
+) -> Tensor:
+    """Each expert's rows by its own alphas, times the weights of the rows; float64, (rows, ffn).
+
+    Args:
+        activation: ``xielu`` or ``xiprelu``.
+        x: (rows, ffn).
+        alpha_p, alpha_n: raw, (experts,).
+        ranges: integers, (2, experts): the first row of each expert, and one past its last real
+            one. The rows from there to the next expert's, or to the end, are padding: 0.
+        row_weights: (rows,) or (rows, 1).
+    """
+    pieces = []
+    for expert, (rows, padding) in enumerate(_expert_slices(ranges, len(x))):
+        y = _FORWARD[activation](x[rows], alpha_p[expert], alpha_n[expert], beta=beta)
+        if row_weights is not None:
+            y = y * _float64(row_weights[rows]).reshape(-1, 1)
+        pieces += [y, y.new_zeros(padding, x.shape[1])]
+    return torch.cat(pieces)
+
+
+def grouped_backward(
+    activation: str,
+    dy: Tensor,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    ranges: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    beta: float = DEFAULT_BETA,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of ``sum(dy * grouped(x))`` by x, alpha_p, alpha_n and the weights.
+
+    Returns each in the shape of its input, float64; None for weights that are None.
+    """
+    pieces, d_alphas, d_weights = [], [], []
+    for expert, (rows, padding) in enumerate(_expert_slices(ranges, len(x))):
+        upstream, alphas = _float64(dy[rows]), (alpha_p[expert], alpha_n[expert])
+        if row_weights is not None:
+            value = _FORWARD[activation](x[rows], *alphas, beta=beta)
+            sums = (upstream * value).sum(1)
+            d_weights += [sums, sums.new_zeros(padding)]
+            upstream = upstream * _float64(row_weights[rows]).reshape(-1, 1)
+        dx, *of_alphas = _BACKWARD[activation](upstream, x[rows], *alphas, beta=beta)
+        pieces += [dx, dx.new_zeros(padding, x.shape[1])]
+        d_alphas.append(torch.stack(of_alphas))
+    d_alpha_p, d_alpha_n = torch.stack(d_alphas).unbind(1)
+    d_row_weights = None if row_weights is None else torch.cat(d_weights).reshape(row_weights.shape)
+    return torch.cat(pieces), d_alpha_p, d_alpha_n, d_row_weights

@@ -28,7 +28,7 @@ def like_hardware() -> Iterator[None]:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from megatron_xielu.kernels import gpu_triton
+    from megatron_xielu.kernels import gpu_triton, grouped_triton
 
     cast = InterpreterBuilder.cast_impl
 
@@ -81,11 +81,13 @@ def like_hardware() -> Iterator[None]:
         patch.setattr(tl.block_type, "to_ir", lambda self, builder: self)
         patch.setattr(gpu_triton, "_softplus", softplus_once)
         programs = {False: PROGRAMS, True: PROGRAMS}
-        patch.setattr(gpu_triton, "FORWARD_PROGRAMS", programs)
-        patch.setattr(gpu_triton, "BACKWARD_PROGRAMS", programs)
+        for kernels in (gpu_triton, grouped_triton):
+            patch.setattr(kernels, "FORWARD_PROGRAMS", programs)
+            patch.setattr(kernels, "BACKWARD_PROGRAMS", programs)
         # Several times round each loop over the partials of so few programs.
         finish = {"ALPHA_SUMS": 2, "BIAS_ROWS": 2, "BIAS_COLS": 16}
         patch.setattr(gpu_triton, "FINISH_BLOCKS", finish)
+        patch.setattr(grouped_triton, "ALPHA_SUMS", 2)
         patched = interpreter._patch_lang(
             types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         )
