@@ -17,6 +17,7 @@ factories (``torch.zeros``, …)   ``device="cuda"`` means the CPU; nothing is p
 ``WrappedTorchNorm``             accepts sequence parallelism and marks its weights for it
 ``DotProductAttention``          accepts context parallelism, by gathering keys and values, and
                                  documents, one after the other
+grouped linear layers            are Megatron's own, one expert after the other
 checkpoint writer                is forked, and gets a copy of the tensors
 ===============================  ===============================================================
 

@@ -104,7 +104,7 @@ def _redirect_cuda_module() -> None:
         "set_stream": nothing,
         "is_current_stream_capturing": constant(False),
         "get_device_name": constant("cpu"),
-        "get_device_capability": constant((0, 0)),
+        "get_device_capability": constant((8, 0)),  # what --moe-grouped-gemm asks for
         "get_device_properties": constant(
             types.SimpleNamespace(
                 name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=0

@@ -30,6 +30,9 @@ def redirect() -> None:
 
     megatron_wheel.prepare()
     backends.DotProductAttention = CPUAttention
+    backends.LocalSpecProvider.grouped_mlp_modules = _grouped_if_asked(
+        backends.LocalSpecProvider.grouped_mlp_modules
+    )
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallel(
         torch_norm.WrappedTorchNorm.__new__
     )
@@ -45,6 +48,23 @@ def redirect() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _grouped_if_asked(experts_of_their_own: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``--moe-grouped-gemm`` build Megatron's grouped experts, which it leaves to Transformer
+    Engine."""
+
+    @functools.wraps(experts_of_their_own)
+    def wrapper(self: Any, moe_use_grouped_gemm: bool) -> Any:
+        if not moe_use_grouped_gemm:
+            return experts_of_their_own(self, moe_use_grouped_gemm)
+        from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+        from megatron_xielu.cpu.grouped_linear import CPU_GROUPED_LINEARS
+
+        return functools.partial(TEGroupedMLP, submodules=CPU_GROUPED_LINEARS)
+
+    return wrapper
 
 
 def _redirect_checkpoint_writer() -> None:
