@@ -253,6 +253,8 @@ def _layout(args: Namespace) -> list[str]:
     expert_tensor = _value(args, "--expert-tensor-parallel-size")
     if expert_tensor not in (None, args.tensor_model_parallel_size):
         expert += f" --expert-tensor-parallel-size {expert_tensor}"
+    if getattr(args, "num_experts", None) and getattr(args, "moe_grouped_gemm", False):
+        expert += " --moe-grouped-gemm"  # their parameters have another order
     return [tensor, pipeline, expert, f"{half} {bf16_grads}".strip()]
 
 

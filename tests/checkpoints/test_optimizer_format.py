@@ -134,6 +134,11 @@ REFUSED = {  # what the checkpoint had, what the run has: words of the message
         "not with --pipeline-model-parallel-size 1 --decoder-first-pipeline-num-layers 3 "
         "--account-for-loss-in-pipeline-split;",
     ),
+    "grouped experts": (
+        {"num_experts": 4},
+        {"num_experts": 4, "moe_grouped_gemm": True},
+        "not with --expert-model-parallel-size 1 --moe-grouped-gemm;",
+    ),
     "tensor-parallel experts": (
         {"expert_tensor_parallel_size": 1},
         {"expert_tensor_parallel_size": 2},
