@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_xielu import workarounds
+from megatron_xielu import megatron_grouped, workarounds
 from megatron_xielu.activations import TrainableActivation
 from megatron_xielu.megatron_activations import ActivationBuilder, MegatronActivation, of_megatron
 
@@ -95,15 +95,7 @@ def _mlp_with_activation(mlp: Any, builder: ActivationBuilder) -> Any:
             f"the activation of {_name(module, mlp)} cannot be replaced; drop "
             "--use-transformer-engine-op-fuser and --use-grouped-gemm-for-dense-mlp"
         )
-    experts_module, experts = _parts(submodules.experts)
-    if experts_module is not SequentialMLP:
-        raise ValueError(
-            f"the activation of {_name(experts_module, submodules.experts)} cannot be replaced; "
-            "drop --moe-grouped-gemm, and each expert is an MLP of its own"
-        )
-    expert_builder = dataclasses.replace(builder, is_expert=True)
-    experts = dataclasses.replace(experts, activation_func=expert_builder)
-    filled = {"experts": _with_submodules(submodules.experts, experts)}
+    filled = {"experts": _experts_with_activation(submodules.experts, builder)}
     if submodules.shared_experts is not None:
         _, shared = _parts(submodules.shared_experts)
         shared = dataclasses.replace(shared, activation_func=builder)
@@ -111,8 +103,30 @@ def _mlp_with_activation(mlp: Any, builder: ActivationBuilder) -> Any:
     return _with_submodules(mlp, dataclasses.replace(submodules, **filled))
 
 
+def _experts_with_activation(spec: Any, builder: ActivationBuilder) -> Any:
+    """Of routed experts, with an MLP each (`SequentialMLP`) or all in one (`TEGroupedMLP`)."""
+    module, experts = _parts(spec)
+    if module is SequentialMLP:
+        own = dataclasses.replace(builder, is_expert=True)
+        return _with_submodules(spec, dataclasses.replace(experts, activation_func=own))
+    if module is TEGroupedMLP:
+        filled = dataclasses.replace(experts, activation_func=_grouped(builder))
+        return partial(megatron_grouped.build, TEGroupedMLP, submodules=filled)
+    raise ValueError(
+        f"the activation of {_name(module, spec)} cannot be replaced; of experts those of "
+        "SequentialMLP and TEGroupedMLP can"
+    )
+
+
+def _grouped(builder: ActivationBuilder) -> ActivationBuilder:
+    activation = megatron_grouped.of_grouped_experts(builder.activation)
+    return dataclasses.replace(builder, activation=activation, is_expert=True)
+
+
 def _parts(spec: Any) -> tuple[Any, Any]:
     """Class and submodules of a ``ModuleSpec``, or of a partial of a class or class method."""
+    if isinstance(spec, partial) and spec.func is megatron_grouped.build:
+        return spec.args[0], spec.keywords["submodules"]
     if isinstance(spec, partial):
         return getattr(spec.func, "__self__", spec.func), spec.keywords.get("submodules")
     return getattr(spec, "module", None), getattr(spec, "submodules", None)
@@ -144,11 +158,17 @@ def fill_prediction_layers(model: list, builder: ActivationBuilder) -> list:
         modules = list(chunk.mtp.modules()) if getattr(chunk, "mtp", None) is not None else []
         experts = {e for m in modules if isinstance(m, SequentialMLP) for e in m.local_experts}
         for mlp in modules:
-            if isinstance(mlp, MLP) and not isinstance(mlp.activation_func, MegatronActivation):
-                own = dataclasses.replace(builder, is_expert=mlp in experts)
-                mlp.activation_func = own(config=mlp.config)
-                # As in an MLP that was built with it: parameters have an order.
-                mlp._modules["linear_fc2"] = mlp._modules.pop("linear_fc2")
+            is_grouped = isinstance(mlp, TEGroupedMLP)
+            if not (is_grouped or isinstance(mlp, MLP)):
+                continue
+            if isinstance(mlp.activation_func, MegatronActivation):
+                continue
+            own = dataclasses.replace(builder, is_expert=mlp in experts)
+            mlp.activation_func = (_grouped(builder) if is_grouped else own)(config=mlp.config)
+            # As in an MLP that was built with it: parameters have an order.
+            mlp._modules["linear_fc2"] = mlp._modules.pop("linear_fc2")
+            if is_grouped:
+                megatron_grouped.connect(mlp)
     return model
 
 
@@ -177,7 +197,9 @@ def audit(
                 wrong.append(f"{name} has {getattr(owned, '__name__', type(owned).__name__)}")
             elif _ranks(owned.tp_group) != _ranks(getattr(module, "tp_group", owned.tp_group)):
                 wrong.append(f"{name} sums alpha gradients over {_ranks(owned.tp_group)}")
-            elif _is_replicated(owned.alpha_p) != _is_replicated(module.linear_fc1.weight):
+            elif _is_replicated(owned.alpha_p) != _is_replicated(
+                next(module.linear_fc1.parameters())
+            ):
                 wrong.append(f"{name} is reduced over other data-parallel ranks than its alphas")
             else:
                 found.append(owned)

@@ -88,7 +88,9 @@ class TrainableActivation(torch.nn.Module):
         self.alpha_p_init, self.alpha_n_init = float(alpha_p_init), float(alpha_n_init)
         self.beta = float(beta)
         self.alpha_p, self.alpha_n = (
-            torch.nn.Parameter(torch.empty(1, dtype=torch.float32), not frozen_alphas)
+            torch.nn.Parameter(
+                torch.empty(self._alphas_of_each(config), dtype=torch.float32), not frozen_alphas
+            )
             for _ in range(2)
         )
         self.reset_parameters()
@@ -102,6 +104,10 @@ class TrainableActivation(torch.nn.Module):
                 "MegatronXIPReLU of megatron_xielu"
             )
         return {}
+
+    def _alphas_of_each(self, config: Any) -> int:
+        """How many of alpha_p, and as many of alpha_n, there are."""
+        return 1
 
     @classmethod
     def alpha_n_floor(cls, beta: float) -> float:
@@ -127,7 +133,7 @@ class TrainableActivation(torch.nn.Module):
 
     @torch.no_grad()
     def effective_alphas(self) -> tuple[Tensor, Tensor]:
-        """``(αp, αn)`` as they stand in the formula: detached, float64, shape (1,)."""
+        """``(αp, αn)`` as they stand in the formula: detached, float64, in their shape."""
         return (
             reference.softplus(self.alpha_p),
             reference.softplus(self.alpha_n) + self.alpha_n_floor(self.beta),

@@ -319,12 +319,6 @@ WITH_OURS = (
         in_spec=True,
     ),
     Refusal(
-        "--moe-grouped-gemm",
-        "grouped experts need Transformer Engine and a GPU, and are untested",
-        "without it each expert is an MLP of its own",
-        in_spec=True,
-    ),
-    Refusal(
         "--use-grouped-gemm-for-shared-expert",
         "it is a fused kernel for SwiGLU alone",
         in_spec=True,
@@ -634,7 +628,7 @@ ON_CPU = (
         for flag in (
             "--use-flash-attn --use-transformer-engine-op-fuser --fp8-format --fp4-format "
             "--enable-cuda-graph --external-cuda-graph --multi-latent-attention "
-            "--tp-comm-overlap --moe-grouped-gemm --use-megatron-fsdp "
+            "--tp-comm-overlap --use-megatron-fsdp "
             "--use-torch-fsdp2 --use-nccl-ub --use-precision-aware-optimizer "
             "--optimizer-cpu-offload --cpu-offloading-num-layers"
         ).split()

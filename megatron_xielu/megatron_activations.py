@@ -17,7 +17,9 @@ What they add to the plain modules of `megatron_xielu.activations`:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +73,16 @@ class Handover:
     bias: Tensor | None = None  # of fc1, for the activation to add (`features.bias_fusion`)
     # Of the activation's output, which fc2 frees after use (`features.recompute`).
     checkpoint: random.CheckpointWithoutOutput | None = None
+    # Of grouped experts (`megatron_grouped`), a number for each: its rows, and how many of them are
+    # tokens where the others are padding.
+    rows: list[int] | None = None
+    tokens: list[int] | None = None
+
+    def take_rows(self) -> tuple[list[int] | None, list[int] | None]:
+        """``rows`` and ``tokens``, of this forward pass and of no other."""
+        taken = self.rows, self.tokens
+        self.rows = self.tokens = None
+        return taken
 
 
 class MegatronActivation(TrainableActivation, MegatronModule):
@@ -123,21 +135,25 @@ class MegatronActivation(TrainableActivation, MegatronModule):
         """The raw alphas, wired so that their gradients are summed over the TP group."""
         if self.tp_group is None or self.tp_group.size() == 1:
             return self.alpha_p, self.alpha_n
-        pair = torch.cat((self.alpha_p, self.alpha_n))  # [2]: one collective for both
-        alpha_p, alpha_n = _SumGradientOverGroup.apply(pair, self.tp_group).split(1)
+        pair = torch.cat((self.alpha_p, self.alpha_n))  # one collective for both
+        alpha_p, alpha_n = _SumGradientOverGroup.apply(pair, self.tp_group).chunk(2)
         return alpha_p, alpha_n
 
     def forward(self, input_: Tensor) -> Tensor:
         """Apply the activation elementwise; any shape, the result has the same shape and dtype."""
         alpha_p, alpha_n = self._complete_alphas()
         bias, self.handover.bias = self.handover.bias, None
+        return self._recomputable(self._formula, input_, alpha_p, alpha_n, bias)
+
+    def _recomputable(self, formula: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """``formula(*inputs)``, which fc2 frees after use if it is to be computed again."""
         if self.recompute_output and self.training and torch.is_grad_enabled():
             # fp8=None: to Megatron's class, False too would mean FP8.
             checkpoint = random.CheckpointWithoutOutput(fp8=None)
             self.handover.checkpoint = checkpoint
-            return checkpoint.checkpoint(self._formula, input_, alpha_p, alpha_n, bias)
+            return checkpoint.checkpoint(formula, *inputs)
         self.handover.checkpoint = None  # of a forward pass that did not come to fc2
-        return self._formula(input_, alpha_p, alpha_n, bias)
+        return formula(*inputs)
 
     def _formula(self, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, alpha_p, alpha_n, beta=self.beta, bias=bias)
@@ -168,6 +184,22 @@ def of_megatron(activation: type[TrainableActivation]) -> type[MegatronActivatio
     if activation not in _OF_MEGATRON:
         raise ValueError(f"{activation.__name__} is not for Megatron: derive a MegatronActivation")
     return _OF_MEGATRON[activation]
+
+
+def recompute_output_of(mlp: Any) -> None:
+    """Have the activation's output of an MLP, or of grouped experts, freed and computed again."""
+    mlp.activation_func.recompute_output = True
+    mlp.linear_fc2.register_forward_hook(partial(_free_output, mlp.activation_func.handover))
+
+
+def _free_output(handover: Handover, fc2: torch.nn.Module, args: tuple, outputs: tuple) -> None:
+    """Forward hook of fc2, local or Transformer Engine's; both return (output, bias).
+
+    From here on the checkpoint lives in the autograd graph alone.
+    """
+    checkpoint, handover.checkpoint = handover.checkpoint, None
+    if checkpoint is not None:
+        checkpoint.discard_output_and_register_recompute(outputs[0])
 
 
 def mlps_of(model: list) -> list[Any]:

@@ -16,14 +16,12 @@ tensor-parallel ranks stays outside of it and runs once, as ever.
 from __future__ import annotations
 
 import textwrap
-from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import random
 
 from megatron_xielu.catalog import WITH_RECOMPUTE_OUTPUT
-from megatron_xielu.megatron_activations import Handover, mlps_of
+from megatron_xielu.megatron_activations import mlps_of, recompute_output_of
 
 FLAG = "--xielu-recompute-output"
 
@@ -77,16 +75,5 @@ def install(model: list) -> list:
         check(mlp.config)
     build_extension()
     for mlp in mlps:
-        mlp.activation_func.recompute_output = True
-        mlp.linear_fc2.register_forward_hook(partial(_free_output, mlp.activation_func.handover))
+        recompute_output_of(mlp)
     return model
-
-
-def _free_output(handover: Handover, fc2: torch.nn.Module, args: tuple, outputs: tuple) -> None:
-    """Forward hook of fc2, local or Transformer Engine's; both return (output, bias).
-
-    From here on the checkpoint lives in the autograd graph alone.
-    """
-    checkpoint, handover.checkpoint = handover.checkpoint, None
-    if checkpoint is not None:
-        checkpoint.discard_output_and_register_recompute(outputs[0])

@@ -17,6 +17,8 @@ from launch import start, wait
 from walk_checkpoints import MODELS, OWN_BUCKETS, Layout, launcher_arguments, split
 
 EXPERTS = "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2"
+# An alpha of each expert in one tensor, which ends of a rank's part cut.
+GROUPED = "--num-experts 104 --moe-router-topk 2 --moe-grouped-gemm"
 UNEVEN = "--decoder-first-pipeline-num-layers 5 --decoder-last-pipeline-num-layers 5"
 GROUP = "--xielu-alpha-lr-mult 3 --xielu-alpha-weight-decay 0.1"
 FP8 = "--fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16"
@@ -43,6 +45,8 @@ WHOLE = [
     Layout("8B", "xielu", 1, 1, 9),  # a buffer of more than 2^31 elements
     Layout("tiny", "xielu", 1, 1, 200, "--ddp-bucket-size 100000"),
     Layout("tiny", "xielu", 1, 1, 6, f"{EXPERTS} --ddp-bucket-size 20000"),
+    Layout("tiny", "xielu", 1, 1, 12, f"{GROUPED} --ddp-bucket-size 20000"),
+    Layout("tiny", "xielu", 1, 1, 6, f"{EXPERTS} --moe-grouped-gemm"),
     Layout("tiny", "xielu", 4, 1, 7, "--ddp-pad-buckets-for-high-nccl-busbw"),
     Layout("tiny", "xielu", 1, 1, 3, "--ddp-bucket-size 1"),  # ranks with a part of some buckets
     Layout("tiny", "xielu", 1, 1, 6, f"--apply-wd-to-norms {GROUP} {FP8}"),  # both move none

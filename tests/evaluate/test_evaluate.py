@@ -133,6 +133,16 @@ def _assert_same_layers(found: dict, expected: dict) -> None:
         assert np.abs(counts - others).sum() < 1e-4 * counts.sum()
 
 
+def test_grouped_experts_on_another_layout(prepared, tmp_path):
+    experts = "--num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-ffn-hidden-size 48"
+    flags = f"--xielu {experts} --expert-model-parallel-size 2 --train-iters 2 --eval-iters 3"
+    model = _model(prepared, bias=False)
+    training = train(tmp_path, f"{flags} --save checkpoints", model=model, ranks=2)
+    evaluate(tmp_path, "--eval-iters 3")
+    printed = float(_printed(training, "2 on validation set"))
+    assert read(tmp_path)["loss"] == pytest.approx(printed, rel=1e-6)
+
+
 def test_equals_the_validation_that_training_printed(xielu):
     folder, training = xielu
     before = _files(folder / "checkpoints")

@@ -25,7 +25,12 @@ def main() -> None:
         import torch
         from megatron.core import mpu, optimizer, optimizer_param_scheduler
 
-        from megatron_xielu import activations, layer_specs, megatron_activations
+        from megatron_xielu import (
+            activations,
+            layer_specs,
+            megatron_activations,
+            megatron_grouped,
+        )
 
         audit = layer_specs.audit
 
@@ -73,7 +78,7 @@ def main() -> None:
         def counted(formula):
             def compute(x, *args, **kwargs):
                 calls["formula"] += 1
-                calls["fused_biases"] += kwargs["bias"] is not None
+                calls["fused_biases"] += kwargs.get("bias") is not None
                 calls["empty"] += x.numel() == 0
                 return formula(x, *args, **kwargs)
 
@@ -81,6 +86,11 @@ def main() -> None:
 
         for activation in activations.ACTIVATIONS.values():
             activation.function = staticmethod(counted(activation.function))
+        for activation in (
+            megatron_grouped.MegatronGroupedXIELU,
+            megatron_grouped.MegatronGroupedXIPReLU,
+        ):
+            activation.grouped_function = staticmethod(counted(activation.grouped_function))
         if os.environ.get("BREAK_TP_SUM"):
             megatron_activations._SumGradientOverGroup.backward = staticmethod(
                 lambda ctx, grad: (grad, None)

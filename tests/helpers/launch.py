@@ -46,7 +46,7 @@ _ENTRIES = {
     *("megatron_xielu.pretrain_gpt", "megatron_xielu.evaluate"),
 }
 _SCRIPTS = {
-    *("audit_cases", "other_model_cases", "recompute_cases", "walk_layouts"),
+    *("audit_cases", "other_model_cases", "recompute_cases", "grouped_cases", "walk_layouts"),
     *("measure_activation_memory", "plan_cases"),
 }
 _SCRIPT_IMPORTS = """

@@ -474,7 +474,6 @@ ERRORS = {
     "--num-experts 8 --moe-shared-expert-intermediate-size 99 --tensor-model-parallel-size 2": (
         "--moe-shared-expert-intermediate-size; use one of 1, 3"
     ),
-    "--moe-grouped-gemm": "--xielu does not work with --moe-grouped-gemm",
     "--transformer-impl inference_optimized": "--transformer-impl inference_optimized",
     "--rampup-batch-size 16 8 100": "reads it nowhere; drop it, or give --step-batch-size-schedule",
     "--use-distributed-optimizer --overlap-param-gather": "gather needs --overlap-grad-reduce",

@@ -74,12 +74,14 @@ def main() -> None:
         "ours": outcome(ours),
         "block": outcome(block_of_layers, moe_layer_freq=[0, 0]),
         "experts with ours": outcome(block_of_layers, **shared),
+        "grouped experts with ours": outcome(block_of_layers, **shared, moe_grouped_gemm=True),
         "mtp with ours": outcome(ours, mtp_layer=ours, mtp_num_layers=1),
         "other replicas": other_replicas(),
         "other activation": outcome(ours, XIPReLU),
         "untouched spec": outcome(get_gpt_layer_local_spec()),
         "slot ignored": outcome(ours, use_te_activation_func=False),
         "experts": outcome(experts_keep_gelu, **mixed),
+        "grouped experts": outcome(experts_keep_gelu, **mixed, moe_grouped_gemm=True),
         "shared experts": outcome(experts_keep_gelu, **shared),
         "mtp": outcome(ours, mtp_layer=get_gpt_layer_local_spec(), mtp_num_layers=1),
         "MLP.forward is Megatron's": MLP.forward is forward,
@@ -87,6 +89,16 @@ def main() -> None:
     if HAVE_TE:
         te = with_activation(get_gpt_layer_with_transformer_engine_spec(), xielu)
         cases["transformer engine"] = outcome(te, normalization="RMSNorm")
+        grouped = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=2, moe_grouped_gemm=True, use_te_activation_func=True
+        )
+        cases["transformer engine, grouped experts"] = outcome(
+            with_activation(grouped, xielu),
+            normalization="RMSNorm",
+            num_moe_experts=2,
+            moe_ffn_hidden_size=8,
+            moe_grouped_gemm=True,
+        )
         cases["untouched transformer engine spec"] = outcome(
             get_gpt_layer_with_transformer_engine_spec(use_te_activation_func=True)
         )

@@ -66,7 +66,6 @@ def test_defaults(parse):
         ("--xiprelu --squared-relu", "--xiprelu does not work with --squared-relu"),
         ("--xielu --quick-geglu", "--quick-geglu"),
         ("--xielu --use-transformer-engine-op-fuser", "--use-transformer-engine-op-fuser"),
-        ("--xielu --num-experts 4 --moe-grouped-gemm", "--moe-grouped-gemm"),
         ("--xielu --use-grouped-gemm-for-shared-expert", "--use-grouped-gemm-for-shared-expert"),
         ("--xielu --num-experts 4 --moe-use-upcycling", "--moe-use-upcycling does not"),
         ("--xielu --hybrid-layer-pattern M-", "--hybrid-layer-pattern"),

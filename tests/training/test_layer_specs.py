@@ -10,7 +10,7 @@ from launch import train
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import InferenceGroupedMLP, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
@@ -114,10 +114,12 @@ MLP_PARTS = MLPSubmodules(linear_fc1=object, linear_fc2=object)
             layer_with(
                 partial(
                     MoELayer,
-                    submodules=MoESubmodules(experts=partial(TEGroupedMLP, submodules=MLP_PARTS)),
+                    submodules=MoESubmodules(
+                        experts=partial(InferenceGroupedMLP, submodules=MLP_PARTS)
+                    ),
                 )
             ),
-            "TEGroupedMLP cannot be replaced; drop --moe-grouped-gemm",
+            "InferenceGroupedMLP cannot be replaced; of experts those of SequentialMLP and",
         ),
         (
             layer_with(partial(FusedMLP.as_mlp_submodule, submodules=MLP_PARTS)),
@@ -125,7 +127,7 @@ MLP_PARTS = MLPSubmodules(linear_fc1=object, linear_fc2=object)
         ),
         (ModuleSpec(MLP, submodules=MLP_PARTS), "MLPSubmodules is not a spec of layers"),
     ],
-    ids=["grouped experts", "op fuser", "no layer"],
+    ids=["experts for inference", "op fuser", "no layer"],
 )
 def test_refused(spec, message):
     with pytest.raises(ValueError, match=message):
@@ -143,6 +145,7 @@ def test_audit(tmp_path):
     assert cases.pop("ours") == 2
     assert cases.pop("block") == 2
     assert cases.pop("experts with ours") == 1 + 2 + 1
+    assert cases.pop("grouped experts with ours") == 1 + 1 + 1
     assert cases.pop("mtp with ours") == 2 + 1
     expected = {
         "other activation": "not every MLP has MegatronXIPReLU: decoder.layers.0.mlp has "
@@ -150,12 +153,14 @@ def test_audit(tmp_path):
         "untouched spec": "not every MLP has MegatronXIELU: decoder.layers.0.mlp has gelu",
         "slot ignored": "decoder.layers.1.mlp has gelu",
         "experts": "decoder.layers.1.mlp.experts.local_experts.0 has gelu",
+        "grouped experts": "decoder.layers.1.mlp.experts has gelu",
         "shared experts": "decoder.layers.1.mlp.shared_experts has gelu",
         "mtp": "mtp.layers.0",
         "other replicas": "decoder.layers.0.mlp is reduced over other data-parallel ranks",
     }
     if importlib.util.find_spec("transformer_engine"):  # it builds on a CPU, and cannot run there
         assert cases.pop("transformer engine") == 2
+        assert cases.pop("transformer engine, grouped experts") == 2
         expected["untouched transformer engine spec"] = "decoder.layers.0.mlp has "
         expected["op fuser"] = "the activation of TEFusedMLP cannot be replaced"
     assert cases.keys() == expected.keys()
