@@ -14,7 +14,7 @@ from interpreter import like_hardware
 from launch import REPOSITORY
 from triton.runtime.interpreter import GridExecutor
 
-from megatron_xielu.kernels import gpu_triton, reference
+from megatron_xielu.kernels import gpu_triton, grouped_triton, reference
 
 HAS_GPU = torch.cuda.is_available()
 ALPHAS = (0.2, -1.1)
@@ -116,18 +116,35 @@ def test_compiled_code_is_the_one_in_the_docs(compiled_code):
         assert compiled_code == documented
 
 
+def tables(compiled_code: str) -> list[list[list[str]]]:
+    """The cells of each table, without its heading."""
+    return [
+        [line.strip("| ").split(" | ") for line in part.splitlines() if "|" in line][2:]
+        for part in compiled_code.split("## Rows of experts")
+    ]
+
+
 def test_compiled_code_is_limited_by_memory(compiled_code):
-    rows = [line.strip("| ").split(" | ") for line in compiled_code.splitlines() if "|" in line]
-    assert len(rows[2:]) == 2 * 2 * 3 * 2
-    for kernel, _, _, has_bias, _, fit, spilled, access, _, *shares in rows[2:]:
-        assert spilled == "0"
-        assert access == "16"
-        programs = {
-            "forward": gpu_triton.FORWARD_PROGRAMS,
-            "backward": gpu_triton.BACKWARD_PROGRAMS,
-        }[kernel]
-        assert programs[has_bias == "yes"] <= int(fit)
-        assert all(float(share) < 0.9 for share in shares)
+    dense, grouped = tables(compiled_code)
+    assert len(dense) == len(grouped) == 2 * 2 * 3 * 2
+    for module, rows in ((gpu_triton, dense), (grouped_triton, grouped)):
+        for kernel, _, _, has_extra, _, fit, spilled, access, _, *shares in rows:
+            assert spilled == "0"
+            assert access == "16"
+            programs = {
+                "forward": module.FORWARD_PROGRAMS,
+                "backward": module.BACKWARD_PROGRAMS,
+            }[kernel]
+            assert programs[has_extra == "yes"] <= int(fit)
+            limit = 1.0 if (module, has_extra) == (grouped_triton, "yes") else 0.9
+            assert all(float(share) < limit for share in shares[:2])
+
+
+def test_rows_of_experts_take_no_more_instructions(compiled_code):
+    """Without weights at most 1.1 times those of the kernel for one pair of alphas."""
+    ratios = [float(row[-1]) for row in tables(compiled_code)[1] if row[3] == "no"]
+    assert len(ratios) == 2 * 2 * 3
+    assert max(ratios) <= 1.10
 
 
 def test_every_specialisation_compiles():
@@ -141,6 +158,13 @@ for has_bias in (False, True):
                 function = getattr(inspect_kernels.gpu_triton, kernel)
                 inspect_kernels.compile_for_sm90(
                     function, "xielu", "bf16", has_bias, numel_type=numel_type, **constants
+                )
+    for constants in ({}, {"cols": 1}):
+        for kernel in ("_forward_kernel", "_backward_kernel", "_finish_kernel"):
+            for experts in (1, 256):
+                function = getattr(inspect_kernels.grouped_triton, kernel)
+                inspect_kernels.compile_for_sm90(
+                    function, "xielu", "bf16", has_bias, EXPERTS=experts, **constants
                 )
 print("all compiled")
 """

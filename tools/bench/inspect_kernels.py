@@ -12,6 +12,10 @@ moves to and from memory it can issue
 
 instructions; the table gives the share of that which the kernel needs, at the copy bandwidth of an
 H100 (3.0 TB/s) and an H200 (4.3 TB/s) and 1.7 GHz, which both hold under such a load.
+
+In the kernels for rows of experts the main loop is inside of two others: over the experts, and with
+weights over rows. What the loop over rows adds is counted, divided by the elements of a row of
+GROUPED_COLS columns; what the loop over experts adds is not.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -31,11 +36,13 @@ from triton.backends.compiler import GPUTarget
 from megatron_xielu.common import files
 from megatron_xielu.common.flags import output_file
 from megatron_xielu.common.text import ready_output
-from megatron_xielu.kernels import gpu_triton
+from megatron_xielu.kernels import gpu_triton, grouped_triton
 
 MULTIPROCESSORS, LANES, CLOCK = 132, 128, 1.7e9
 BANDWIDTHS = {"H100": 3.0e12, "H200": 4.3e12}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# What instructions are counted for, and compiled for, in the kernels for rows of experts.
+GROUPED_COLS, EXPERTS = 2048, 64
 TENSORS = {"_forward_kernel": ("x_ptr", "y_ptr"), "_backward_kernel": ("x_ptr", "dy_ptr", "dx_ptr")}
 
 
@@ -50,16 +57,29 @@ instructions a cycle, 1.7 GHz): below 1, memory is the limit.
 
 | kernel | activation | dtype | bias | registers | programs | spilled bytes | bytes an access \
 | instructions | {shares} |"""
+_GROUPED_HEADING = """
+## Rows of experts
+
+The kernels of `kernels/grouped_triton.py`, for up to {experts} experts, weights in fp32.
+Instructions are those of the innermost loop for each element, and with weights what the loop over
+rows adds in rows of {cols} columns; what comes once for each expert that a program meets is not
+among them. The last column divides them by those of the kernel above for the same activation and
+dtype, without a bias.
+
+| kernel | activation | dtype | weights | registers | programs | spilled bytes | bytes an access \
+| instructions | {shares} | of the above |"""
 
 
 @dataclass(frozen=True)
 class Code:
     """What a kernel was compiled to."""
 
+    module: ModuleType
+
     kernel: str
     activation: str
     dtype: str
-    has_bias: bool
+    has_extra: bool  # a bias, or weights
     registers: int
     spilled: int  # bytes of stack and local memory
     access_bytes: tuple[int, ...]  # widths of the loop's loads and stores, each once
@@ -85,28 +105,38 @@ def main() -> None:
 
 
 def inspect_all() -> Iterator[Code]:
-    """Both kernels, for each activation and dtype, with and without a bias."""
-    for kernel in TENSORS:
-        for activation in ("xielu", "xiprelu"):
-            for dtype in BYTES:
-                for has_bias in (False, True):
-                    yield inspect(kernel, activation, dtype, has_bias)
+    """Both kernels of both modules, for each activation and dtype, with a bias or weights and
+    without."""
+    for module in (gpu_triton, grouped_triton):
+        for kernel in TENSORS:
+            for activation in ("xielu", "xiprelu"):
+                for dtype in BYTES:
+                    for has_extra in (False, True):
+                        yield inspect(module, kernel, activation, dtype, has_extra)
 
 
-def inspect(kernel: str, activation: str, dtype: str, has_bias: bool) -> Code:
+def inspect(module: ModuleType, kernel: str, activation: str, dtype: str, has_extra: bool) -> Code:
     """Compile one kernel as a launch on aligned tensors of a multiple of 16 elements would."""
-    compiled = compile_for_sm90(getattr(gpu_triton, kernel), activation, dtype, has_bias)
+    compiled = compile_for_sm90(getattr(module, kernel), activation, dtype, has_extra)
     registers, spilled, assembly = read(compiled)
-    loop = _main_loop(assembly)
+    loops = _loops(assembly)
+    if module is grouped_triton:
+        loop, around = sorted(filter(_loads_and_stores, loops), key=len)[:2]
+    else:
+        loop = max(loops, key=len)
+    instructions = len(loop) / _elements(loop, dtype)
+    if module is grouped_triton and has_extra:  # a row is a warp's
+        instructions += (len(around) - len(loop)) * 32 / GROUPED_COLS
     return Code(
+        module,
         kernel,
         activation,
         dtype,
-        has_bias,
+        has_extra,
         registers,
         spilled,
         tuple(sorted({_width(line) for line in loop if _is_access(line)})),
-        len(loop) * 32 * gpu_triton.NUM_WARPS / gpu_triton.BLOCK,
+        instructions,
     )
 
 
@@ -114,36 +144,43 @@ def compile_for_sm90(
     kernel: triton.runtime.JITFunction,
     activation: str,
     dtype: str,
-    has_bias: bool,
+    has_extra: bool,
     *,
     numel_type: str = "i32",
     num_warps: int = gpu_triton.NUM_WARPS,
     maxnreg: int | None = None,
     **constants: int,
 ) -> triton.compiler.CompiledKernel:
-    """A kernel of `gpu_triton`, or one with its arguments.
+    """A kernel of `gpu_triton` or `grouped_triton`, or one with such arguments.
 
     Args:
+        has_extra: whether there is a bias, or weights.
         numel_type: the integer type of numel, as Triton chooses it by its value.
         constants: other values of its constexpr arguments, and arguments that Triton compiles in
             because they are 1.
     """
     values = {
         "NAME": activation,
-        "HAS_BIAS": has_bias,
+        "HAS_BIAS": has_extra,
+        "HAS_WEIGHTS": has_extra,
         "BLOCK": gpu_triton.BLOCK,
+        "EXPERTS": EXPERTS,
+        **grouped_triton.tile(BYTES[dtype], has_extra),
         **gpu_triton.FINISH_BLOCKS,
         **constants,
     }
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if "bias" in name and name.endswith("_ptr") and not has_bias:
+        is_extra = name.endswith("_ptr") and ("bias" in name or "weights" in name)
+        if is_extra and not has_extra:
             values[name] = None
         if name in values:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            of_alphas = "alpha" in name or "sums" in name
-            signature[name] = "*fp32" if of_alphas else f"*{dtype}"
+            is_fp32 = any(part in name for part in ("alpha", "sums", "weights"))
+            signature[name] = "*fp32" if is_fp32 else f"*{dtype}"
+            if name == "ranges_ptr":
+                signature[name] = "*i64"
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name == "beta":
             signature[name] = "fp32"
@@ -187,11 +224,11 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _main_loop(assembly: str) -> list[str]:
-    """The instructions between the longest backward jump and its target."""
+def _loops(assembly: str) -> list[list[str]]:
+    """The instructions between each backward jump and its target."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    longest: list[str] = []
+    loops: list[list[str]] = []
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
@@ -199,8 +236,17 @@ def _main_loop(assembly: str) -> list[str]:
             instructions.append(instruction[1])
             jump = re.search(r"\bBRA.*`\((\.L_\w+)\)", instruction[1])
             if jump and jump[1] in labels:
-                longest = max(longest, instructions[labels[jump[1]] :], key=len)
-    return longest
+                loops.append(instructions[labels[jump[1]] :])
+    return loops
+
+
+def _loads_and_stores(loop: list[str]) -> bool:
+    return all(any(f"{access}." in line for line in loop) for access in ("LDG", "STG"))
+
+
+def _elements(loop: list[str], dtype: str) -> int:
+    """How many a thread takes each time round: those that it stores."""
+    return sum(_width(line) for line in loop if "STG." in line) // BYTES[dtype]
 
 
 def _is_access(instruction: str) -> bool:
@@ -213,24 +259,36 @@ def _width(instruction: str) -> int:
 
 
 def report(codes: list[Code]) -> str:
-    """The table in Markdown, with what made it."""
+    """The tables in Markdown, with what made them."""
     shares = " | ".join(f"share, {name}" for name in BANDWIDTHS)
     lines = [_HEADING.format(version=triton.__version__, shares=shares), "|---" * 11 + "|"]
+    dense = {}
     for code in codes:
-        cells = [
-            code.kernel.strip("_").removesuffix("_kernel"),
-            code.activation,
-            code.dtype,
-            "yes" if code.has_bias else "no",
-            str(code.registers),
-            str(programs_that_fit(code.registers, gpu_triton.NUM_WARPS)),
-            str(code.spilled),
-            "–".join(map(str, code.access_bytes)),
-            f"{code.instructions:.1f}",
-            *(f"{code.share(bandwidth):.2f}" for bandwidth in BANDWIDTHS.values()),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if code.module is gpu_triton:
+            dense[code.kernel, code.activation, code.dtype, code.has_extra] = code.instructions
+            lines.append(f"| {' | '.join(_cells(code))} |")
+    lines += [_GROUPED_HEADING.format(experts=EXPERTS, cols=GROUPED_COLS, shares=shares)]
+    lines += ["|---" * 12 + "|"]
+    for code in codes:
+        if code.module is grouped_triton:
+            ratio = code.instructions / dense[code.kernel, code.activation, code.dtype, False]
+            lines.append(f"| {' | '.join([*_cells(code), f'{ratio:.2f}'])} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(code: Code) -> list[str]:
+    return [
+        code.kernel.strip("_").removesuffix("_kernel"),
+        code.activation,
+        code.dtype,
+        "yes" if code.has_extra else "no",
+        str(code.registers),
+        str(programs_that_fit(code.registers, gpu_triton.NUM_WARPS)),
+        str(code.spilled),
+        "–".join(map(str, code.access_bytes)),
+        f"{code.instructions:.1f}",
+        *(f"{code.share(bandwidth):.2f}" for bandwidth in BANDWIDTHS.values()),
+    ]
 
 
 if __name__ == "__main__":
