@@ -49,8 +49,8 @@ def backend(request) -> Iterator[str]:
 # Files that take longest. Two run at a time: begun first, none of them is what is left at the end.
 LONGEST = """
     test_functional test_optimizer_checkpoints test_compare test_prepare_data test_text_to_report
-    test_checkpoint_walk test_moe test_preflight test_layouts test_versions test_checkpoints
-    test_backends test_readme test_triton
+    test_grouped test_checkpoint_walk test_moe test_preflight test_layouts test_versions
+    test_checkpoints test_backends test_readme test_triton
 """.split()
 
 

@@ -44,6 +44,8 @@ NUM_WARPS = 4
 # dtype and activation, as docs/benchmarks/sm90-code.md lists it.
 FORWARD_PROGRAMS = {False: 12, True: 12}
 BACKWARD_PROGRAMS = {False: 9, True: 8}
+# Up to so many experts there is one kernel for any number of them.
+LEAST_EXPERTS = 64
 # Elements that a program may go through: its offsets have 32 bits.
 MOST_ELEMENTS = 2**30
 # What a program of `_finish_kernel` loads at a time: the partials of one alpha of one expert.
@@ -304,7 +306,7 @@ class _Layout:
         self.sizes = {"rows": rows, "rows_per_program": rows_per_program, "experts": experts}
         self.constants = {
             "HAS_WEIGHTS": has_weights,
-            "EXPERTS": triton.next_power_of_2(experts),
+            "EXPERTS": max(LEAST_EXPERTS, triton.next_power_of_2(experts)),
             **tile(x.element_size(), has_weights),
         }
 
