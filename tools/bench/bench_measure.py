@@ -285,14 +285,14 @@ def _errors_at(
     x = tile_x.repeat(copies, 1).requires_grad_()
     dy = tile_dy.repeat(copies, 1)
     y = candidate.call(x)
-    error_y, excess_y = _compare("y", y.detach(), exact_y, dtype)
+    error_y, excess_y = compare("y", y.detach(), exact_y, dtype)
     if not candidate.differentiable:
         return Errors(y=error_y, excess_y=excess_y)
 
     inputs = (x, *candidate.alphas)
     dx, *alpha_gradients = torch.autograd.grad(y, inputs, dy, retain_graph=candidate.ours)
     exact_dx, *exact_alphas = exact_gradients
-    error_dx, excess_dx = _compare("dx", dx, exact_dx, dtype)
+    error_dx, excess_dx = compare("dx", dx, exact_dx, dtype)
     error_alpha = math.nan
     for got, tile_gradient in zip(alpha_gradients, exact_alphas, strict=True):
         exact = copies * tile_gradient.double()
@@ -309,7 +309,7 @@ def _errors_at(
     return Errors(error_y, error_dx, error_alpha, excess_y, excess_dx, repeats)
 
 
-def _compare(what: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+def compare(what: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """Error and excess of copies of a tile; exact is one tile."""
     tiles, remainder = divmod(got.shape[0], exact.shape[0])
     if remainder or got.shape[1:] != exact.shape[1:] or got.dtype != dtype:

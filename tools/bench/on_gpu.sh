@@ -92,6 +92,7 @@ check)
     bench op 100 70 --op --dtypes bfloat16 --rounds 30
     bench block 100 40 --block --rounds 12
     step tests 110 20 "${tests[@]}" tests/kernels --ignore tests/kernels/test_gpu.py
+    step grouped 40 14 "$python" tools/bench/bench_grouped.py --device cuda --output "$work/$what/grouped.md"
     step host 20 8 "$python" tools/bench/measure_host_cost.py --device cuda
     step memory 60 20 "$python" tools/bench/measure_activation_memory.py --device cuda
     bench fp32 60 30 --op --shapes 8192x9216 --dtypes float32 --rounds 20
