@@ -198,6 +198,14 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
             f"can only be read so, not with {_kind(args)}; give {_kind(saved)}, or add "
             "--no-load-optim"
         )
+    apart = _experts_are_apart(args), _experts_are_apart(saved)
+    if apart[0] != apart[1]:
+        raise ValueError(
+            f"the checkpoint in {folder} was saved with {_expert_sizes(saved)}, where experts have "
+            f"{_EXPERTS_HAVE[apart[1]]}, and this run has {_expert_sizes(args)}, where they have "
+            f"{_EXPERTS_HAVE[apart[0]]}: Megatron cannot read the optimizer state; give the "
+            "checkpoint's, or add --no-load-optim"
+        )
     if not _is_dp_reshardable(saved):
         return
     if not any("gbuf_idx" in key for key in tensors):
@@ -245,17 +253,37 @@ def _layout(args: Namespace) -> list[str]:
     """What a ``dp_reshardable`` state is tied to, beside its buckets, as flags."""
     half = next((f"--{kind}" for kind in ("bf16", "fp16") if getattr(args, kind, False)), "fp32")
     bf16_grads = "--grad-reduce-in-bf16" if getattr(args, "grad_reduce_in_bf16", False) else ""
-    tensor, pipeline, expert = (f"{flag} {_value(args, flag) or 1}" for flag in _SIZES)
+    tensor, pipeline = (f"{flag} {_value(args, flag) or 1}" for flag in _SIZES[:2])
     for flag in _STAGES:
         value = _value(args, flag)
         if value:
             pipeline += f" {flag}" if value is True else f" {flag} {value}"
-    expert_tensor = _value(args, "--expert-tensor-parallel-size")
-    if expert_tensor not in (None, args.tensor_model_parallel_size):
-        expert += f" --expert-tensor-parallel-size {expert_tensor}"
+    expert = _expert_sizes(args)
     if getattr(args, "num_experts", None) and getattr(args, "moe_grouped_gemm", False):
         expert += " --moe-grouped-gemm"  # their parameters have another order
     return [tensor, pipeline, expert, f"{half} {bf16_grads}".strip()]
+
+
+_EXPERTS_HAVE = {True: "an optimizer of their own", False: "the same as the rest"}
+
+
+def _experts_are_apart(args: Namespace) -> bool:
+    """Whether Megatron makes an optimizer for experts alone, as their groups are other ranks."""
+    apart = (_value(args, _SIZES[2]) or 1) > 1 or _own_expert_tensor(args) is not None
+    return bool(getattr(args, "num_experts", None)) and apart
+
+
+def _expert_sizes(args: Namespace) -> str:
+    tensor = _own_expert_tensor(args)
+    return f"{_SIZES[2]} {_value(args, _SIZES[2]) or 1}" + (
+        "" if tensor is None else f" --expert-tensor-parallel-size {tensor}"
+    )
+
+
+def _own_expert_tensor(args: Namespace) -> int | None:
+    """The expert-TP of a run, where it is not its TP."""
+    size = _value(args, "--expert-tensor-parallel-size")
+    return None if size == args.tensor_model_parallel_size else size
 
 
 def _value(args: Namespace, flag: str) -> Any:

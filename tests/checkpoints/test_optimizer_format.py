@@ -190,6 +190,32 @@ def test_a_layout_that_cannot_be_read_is_refused(case, several_buckets):
     check_resume(args, Namespace(**vars(saved), dist_ckpt_optim_fully_reshardable=True), folder)
 
 
+@pytest.mark.parametrize("more", [{}, {"dist_ckpt_optim_fully_reshardable": True}])
+@pytest.mark.parametrize(
+    ("apart", "flags"),
+    [
+        ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2"),
+        (
+            {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+            "--expert-model-parallel-size 1 --expert-tensor-parallel-size 1",
+        ),
+    ],
+)
+def test_experts_get_or_lose_an_optimizer_of_their_own(apart, flags, more, several_buckets):
+    """In either format Megatron would end with a traceback."""
+    folder = str(several_buckets / "several")
+    together = Namespace(**{**RUN, **more, "num_experts": 4})
+    args = Namespace(**{**vars(together), **apart})
+    own = rf"{flags}, where \S+ have an optimizer of their own"
+    with pytest.raises(ValueError, match=rf"saved with {own}, and .*--no-load-optim"):
+        check_resume(together, args, folder)
+    with pytest.raises(ValueError, match=rf"this run has {own}.*--no-load-optim"):
+        check_resume(args, together, folder)
+    check_resume(Namespace(**vars(args), no_load_optim=True), together, folder)
+    more_of_them = Namespace(**{**vars(args), "expert_model_parallel_size": 4})
+    check_resume(more_of_them, Namespace(**vars(args), no_save_optim=True), folder)
+
+
 @pytest.mark.parametrize(
     ("now", "then", "words"),
     [
