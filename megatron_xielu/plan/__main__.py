@@ -491,10 +491,11 @@ def _optimizer_format(plan: Plan, chosen: str, size: int) -> _Rows:
     now, other = (plan.read_by_all(chosen, parallel=way) for way in (parallel, not parallel))
     unless = f"{'without' if parallel else 'with'} --ckpt-fully-parallel-load"
     keeps = "buckets" if _buckets_are_fixed(plan) else "the node count"
+    experts = ", grouped experts or not," if plan.args.num_experts else ""
     note = (
         "a later job may change TP and PP"
         if chosen == FULL
-        else f"later jobs keep TP, PP, EP and {keeps}"
+        else f"later jobs keep TP, PP, EP{experts} and {keeps}"
     )
     held = plan.load(chosen, parallel=parallel).host_memory
     return [

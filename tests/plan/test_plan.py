@@ -730,6 +730,9 @@ def test_what_ties_a_run_to_its_layout_is_said():
     )
     for fixed in ("--ddp-bucket-size 88000000", "--ddp-num-buckets 20"):
         assert said(f"--overlap-grad-reduce {fixed}") == said("")
+    assert said("--num-experts 8 --expert-model-parallel-size 8") == (
+        "dp_reshardable: later jobs keep TP, PP, EP, grouped experts or not, and buckets"
+    )
     assert said("--dist-ckpt-optim-fully-reshardable") == (
         "fully_reshardable: a later job may change TP and PP"
     )
