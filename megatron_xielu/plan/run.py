@@ -261,7 +261,9 @@ class Plan:
         fp32. Not counted: the buffers of the all-to-all, padding, and what an uneven router sends
         to one rank.
         """
-        e, element, grouped = self.model.experts, self.element, self.args.moe_grouped_gemm
+        e, element = self.model.experts, self.element
+        # From local layers Megatron builds experts with MLPs of their own, and ignores the flag.
+        grouped = self.args.moe_grouped_gemm and self.args.transformer_impl != "local"
         if not e:
             return 0.0
         in_one_pass = self.model.gated or (grouped and self.model.activation in TRAINABLE)

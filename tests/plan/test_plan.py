@@ -371,6 +371,7 @@ def test_experts_keep_activations_of_the_tokens_sent_to_them():
     [
         ("--xielu", 3),
         ("--xielu --moe-grouped-gemm", 2),
+        ("--xielu --moe-grouped-gemm --transformer-impl local", 3),  # which ignores it
         ("--xielu --moe-grouped-gemm --recompute-activations --recompute-modules moe_act", 1),
         ("--xielu --recompute-activations --recompute-modules moe_act", 3),  # of grouped ones alone
         ("--xielu --xielu-recompute-output", 2),
