@@ -261,6 +261,8 @@ def check_supported(args: Namespace) -> None:
         ValueError: naming the flag.
     """
     for refusal in catalog.BY_ENTRY:
+        if refusal.is_given(args) and not refusal.instead:
+            raise ValueError(refusal.alone())
         if refusal.is_given(args):
             raise ValueError(
                 f"{refusal.said} is not supported by this entry; use Megatron-LM's "

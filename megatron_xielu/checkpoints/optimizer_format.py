@@ -210,12 +210,12 @@ def check_resume(args: Namespace, saved: Namespace, folder: str) -> None:
         return
     if not any("gbuf_idx" in key for key in tensors):
         return  # Muon's: a state for each parameter
-    for now, then in zip(*layouts, strict=True):
+    for now, then, variable in zip(*layouts, _LAYOUT_VARIABLES, strict=True):
         if now != then:
             raise ValueError(
                 f"the checkpoint in {folder} was saved with {then}, and its optimizer state can "
-                f"only be read so ({DP}), not with {now}; go back to {then} (pretrain.sh: TP, "
-                "PP, PRECISION); to change it, go on as before, with "
+                f"only be read so ({DP}), not with {now}; go back to {then}{variable}; to change "
+                "it, go on as before, with "
                 "--dist-ckpt-optim-fully-reshardable (pretrain.sh: OPTIMIZER_FORMAT=full), until "
                 "the next checkpoint, which any layout reads; or add --no-load-optim"
             )
@@ -247,6 +247,10 @@ def _is_distributed(args: Namespace) -> bool:
     # With Muon and the like Megatron exchanges the first for the second.
     flags = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
     return any(getattr(args, flag, False) for flag in flags)
+
+
+# What pretrain.sh calls what `_layout` lists.
+_LAYOUT_VARIABLES = (" (pretrain.sh: TP)", " (pretrain.sh: PP)", "", " (pretrain.sh: PRECISION)")
 
 
 def _layout(args: Namespace) -> list[str]:

@@ -7,6 +7,7 @@ The MLPs are counted where they are, on all pipeline stages and expert-parallel 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ import torch
 
 from megatron_xielu import catalog
 from megatron_xielu.common import per_layer, text
-from megatron_xielu.features.layer_names import mlp_labels
+from megatron_xielu.features.layer_names import layer_label, mlp_labels
 from megatron_xielu.megatron_activations import MegatronActivation
 
 # Two of the ways to train can meet: ``--spec`` or this package's entry, in a patched checkout.
 _said = False
+
+_KINDS = ("MLP", "expert", "grouped expert")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Found:
     activation: str
     settings: str = ""
     ranks: int = 1  # over which the gradients of its alphas are summed
+    kind: str = "MLP"
 
 
 def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
@@ -52,11 +56,19 @@ def announce(args: Namespace, model: Sequence[torch.nn.Module]) -> Any:
             if hasattr(module, "activation_func"):
                 # T5 has a layer 0 in its encoder, and one in its decoder.
                 part, found = name.partition(".")[0], found_in(module.activation_func, args)
+                found = dataclasses.replace(found, kind=_kind(layer_label(name, modules)))
                 mine |= {(part, label): found for label in mlp_labels(name, modules)}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     say({place: found for of_rank in everyone for place, found in of_rank.items()})
     return model
+
+
+def _kind(label: str) -> str:
+    """Which of `_KINDS` a module with this `layer_label` is."""
+    if label.endswith(".experts"):
+        return "grouped expert"
+    return "expert" if ".experts." in label else "MLP"
 
 
 def found_in(activation: Any, args: Namespace) -> Found:
@@ -107,16 +119,15 @@ def line(mlps: dict[tuple[str, str], Found]) -> str:
     for activation, settings in dict.fromkeys((f.activation, f.settings) for f in mlps.values()):
         counts: list[str] = []
         sums = ""
-        for kind in ("MLP", "expert"):
+        for kind in _KINDS:
             ranks = [
                 found.ranks
-                for (_, label), found in mlps.items()
-                if (found.activation, found.settings) == (activation, settings)
-                and (".experts." in label) == (kind == "expert")
+                for found in mlps.values()
+                if (found.activation, found.settings, found.kind) == (activation, settings, kind)
             ]
             if ranks:
                 counts.append(f"{len(ranks)} {kind}{'s' * (len(ranks) > 1)}")
             if max(ranks, default=1) > 1:
-                sums += f", {'those of experts ' * (kind == 'expert')}summed over TP={max(ranks)}"
+                sums += f", {'those of experts ' * (kind != 'MLP')}summed over TP={max(ranks)}"
         said.append(f"{activation} in {' and '.join(counts)}{settings}{sums}")
     return f"megatron_xielu: {'; '.join(said)}"

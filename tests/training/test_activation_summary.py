@@ -47,7 +47,8 @@ def test_megatrons():
 
 
 def test_experts_sum_over_ranks_of_their_own():
-    ours = (Found("xIELU", "; alphas fp32", ranks) for ranks in (4, 2, 2))
+    kinds = ((4, "MLP"), (2, "expert"), (2, "expert"))
+    ours = (Found("xIELU", "; alphas fp32", *found) for found in kinds)
     names = ("layer_00", "layer_01.experts.000", "layer_01.experts.001")
     mlps = {("decoder", name): found for name, found in zip(names, ours, strict=True)}
     assert activation_summary.line(mlps) == (

@@ -69,7 +69,7 @@ def test_trains_as_experts_of_their_own(layout, tmp_path, start, one):
     save = "--save checkpoints" if layout in ("tp2-etp2-ep2", "ep2-overlap") else ""
     flags += " --tensorboard-dir events --xielu-check-tp-sync 1"
     run = train(tmp_path, f"{start} {GROUPED} {save} {flags}", ranks=ranks)
-    assert run.output.count("megatron_xielu: xIELU in 3 MLPs and 8 experts, ") == 1
+    assert run.output.count("megatron_xielu: xIELU in 3 MLPs and 8 grouped experts, ") == 1
     assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
 
