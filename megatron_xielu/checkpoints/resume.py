@@ -22,6 +22,7 @@ _SHAPE = (
     *("untie_embeddings_and_output_weights", "position_embedding_type", "qk_layernorm"),
     _VOCABULARY,
 )
+_GROUPED = "moe_grouped_gemm"
 _DOCUMENTS = "dataloader_inter_document_masking"
 _MEGATRONS_STRICTNESS = "assume_ok_unexpected"
 
@@ -51,6 +52,7 @@ def check_model(args: Namespace, saved: Namespace, folder: str) -> None:
     Raises:
         ValueError: naming what differs.
     """
+    _check_experts(args, saved, folder)
     strictness = getattr(args, "dist_ckpt_strictness", _MEGATRONS_STRICTNESS)
     if strictness != _MEGATRONS_STRICTNESS or args.moe_use_upcycling:
         return
@@ -75,6 +77,24 @@ def check_model(args: Namespace, saved: Namespace, folder: str) -> None:
                     else ""
                 )
             )
+
+
+def _check_experts(args: Namespace, saved: Namespace, folder: str) -> None:
+    """Refuse grouped experts where others were saved, or the other way, in the format ``torch``.
+
+    Its keys are the modules' own. Megatron loads what has the same key, and would go on with new
+    experts and say nothing.
+    """
+    if getattr(saved, "ckpt_format", None) != "torch" or not getattr(args, "num_experts", None):
+        return
+    now, then = (bool(getattr(a, _GROUPED, False)) for a in (args, saved))
+    if now != then:
+        flag = flag_of(_GROUPED)
+        raise ValueError(
+            f"the checkpoint in {folder} was saved with{'' if then else 'out'} {flag} and "
+            f"--ckpt-format torch, from which other experts cannot be loaded; "
+            f"{'add' if then else 'drop'} {flag}, or start from one of --ckpt-format torch_dist"
+        )
 
 
 def doubts(args: Namespace, saved: Namespace, folder: str) -> Iterator[str]:

@@ -205,6 +205,17 @@ def test_checkpoints_are_those_of_experts_of_their_own(optimizer, tmp_path):
             assert other[key].dtype == value.dtype and torch.equal(other[key], value), key
 
 
+@pytest.mark.parametrize(("then", "now", "fix"), [("", GROUPED, "drop"), (GROUPED, "", "add")])
+def test_other_experts_are_refused_in_the_format_torch(then, now, fix, tmp_path):
+    """Where Megatron would leave the experts as they were initialised, and train on."""
+    flags = f"{MOE} --train-iters 1 --ckpt-format torch"
+    train(tmp_path / "then", f"{flags} {then} --save checkpoints")
+    flags += f" --no-load-optim --load {tmp_path / 'then' / 'checkpoints'}"
+    run = train(tmp_path / "now", f"{flags} {now}", succeeds=False)
+    assert f"other experts cannot be loaded; {fix} --moe-grouped-gemm, or start from" in run.output
+    train(tmp_path / "again", f"{flags} {then}")
+
+
 @pytest.mark.parametrize("optimizer", ["", "--dist-ckpt-optim-fully-reshardable"])
 def test_resume_in_bf16_is_the_same_trajectory(optimizer, tmp_path):
     flags = (
