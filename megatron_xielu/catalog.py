@@ -458,6 +458,15 @@ def contradictions(arguments: Any) -> Iterator[str]:
             "--recompute-method goes with --recompute-granularity full, not with selective "
             "recomputation; drop one of them"
         )
+    grouped = given("moe_grouped_gemm") and given("num_experts")
+    if selective and "moe_act" in (given("recompute_modules") or ()) and not grouped:
+        yield "--recompute-modules moe_act needs --moe-grouped-gemm; drop it, or give that"
+    fuses = given("bias_dropout_fusion") and not given("cpu")  # which drops it
+    if grouped and given("add_bias_linear") and fuses:
+        yield (
+            "--moe-grouped-gemm with biases does not go with the fusion of bias and dropout; give "
+            "--disable-bias-linear, or --no-bias-dropout-fusion"
+        )
     # The plan keeps it by the flag's name, Megatron by another.
     is_delayed = (given("fp8") or given("fp8_format")) and given("fp8_recipe") == "delayed"
     if is_delayed and given("first_last_layers_bf16"):

@@ -136,6 +136,9 @@ def _parser() -> _Parser:
     for flag in _SWITCHES:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--disable-bias-linear", dest="add_bias_linear", action="store_false")
+    parser.add_argument(
+        "--no-bias-dropout-fusion", dest="bias_dropout_fusion", action="store_false"
+    )
     for flag, default in _STRINGS.items():
         parser.add_argument(f"--{flag}", default=default)
     for flag, words in _LISTS.items():

@@ -482,6 +482,9 @@ ERRORS = {
     "--cpu --distributed-backend=nccl": "--distributed-backend nccl needs a GPU; drop it for a CPU",
     "--fp16": "give one of --bf16 and --fp16",
     "--recompute-granularity full": "needs --recompute-method",
+    "--num-experts 8 --recompute-activations --recompute-modules moe_act": (
+        "--recompute-modules moe_act needs --moe-grouped-gemm"
+    ),
     "--xielu-recompute-output --recompute-modules mlp": "--recompute-modules mlp",
     "--xielu-recompute-output --fp8-format hybrid": "--fp8-format",
     "--fp8-format hybrid --cpu": "--fp8-format needs a GPU",

@@ -168,6 +168,10 @@ PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-r
             "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te",
             "--cross-entropy-fusion-imp",
         ),
+        (
+            "--num-experts 4 --recompute-activations --recompute-modules moe_act",
+            "--recompute-modules moe_act needs --moe-grouped-gemm",
+        ),
         ("--distribute-saved-activations", "--distribute-saved-activations needs --tensor-model"),
         ("--lr-warmup-fraction 1", "--lr-warmup-fraction must be below 1, not 1.0"),
         (
@@ -189,6 +193,22 @@ def test_the_plan_refuses_it_in_the_same_words(flags, message):
     except PlanError as refused:
         found = refused.problems
     assert str(error.value) in found
+
+
+def test_grouped_experts_with_biases_in_the_words_of_the_plan():
+    """CPU mode drops the fusion; the entry has what it checks for a GPU from the same function."""
+    model = [word for word in TINY_LLAMA if word != "--disable-bias-linear"]
+    words = [*model, *"--xielu --num-experts 4 --moe-grouped-gemm".split()]
+
+    def found(*more: str) -> list[str]:
+        plan = Plan([*words, *more], cluster=Cluster(1, 1))
+        return [p for p in plan_checks.problems(plan, environment={}) if "grouped" in p]
+
+    [problem] = found()
+    assert problem.startswith("--moe-grouped-gemm with biases does not go with the fusion of bias")
+    for fix in ("--disable-bias-linear", "--no-bias-dropout-fusion"):
+        assert fix in problem and found(fix) == []
+    assert found("--cpu") == []
 
 
 def test_documents_need_an_attention_that_knows_them():
