@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class CPUGroupedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self._groups = pg_collection
+        self._has_gate = linear is ColumnParallelLinear and settings["config"].gated_linear_unit
         self.experts: Any = torch.nn.ModuleList(
             linear(
                 input_size,
@@ -71,12 +73,24 @@ class CPUGroupedLinear(torch.nn.Module):
         for number, expert in enumerate(self.experts):
             place = (len(sharded_offsets), ep.rank() * count + number, ep.size() * count)
             own = f"{prefix}experts.{number}."
-            piece = expert.sharded_state_dict(own, (*sharded_offsets, place), metadata)
+            offsets = (*sharded_offsets, place)
+            piece = expert.sharded_state_dict(own, offsets, metadata)
+            if self._has_gate:
+                self._split_gate(piece, own, offsets)
             replace_prefix_for_sharding(piece, own, prefix)
             for tensor in piece.values():
                 tensor.replica_id = (*tensor.replica_id[:2], self._groups.expt_dp.rank())
             pieces |= piece
         return pieces
+
+    def _split_gate(self, piece: dict[str, Any], own: str, offsets: tuple) -> None:
+        """As Megatron's MLP does: a tensor-parallel rank has a slice of the gate, and one of the
+        rest. `TEGroupedMLP` looks for Transformer Engine's names."""
+        for name in (f"{own}weight", f"{own}bias"):
+            if name in piece:
+                piece[name] = apply_swiglu_sharded_factory(
+                    piece[name], offsets, tp_group=self._groups.expt_tp
+                )
 
 
 CPU_GROUPED_LINEARS = GroupedMLPSubmodules(

@@ -231,6 +231,24 @@ def test_resume_in_bf16_is_the_same_trajectory(optimizer, tmp_path):
         assert actual["alphas"] == expected["alphas"] and actual["grads"] == expected["grads"]
 
 
+def test_gates_at_another_size_of_tensor_parallelism(tmp_path):
+    """Of SwiGLU, whose grouped experts CPU mode builds, too: each rank has a slice of both halves.
+    What one size saves the other goes on from."""
+    flags = MOE.replace("--xielu", "--swiglu --no-bias-swiglu-fusion --no-load-optim")
+    own, grouped = tmp_path / "own", tmp_path / "grouped"
+    save = "--save checkpoints --save-interval 1 --exit-interval"
+    train(own, f"{flags} {save} 1")
+    whole = train(own, f"{flags} --load checkpoints")
+    load = f"--load {own / 'checkpoints'}"
+    first = train(grouped, f"{flags} {GROUPED} {TP2} {load} {save} 2", ranks=2)
+    assert first.losses[0] == pytest.approx(whole.losses[0], rel=2e-6)
+    second = train(own, f"{flags} --load checkpoints {save} 2")
+    assert second.losses == pytest.approx(first.losses, rel=2e-6)
+    third = train(own, f"{flags} --load checkpoints")
+    other = train(tmp_path / "other", f"{flags} --load {grouped / 'checkpoints'}")
+    assert other.losses == pytest.approx(third.losses, rel=2e-5)
+
+
 def test_biases_of_fc1(tmp_path):
     """Which the grouped GEMM adds itself."""
     model = [word for word in TINY_LLAMA if word != "--disable-bias-linear"]
