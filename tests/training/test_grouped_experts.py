@@ -9,43 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from event_curves import alpha_curves
+from experts import EP2, ETP1, LAYERS, LAYOUTS, MOE, TP2, alphas_of
 from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
-from test_moe import EP2, ETP1, LAYERS, MOE, TP2, alphas_of, assert_alike
+from test_moe import assert_alike
 
 GROUPED = "--moe-grouped-gemm"
 MOE_ACT = "--recompute-granularity selective --recompute-modules moe_act"
-LAYOUTS = {
+GROUPED_LAYOUTS = {
+    **LAYOUTS,
     "one": (1, ""),
-    "ep2-overlap": (
-        2,
-        f"{EP2} --moe-shared-expert-overlap --use-distributed-optimizer --overlap-grad-reduce "
-        "--overlap-param-gather --ddp-average-in-collective",
-    ),
     "dp2": (2, "--use-distributed-optimizer"),
-    "tp2-etp1": (2, f"{TP2} {ETP1} --moe-token-dispatcher-type allgather"),
     "tp2-etp2": (2, f"{TP2} {MOE_ACT}"),
-    "tp2-etp1-ep2": (2, f"{TP2} {ETP1} {EP2} --recompute-granularity selective "
-                        "--recompute-modules moe shared_experts"),
-    "tp2-etp2-ep2": (4, f"{TP2} {EP2}"),
     "pp2": (2, f"--pipeline-model-parallel-size 2 {MOE_ACT}"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A one-rank checkpoint of experts with MLPs of their own, without optimizer state."""
-    folder = tmp_path_factory.mktemp("grouped_start")
-    train(folder, f"{MOE} --save checkpoints --save-interval 1 --exit-interval 1")
-    return f"{MOE} --no-load-optim --load {folder / 'checkpoints'}"
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory, start):
-    """Experts with MLPs of their own on one rank: the run, and its alphas at the end."""
-    folder = tmp_path_factory.mktemp("grouped_one")
-    run = train(folder, f"{start} --save checkpoints --tensorboard-dir events")
-    alphas = alphas_of(folder / "checkpoints" / "iter_0000004")
-    return run, alphas, alpha_curves(folder / "events")
+}
 
 
 def by_expert(values, ep_rank, ranks):
@@ -62,13 +38,13 @@ def by_expert(values, ep_rank, ranks):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_trains_as_experts_of_their_own(layout, tmp_path, start, one):
-    ranks, flags = LAYOUTS[layout]
-    expected_run, expected, curves = one
+@pytest.mark.parametrize("layout", GROUPED_LAYOUTS)
+def test_trains_as_experts_of_their_own(layout, tmp_path, moe_start, moe_one):
+    ranks, flags = GROUPED_LAYOUTS[layout]
+    expected_run, expected, curves = moe_one
     save = "--save checkpoints" if layout in ("tp2-etp2-ep2", "ep2-overlap") else ""
     flags += " --tensorboard-dir events --xielu-check-tp-sync 1"
-    run = train(tmp_path, f"{start} {GROUPED} {save} {flags}", ranks=ranks)
+    run = train(tmp_path, f"{moe_start} {GROUPED} {save} {flags}", ranks=ranks)
     assert run.output.count("megatron_xielu: xIELU in 3 MLPs and 8 grouped experts, ") == 1
     assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
@@ -110,11 +86,11 @@ def test_alphas_are_not_decayed_and_stay_fp32(tmp_path):
         assert set(dump["dtypes"].values()) == {"torch.float32"}
 
 
-def test_without_the_sum_expert_tensor_parallel_ranks_drift(tmp_path, start):
+def test_without_the_sum_expert_tensor_parallel_ranks_drift(tmp_path, moe_start):
     """Takes the sum out, so that the tests above can fail."""
     run = train(
         tmp_path,
-        f"{start} {GROUPED} {TP2} --xielu-check-tp-sync 2",
+        f"{moe_start} {GROUPED} {TP2} --xielu-check-tp-sync 2",
         ranks=2,
         environment={"BREAK_TP_SUM": "1"},
         succeeds=False,
@@ -181,8 +157,7 @@ def test_recomputed_outputs_change_nothing(more, tmp_path):
     "optimizer", ["", "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"]
 )
 def test_checkpoints_are_those_of_experts_of_their_own(optimizer, tmp_path):
-    """Bit for bit in both directions, the optimizer's state with them, from EP 2 to one rank and to
-    expert-TP 2, and on to where they came from."""
+    """Bit for bit in both directions, the optimizer's state with them, and on to another layout."""
     flags = f"{MOE.replace('--no-save-optim', '')} --train-iters 2 --bf16 {optimizer}"
 
     def saved(name, more, load=None, ranks=2):
@@ -262,13 +237,13 @@ def test_biases_of_fc1(tmp_path):
     assert grouped.losses == pytest.approx(own.losses, rel=2e-6)
 
 
-def test_unmodified_script_trains_as_our_entry_does(tmp_path, start):
+def test_unmodified_script_trains_as_our_entry_does(tmp_path, moe_start):
     spec = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
     script = str(REPOSITORY / "tests/helpers/stock_script.py")
-    ours = train(tmp_path / "ours", f"{start} {GROUPED} --save checkpoints")
+    ours = train(tmp_path / "ours", f"{moe_start} {GROUPED} --save checkpoints")
     run = train(
         tmp_path / "script",
-        f"{start.replace('--xielu', spec)} {GROUPED} --save checkpoints",
+        f"{moe_start.replace('--xielu', spec)} {GROUPED} --save checkpoints",
         command=["-m", "megatron_xielu.cpu", script],
     )
     assert run.losses == ours.losses

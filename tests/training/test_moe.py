@@ -8,70 +8,15 @@ own. Differences come from the order of summation alone.
 import pytest
 import torch
 from event_curves import alpha_curves
-from launch import REPOSITORY, TINY_LLAMA, load_checkpoint, train
-
-MOE = (
-    "--xielu --num-layers 2 --num-experts 4 --moe-router-topk 2 --moe-layer-freq [0,1] "
-    "--moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 32 "
-    "--moe-token-dispatcher-type alltoall --mtp-num-layers 1 --train-iters 4 --no-save-optim"
-)
-EP2 = "--expert-model-parallel-size 2"
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-ETP1 = "--expert-tensor-parallel-size 1"
-LAYOUTS = {
-    "ep2-overlap": (
-        2,
-        f"{EP2} --moe-shared-expert-overlap --use-distributed-optimizer --overlap-grad-reduce "
-        "--overlap-param-gather --ddp-average-in-collective",
-    ),
-    "tp2-etp1": (2, f"{TP2} {ETP1} --moe-token-dispatcher-type allgather"),
-    "tp2-etp2": (2, TP2),
-    "tp2-etp1-ep2": (
-        2,
-        f"{TP2} {ETP1} {EP2} --recompute-granularity selective "
-        "--recompute-modules moe shared_experts",
-    ),
-    "tp2-etp2-ep2": (4, f"{TP2} {EP2}"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-}
-# Layer 0 is dense, layer 1 and the prediction layer have four experts and shared experts.
-LAYERS = {
-    "decoder.layers.0.mlp": (1,),
-    "decoder.layers.1.mlp.experts.experts": (4, 1),
-    "decoder.layers.1.mlp.shared_experts": (1,),
-    "mtp.layers.0.transformer_layer.mlp.experts.experts": (4, 1),
-    "mtp.layers.0.transformer_layer.mlp.shared_experts": (1,),
-}
+from experts import EP2, LAYERS, LAYOUTS, MOE, TP2, alphas_of
+from launch import REPOSITORY, TINY_LLAMA, train
 
 KINDS_OF_CURVES = ("alpha_p", "alpha_n", "alpha_p_raw", "alpha_n_raw", "alpha_grad_norm")
 
 
-def alphas_of(folder):
-    """The alphas in a checkpoint, by key."""
-    tensors = load_checkpoint(folder)
-    return {key: value for key, value in tensors.items() if "activation_func" in key}
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A one-rank checkpoint after iteration 1, without optimizer state."""
-    folder = tmp_path_factory.mktemp("moe_start")
-    train(folder, f"{MOE} --save checkpoints --save-interval 1 --exit-interval 1")
-    return f"{MOE} --no-load-optim --load {folder / 'checkpoints'}"
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory, start):
-    """One rank, from iteration 1 to 4: the run, its alphas at the end, and their curves."""
-    folder = tmp_path_factory.mktemp("moe_one")
-    run = train(folder, f"{start} --save checkpoints --tensorboard-dir events")
-    alphas = alphas_of(folder / "checkpoints" / "iter_0000004")
-    return run, alphas, alpha_curves(folder / "events")
-
-
-def test_every_mlp_trains_its_own_pair(one, start):
+def test_every_mlp_trains_its_own_pair(moe_one, moe_start):
     """None has another activation (the audit), a fixed one, or one that is shared."""
-    run, alphas, _ = one
+    run, alphas, _ = moe_one
     names = [f"{layer}.activation_func.{a}" for layer in LAYERS for a in ("alpha_p", "alpha_n")]
     assert alphas.keys() == set(names)
     assert [tuple(alphas[name].shape) for name in names[::2]] == list(LAYERS.values())
@@ -81,9 +26,9 @@ def test_every_mlp_trains_its_own_pair(one, start):
     assert all(any(grad) for grad in run.dumps[0]["grads"].values())
 
 
-def test_curves_are_of_all_experts_of_a_layer(one):
+def test_curves_are_of_all_experts_of_a_layer(moe_one):
     """And none is of a single expert; beside them, one a layer for each other pair."""
-    run, alphas, curves = one
+    run, alphas, curves = moe_one
     mlps = ("layer_00", "layer_01.shared_experts", "mtp_0.shared_experts")
     statistics = {
         "mean": torch.mean,
@@ -117,12 +62,12 @@ def test_curves_are_of_all_experts_of_a_layer(one):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_trains_as_one_rank(layout, tmp_path, start, one):
+def test_trains_as_one_rank(layout, tmp_path, moe_start, moe_one):
     ranks, flags = LAYOUTS[layout]
-    expected_run, expected, curves = one
+    expected_run, expected, curves = moe_one
     save = "--save checkpoints" if layout in ("tp2-etp2-ep2", "pp2") else ""  # it takes a while
     more = f"{save} --xielu-check-tp-sync 1 --tensorboard-dir events"
-    run = train(tmp_path, f"{start} {more} {flags}", ranks=ranks)
+    run = train(tmp_path, f"{moe_start} {more} {flags}", ranks=ranks)
     assert run.output.count("megatron_xielu: xIELU in 3 MLPs and 8 experts, ") == 1
     assert run.losses == pytest.approx(expected_run.losses, rel=2e-6)
     assert run.grad_norms == pytest.approx(expected_run.grad_norms, rel=1e-3)
@@ -165,26 +110,26 @@ def as_on_one_rank(name, ep_rank, flags):
     return name
 
 
-def test_unmodified_script_trains_as_our_entry_does(tmp_path, start, one):
+def test_unmodified_script_trains_as_our_entry_does(tmp_path, moe_start, moe_one):
     """Megatron makes the spec of the prediction layer itself, and not from the one it was given."""
     spec = "--spec megatron_xielu.layer_specs xielu_layer_spec --use-te-activation-func"
     script = str(REPOSITORY / "tests/helpers/stock_script.py")
     run = train(
         tmp_path,
-        f"{start.replace('--xielu', spec)} --save checkpoints",
+        f"{moe_start.replace('--xielu', spec)} --save checkpoints",
         command=["-m", "megatron_xielu.cpu", script],
     )
-    assert run.losses == one[0].losses
+    assert run.losses == moe_one[0].losses
     actual = alphas_of(tmp_path / "checkpoints" / "iter_0000004")
-    assert actual.keys() == one[1].keys()
-    assert all(torch.equal(actual[key], one[1][key]) for key in actual)
+    assert actual.keys() == moe_one[1].keys()
+    assert all(torch.equal(actual[key], moe_one[1][key]) for key in actual)
 
 
-def test_without_the_sum_expert_tensor_parallel_ranks_drift(tmp_path, start):
+def test_without_the_sum_expert_tensor_parallel_ranks_drift(tmp_path, moe_start):
     """Takes the sum out, so that the tests above can fail."""
     run = train(
         tmp_path,
-        f"{start} {TP2} --xielu-check-tp-sync 2",
+        f"{moe_start} {TP2} --xielu-check-tp-sync 2",
         ranks=2,
         environment={"BREAK_TP_SUM": "1"},
         succeeds=False,
