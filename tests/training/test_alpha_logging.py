@@ -72,7 +72,7 @@ def test_experts_in_one_tensor_that_ranks_share(tmp_path):
     log = tmp_path / "log.txt"
     script = str(Path(__file__).with_name("alpha_table_two_ranks.py"))
     assert wait(start([], ranks=2, log=log, command=[script])) == [0, 0], log.read_text()
-    assert "megatron_xielu: xIELU in 1 MLP and 200 experts, αp 0.8" in log.read_text()
+    assert "megatron_xielu: xIELU in 1 MLP and 200 grouped experts, αp 0.8" in log.read_text()
 
 
 def test_copies_of_experts_that_differ_are_named(monkeypatch):
