@@ -211,7 +211,7 @@ class ClosedForms:
     def forward(
         name: str, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, bias: Tensor | None
     ) -> Tensor:
-        formula = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[name]
+        formula = reference.FORWARD[name]
         return formula(_shifted(x, bias), alpha_p, alpha_n, beta=beta).to(x.dtype)
 
     @staticmethod
@@ -224,7 +224,7 @@ class ClosedForms:
         beta: float,
         bias: Tensor | None,
     ) -> Gradients:
-        formula = {"xielu": reference.xielu_backward, "xiprelu": reference.xiprelu_backward}[name]
+        formula = reference.BACKWARD[name]
         dx, d_alpha_p, d_alpha_n = formula(dy, _shifted(x, bias), alpha_p, alpha_n, beta=beta)
         d_bias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
         return dx.to(x.dtype), d_alpha_p.to(alpha_p.dtype), d_alpha_n.to(alpha_n.dtype), d_bias

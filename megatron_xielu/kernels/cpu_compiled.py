@@ -119,7 +119,7 @@ def formula(
 ) -> Tensor:
     """``f(x + bias)``, any dtype, in operations that every exporter knows."""
     if x.dtype == torch.float64:
-        exact = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[name]
+        exact = reference.FORWARD[name]
         return exact(x if bias is None else x + bias, alpha_p, alpha_n, beta=beta)
     value = {"xielu": _xielu, "xiprelu": _xiprelu}[name]
     return value(_load(x, bias), _effective(name, alpha_p, alpha_n, beta)).to(x.dtype)

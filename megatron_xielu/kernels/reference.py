@@ -37,6 +37,8 @@ from torch import Tensor
 from megatron_xielu.catalog import DEFAULT_BETA
 
 __all__ = [
+    "BACKWARD",
+    "FORWARD",
     "expm1_minus_x",
     "grouped",
     "grouped_backward",
@@ -197,8 +199,9 @@ def xiprelu_backward(
     )
 
 
-_FORWARD = {"xielu": xielu, "xiprelu": xiprelu}
-_BACKWARD = {"xielu": xielu_backward, "xiprelu": xiprelu_backward}
+# By the name of the activation.
+FORWARD = {"xielu": xielu, "xiprelu": xiprelu}
+BACKWARD = {"xielu": xielu_backward, "xiprelu": xiprelu_backward}
 
 
 def _expert_slices(ranges: Tensor, rows: int) -> Iterator[tuple[slice, int]]:
@@ -230,7 +233,7 @@ def grouped(
     """
     pieces = []
     for expert, (rows, padding) in enumerate(_expert_slices(ranges, len(x))):
-        y = _FORWARD[activation](x[rows], alpha_p[expert], alpha_n[expert], beta=beta)
+        y = FORWARD[activation](x[rows], alpha_p[expert], alpha_n[expert], beta=beta)
         if row_weights is not None:
             y = y * _float64(row_weights[rows]).reshape(-1, 1)
         pieces += [y, y.new_zeros(padding, x.shape[1])]
@@ -256,11 +259,11 @@ def grouped_backward(
     for expert, (rows, padding) in enumerate(_expert_slices(ranges, len(x))):
         upstream, alphas = _float64(dy[rows]), (alpha_p[expert], alpha_n[expert])
         if row_weights is not None:
-            value = _FORWARD[activation](x[rows], *alphas, beta=beta)
+            value = FORWARD[activation](x[rows], *alphas, beta=beta)
             sums = (upstream * value).sum(1)
             d_weights += [sums, sums.new_zeros(padding)]
             upstream = upstream * _float64(row_weights[rows]).reshape(-1, 1)
-        dx, *of_alphas = _BACKWARD[activation](upstream, x[rows], *alphas, beta=beta)
+        dx, *of_alphas = BACKWARD[activation](upstream, x[rows], *alphas, beta=beta)
         pieces += [dx, dx.new_zeros(padding, x.shape[1])]
         d_alphas.append(torch.stack(of_alphas))
     d_alpha_p, d_alpha_n = torch.stack(d_alphas).unbind(1)

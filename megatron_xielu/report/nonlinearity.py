@@ -98,14 +98,13 @@ class Shape:
 
     def value(self, x: Array) -> Array:
         """f(x), any shape."""
-        function = {"xielu": reference.xielu, "xiprelu": reference.xiprelu}[self.name]
+        function = reference.FORWARD[self.name]
         return function(torch.from_numpy(x), *self._raw(), beta=self.beta).numpy()
 
     def slope(self, x: Array) -> Array:
         """f′(x), any shape."""
-        gradient = {"xielu": reference.xielu_backward, "xiprelu": reference.xiprelu_backward}
-        at = torch.from_numpy(x)
-        return gradient[self.name](torch.ones_like(at), at, *self._raw(), beta=self.beta)[0].numpy()
+        gradient, at = reference.BACKWARD[self.name], torch.from_numpy(x)
+        return gradient(torch.ones_like(at), at, *self._raw(), beta=self.beta)[0].numpy()
 
 
 def trained(name: str, alpha_p: Array, alpha_n: Array, beta: float) -> Array:
