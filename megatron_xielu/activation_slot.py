@@ -163,8 +163,11 @@ def fill_prediction_layers(model: list, builder: ActivationBuilder) -> list:
                 continue
             if isinstance(mlp.activation_func, MegatronActivation):
                 continue
-            own = dataclasses.replace(builder, is_expert=mlp in experts)
-            mlp.activation_func = (_grouped(builder) if is_grouped else own)(config=mlp.config)
+            if is_grouped:
+                own = _grouped(builder)
+            else:
+                own = dataclasses.replace(builder, is_expert=mlp in experts)
+            mlp.activation_func = own(config=mlp.config)
             # As in an MLP that was built with it: parameters have an order.
             mlp._modules["linear_fc2"] = mlp._modules.pop("linear_fc2")
             if is_grouped:

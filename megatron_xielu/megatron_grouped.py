@@ -87,7 +87,11 @@ class MegatronGroupedActivation(MegatronActivation):
                 "that with_activation has filled, or call megatron_xielu.megatron_grouped.connect"
             )
         alpha_p, alpha_n = self._complete_alphas()
-        formula = partial(self._of_experts, rows if tokens is None else tokens, rows)
+        formula = (
+            partial(self._of_experts, rows, None)
+            if tokens is None
+            else partial(self._of_experts, tokens, rows)
+        )
         return Unweighted(
             input_.dtype,
             lambda probs: self._recomputable(formula, input_, alpha_p, alpha_n, probs),
@@ -96,7 +100,7 @@ class MegatronGroupedActivation(MegatronActivation):
     def _of_experts(
         self,
         tokens: list[int],
-        rows: list[int],
+        rows: list[int] | None,
         x: Tensor,
         alpha_p: Tensor,
         alpha_n: Tensor,
